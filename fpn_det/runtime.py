@@ -1,0 +1,162 @@
+"""Where the program runs: device, precision, ranks and seeds. The only file that knows torch.distributed.
+
+One process is the same code as many: without a launcher there is one rank, 0 of 1, and every collective is the identity.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device that `name` asks for; `auto` takes the best that is there.
+
+    Raises:
+        ValueError: the device is unknown or absent, with what is available.
+    """
+    present = ["cpu"]
+    if torch.cuda.is_available():
+        present.insert(0, "cuda")
+    if torch.backends.mps.is_available():
+        present.append("mps")
+    if name == "auto":
+        name = present[0]
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (number and not number.isdigit()):
+        raise ValueError(f"device: expected auto, cpu, cuda, cuda:<number> or mps, got '{name}'.")
+    if kind not in present:
+        raise ValueError(f"device: '{name}' is not available here (torch {torch.__version__} sees {', '.join(present)}). Use device=auto.")
+    if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
+        raise ValueError(f"device: '{name}' does not exist, this machine has {torch.cuda.device_count()} GPU(s).")
+    return torch.device(name)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator that a library could draw from. Our own draws take their seeds as arguments."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among all: `rank` of `world_size`, `local_rank` on its machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def current_ranks() -> Ranks:
+    """The place of this process in the group that is open now; 0 of 1 without one."""
+    if not dist.is_initialized():
+        return Ranks()
+    return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
+
+
+@contextmanager
+def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Ranks, torch.device]]:
+    """Join the job that `torchrun` (or a cluster's launcher with the same variables) started, and leave it at the end.
+
+    Raises:
+        ValueError: only some of the launcher's variables are set.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and missing:
+        raise ValueError(f"distributed: WORLD_SIZE is set but {', '.join(missing)} are not. Launch with torchrun, or unset WORLD_SIZE.")
+    if missing:
+        yield Ranks(), pick_device(device)
+        return
+    chosen = pick_device(device)
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(chosen)
+    dist.init_process_group(
+        "nccl" if chosen.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+    )
+    try:
+        yield current_ranks(), chosen
+    finally:
+        dist.destroy_process_group()
+
+
+def wrap_for_ranks(model: nn.Module) -> nn.Module:
+    """The module whose backward averages gradients over the ranks: DDP with more than one, else the model itself.
+
+    Buffers are not broadcast: frozen norms have none that change, synchronised norms agree by construction.
+    """
+    if current_ranks().world_size == 1:
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if current_ranks().world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any] | None:
+    """The values of all ranks, in their order, on rank 0; None on the others. Plain arrays only, please."""
+    ranks = current_ranks()
+    if ranks.world_size == 1:
+        return [value]
+    gathered: list[Any] | None = [None] * ranks.world_size if ranks.is_main else None
+    dist.gather_object(value, gathered, dst=0)
+    return gathered
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if current_ranks().world_size > 1:
+        dist.barrier()
+
+
+def all_reduce_mean(value: Tensor) -> Tensor:
+    """The mean of a tensor over the ranks, without gradient, as a new tensor."""
+    ranks = current_ranks()
+    if ranks.world_size == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / ranks.world_size
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """The sum of a tensor over the ranks; differentiable, and its gradient is summed over the ranks too."""
+    return _AllReduceSum.apply(value) if current_ranks().world_size > 1 else value

@@ -1,0 +1,237 @@
+"""The things that pass between the parts: what is drawn, what is fed, what comes out.
+
+Letters, here and everywhere: B images, L levels, N cells, A anchors per cell, M = N * A candidates,
+G objects per image (padded), R proposals, S samples, D detections, K foreground classes, C channels,
+H, W of a tensor, h, w of an image before padding.
+
+Two frames exist. The original frame is the pixels of the file; the input frame is the pixels after the transforms,
+which the model sees. Coordinates follow the convention stated in `boxes.py`. Tensors of fixed shape carry a `valid`
+mask; what lies under False is defined (zeros, or the unit box) but means nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def _map_tensors(record: T, function) -> T:
+    """A copy of a dataclass whose tensors (also those in nested dataclasses) went through `function`."""
+    changed = {}
+    for item in fields(record):  # type: ignore[arg-type]
+        value = getattr(record, item.name)
+        if isinstance(value, Tensor):
+            changed[item.name] = function(value)
+        elif isinstance(value, Targets):
+            changed[item.name] = _map_tensors(value, function)
+    return replace(record, **changed)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """A whole data set as flat arrays: made by `data`, read by `evaluation`, shared by all workers.
+
+    Row i of the images owns the boxes `offsets[i]:offsets[i + 1]`. Boxes are in the original frame, xyxy; labels are
+    contiguous in [0, K); crowd regions are kept here (training leaves them out, evaluation honours them).
+    Paths are one run of UTF-8 bytes: a Python list of strings would be copied by every worker that reads it.
+    """
+
+    image_ids: Tensor  # i64 [I], the ids of the file
+    path_bytes: Tensor  # u8, all paths one after another
+    path_offsets: Tensor  # i64 [I + 1]
+    sizes: Tensor  # i64 [I, 2], (h, w) in the original frame
+    offsets: Tensor  # i64 [I + 1]
+    boxes: Tensor  # f64 [T, 4]
+    labels: Tensor  # i64 [T]
+    iscrowd: Tensor  # bool [T]
+    area: Tensor  # f64 [T], of the object (its mask, where the file has one), px^2
+    annotation_ids: Tensor  # i64 [T]
+    class_names: tuple[str, ...]  # [K], ordered by category id
+    category_ids: tuple[int, ...]  # [K]
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def path(self, index: int) -> Path:
+        """Where the picture of row `index` lies."""
+        start, stop = self.path_offsets[index : index + 2].tolist()
+        return Path(self.path_bytes[start:stop].numpy().tobytes().decode())
+
+    def rows(self, index: int) -> slice:
+        """The rows of `boxes`, `labels`, ... that belong to image row `index`."""
+        start, stop = self.offsets[index : index + 2].tolist()
+        return slice(start, stop)
+
+    def share_memory(self) -> Annotations:
+        """Move every array to shared memory, in place, so that forked and spawned workers read the same pages."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                value.share_memory_()
+        return self
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is drawn on each image of a batch, in the input frame.
+
+    G is the same for all images (8, 16, 32, ...; never 0). Padding rows hold the box (0, 0, 1, 1), label 0 and
+    valid False. An image without objects is a row of False.
+    """
+
+    boxes: Tensor  # f32 [B, G, 4], xyxy
+    labels: Tensor  # i64 [B, G]
+    valid: Tensor  # bool [B, G]
+
+    @classmethod
+    def pad(cls, boxes: list[Tensor], labels: list[Tensor]) -> Targets:
+        """Stack the objects of single images, `boxes[i]` [G_i, 4] and `labels[i]` [G_i], padding G to a power of two."""
+        most = max((len(image) for image in boxes), default=0)
+        width = max(8, 1 << max(most - 1, 0).bit_length())
+        padded = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(boxes), width, 1)
+        ids = torch.zeros(len(boxes), width, dtype=torch.int64)
+        valid = torch.zeros(len(boxes), width, dtype=torch.bool)
+        for row, (image_boxes, image_labels) in enumerate(zip(boxes, labels, strict=True)):
+            count = len(image_boxes)
+            if count != len(image_labels):
+                raise ValueError(f"Targets: expected one label per box, got {len(image_labels)} labels for {count} boxes in image {row}.")
+            padded[row, :count] = image_boxes
+            ids[row, :count] = image_labels
+            valid[row, :count] = True
+        return cls(padded, ids, valid)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images as the model gets them, with what is drawn on them.
+
+    Images are padded right and bottom to a common canvas whose sides the model's largest stride divides. What bytes
+    lie in the padding is irrelevant: the model masks it after normalising.
+    """
+
+    pixels: Tensor  # u8 [B, 3, H, W] RGB, or f32 in 0..255
+    sizes: Tensor  # i64 [B, 2], (h, w) in the input frame, before padding
+    original_sizes: Tensor  # i64 [B, 2], (h, w) in the original frame
+    targets: Targets
+    indices: Tensor  # i64 [B], rows of Annotations
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def to(self, device: torch.device | str) -> Batch:
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return _map_tensors(self, lambda tensor: tensor.pin_memory())
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """Feature maps of one batch, fine to coarse, all of C channels.
+
+    Strides are declared by the neck, never guessed from sizes. `sizes` are those of the images, so that whoever reads
+    the pyramid knows where the padding starts.
+    """
+
+    levels: list[Tensor]  # [B, C, H_l, W_l] each
+    strides: tuple[int, ...]  # input px per cell
+    sizes: Tensor  # i64 [B, 2]
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        return [(level.shape[2], level.shape[3]) for level in self.levels]
+
+    @property
+    def starts(self) -> list[int]:
+        """The row of the table at which each level starts."""
+        starts = [0]
+        for height, width in self.shapes[:-1]:
+            starts.append(starts[-1] + height * width)
+        return starts
+
+    @cached_property
+    def cells(self) -> Tensor:
+        """The pyramid as one table [B, N, C]: level by level, row by row, channels contiguous.
+
+        Float32 always: its gradient is a sum of many small contributions, which bf16 would lose.
+        """
+        # [B, C, H, W] -> [B, H*W, C], cast in the same copy
+        return torch.cat([level.flatten(2).transpose(1, 2).float() for level in self.levels], dim=1)
+
+
+@dataclass(frozen=True)
+class Match:
+    """Which object each candidate stands for. Neither positive nor negative means ignored."""
+
+    positive: Tensor  # bool [B, M]
+    negative: Tensor  # bool [B, M]
+    matched_idxs: Tensor  # i64 [B, M] in [0, G)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The candidates that a loss looks at: positives first, then negatives, then unused slots."""
+
+    idxs: Tensor  # i64 [B, S] in [0, M)
+    positive: Tensor  # bool [B, S]
+    valid: Tensor  # bool [B, S]
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """The RPN's boxes after filtering: clipped to the image, best first, without gradient."""
+
+    boxes: Tensor  # f32 [B, R, 4], input frame
+    logits: Tensor  # f32 [B, R]
+    valid: Tensor  # bool [B, R]
+
+
+@dataclass(frozen=True)
+class Detections:
+    """The detector's answer, best first."""
+
+    boxes: Tensor  # f32 [B, D, 4]
+    scores: Tensor  # f32 [B, D] in [0, 1]
+    labels: Tensor  # i64 [B, D] in [0, K)
+    valid: Tensor  # bool [B, D]
+
+    def to_original(self, batch: Batch) -> Detections:
+        """From the input frame to the original frame, by the actual ratio of the sides, clipped to the image."""
+        ratio = batch.original_sizes.float() / batch.sizes.float()  # [B, 2] (h, w)
+        limit = batch.original_sizes.float().flip(1).repeat(1, 2)  # [B, 4] (w, h, w, h)
+        boxes = self.boxes * ratio.flip(1).repeat(1, 2)[:, None]
+        return replace(self, boxes=torch.minimum(boxes.clamp(min=0), limit[:, None]))
+
+    def cpu(self) -> Detections:
+        return _map_tensors(self, lambda tensor: tensor.cpu())
+
+    def images(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(boxes [D, 4], scores [D], labels [D]) of each image, without the empty slots."""
+        for boxes, scores, labels, valid in zip(self.boxes, self.scores, self.labels, self.valid, strict=True):
+            yield boxes[valid], scores[valid], labels[valid]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Named scalar terms whose sum is minimised, and named statistics that are only logged."""
+
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+
+    def __or__(self, other: Losses) -> Losses:
+        return Losses(self.terms | other.terms, self.statistics | other.statistics)
+
+    def total(self) -> Tensor:
+        return torch.stack(list(self.terms.values())).sum()
