@@ -1,0 +1,35 @@
+# Every target makes its own environment first: a machine with Python is enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test test-all lint types tests
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY) ## draw a data set, train a small detector on it, show its metrics (minutes, CPU is enough)
+	$(BIN)/python datasets/make_shapes.py output=datasets/shapes
+	@test ! -e runs/demo || mv -v runs/demo runs/demo_until_$$(date +%Y-%m-%d_%H-%M-%S)
+	$(BIN)/python tools/train.py experiment=demo
+
+test: lint types tests ## what CI runs: lint, types and the tests that take seconds
+
+test-all: lint types $(READY) ## the same with the slow tests
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+lint: $(READY) ## ruff
+	$(BIN)/ruff check .
+
+types: $(READY) ## mypy
+	$(BIN)/mypy
+
+tests: $(READY)
+	$(BIN)/python -m pytest -n 2
+
+$(READY): setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,39 @@
+"""What fpn_det is made of and what it needs; the settings of the tools live in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (ROOT / "fpn_det/__init__.py").read_text()).group(1)
+
+setup(
+    name="fpn_det",
+    version=version,
+    description="Train object detectors built around the Feature Pyramid Network.",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # The YAML tree travels inside the package, so that an installed fpn_det composes its configs anywhere.
+    packages=[*find_packages(include=["fpn_det", "fpn_det.*"]), "fpn_det.configs"],
+    package_dir={"fpn_det.configs": "configs"},
+    package_data={"fpn_det": ["py.typed"], "fpn_det.configs": ["**/*.yaml"]},
+    # Lower bounds only: an upper one would make somebody's environment unsolvable.
+    install_requires=[
+        "torch>=2.4",
+        "torchvision>=0.19",
+        "pycocotools>=2.0.8",
+        "hydra-core>=1.3.2",
+        "tensorboard>=2.16",
+        "albumentations>=2.0.8",
+        "numpy>=1.26",
+        "rich>=13.7",
+    ],
+    extras_require={
+        "dev": ["ruff==0.17.6", "mypy==2.4.1", "pytest==9.2.0", "pytest-xdist==3.8.0"],
+        "slurm": ["hydra-submitit-launcher>=1.2"],
+        "sweep": ["hydra-joblib-launcher>=1.2"],
+    },
+)

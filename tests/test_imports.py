@@ -1,0 +1,78 @@
+"""The layers: who may import whom, read from the source itself."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted([*(ROOT / "fpn_det").rglob("*.py"), *(ROOT / "tools").glob("*.py")])
+
+RANKS = {
+    "": 0,
+    **dict.fromkeys(["structures", "boxes", "runtime"], 0),
+    **dict.fromkeys(["anchors", "matching", "pyramid", "nms"], 1),
+    **dict.fromkeys(["models", "data", "evaluation", "interop"], 2),
+    "engine": 3,
+    **dict.fromkeys(["config", "doctor"], 4),
+    "api": 5,
+    "tools": 6,
+}
+
+# A library that only some files may know.
+IMPORTERS = {
+    "hydra": {"fpn_det/config.py", "fpn_det/api.py", "tools"},
+    "omegaconf": {"fpn_det/config.py", "fpn_det/api.py", "tools"},
+    "pycocotools": {"fpn_det/evaluation/coco.py"},
+    "torch.utils.tensorboard": {"fpn_det/engine/log.py"},
+    "tensorboard": {"fpn_det/engine/log.py"},
+    "albumentations": {"fpn_det/data/transforms.py"},
+    "torch.distributed": {"fpn_det/runtime.py"},
+}
+
+
+def imports(path: Path) -> list[str]:
+    """The full names of what a file imports, `from a import b` as `a.b`."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: write the full name, not a relative import."
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def part(path: Path) -> str:
+    """The part of the table that a file belongs to: a module or a folder of fpn_det, or `tools`."""
+    relative = path.relative_to(ROOT)
+    if relative.parts[0] == "tools":
+        return "tools"
+    return relative.with_suffix("").parts[1].replace("__init__", "")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_to_lower_ranks(path):
+    here = part(path)
+    for name in imports(path):
+        if name.split(".")[0] != "fpn_det":
+            continue
+        there = name.split(".")[1] if "." in name else ""
+        there = there if there in RANKS else ""
+        assert here == there or RANKS[there] < RANKS[here], f"{here} imports {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_of_a_library_stay_in_its_file(path):
+    place = str(path.relative_to(ROOT))
+    for name in imports(path):
+        for library, importers in IMPORTERS.items():
+            if name == library or name.startswith(library + "."):
+                assert place in importers or part(path) in importers, f"{place} imports {name}"
+
+
+def test_imports_table_names_every_part():
+    parts = {part(path) for path in SOURCES}
+    assert parts <= set(RANKS), f"not in the table: {parts - set(RANKS)}"
