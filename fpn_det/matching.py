@@ -1,0 +1,140 @@
+"""Which object a candidate stands for, and which candidates a loss looks at (Faster R-CNN 3.1.2).
+
+Everything here has a fixed shape and asks the device nothing: no candidate is picked by a data-dependent index list.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fpn_det.boxes import box_iou
+from fpn_det.structures import Match, Sample, Targets
+
+PAIRS_AT_ONCE = 1 << 24  # IoU values in memory at a time: 64 MiB, whatever the number of objects
+
+
+class Matcher:
+    """Compare candidates with objects by IoU.
+
+    A candidate is positive for the object it overlaps most if that IoU reaches `positive_iou`, negative if it stays
+    below `negative_iou`, ignored in between.
+
+    Args:
+        positive_iou, negative_iou: thresholds in [0, 1].
+        rescue: make every object's best candidates positive too, however little they overlap (they keep the object
+            that they overlap most).
+        rescue_above: an object is rescued only if its best IoU exceeds this. 0 leaves objects alone that nothing
+            touches; -1 is what torchvision and detectron2 do, who then turn every candidate positive.
+        rescue_reassigns: a rescued candidate takes the object that it rescues (the last one, if several), as
+            mmdetection does.
+    """
+
+    def __init__(
+        self,
+        positive_iou: float = 0.7,
+        negative_iou: float = 0.3,
+        rescue: bool = False,
+        rescue_above: float = 0.0,
+        rescue_reassigns: bool = False,
+    ) -> None:
+        if not 0 <= negative_iou <= positive_iou <= 1:
+            raise ValueError(
+                f"matcher: expected 0 <= negative_iou <= positive_iou <= 1, got {negative_iou} and {positive_iou}."
+            )
+        self.positive_iou = positive_iou
+        self.negative_iou = negative_iou
+        self.rescue = rescue
+        self.rescue_above = rescue_above
+        self.rescue_reassigns = rescue_reassigns
+
+    @torch.no_grad()
+    def __call__(self, targets: Targets, candidates: Tensor, allowed: Tensor) -> Match:
+        """Match candidates [M, 4] or [B, M, 4], of which only those `allowed` [B, M] take part."""
+        candidates = candidates.expand(len(targets.boxes), -1, -1) if candidates.dim() == 2 else candidates
+        chunk = max(1, PAIRS_AT_ONCE // targets.labels.numel())
+        parts = list(zip(candidates.split(chunk, dim=1), allowed.split(chunk, dim=1), strict=True))
+        ious = [self._iou(targets, *parts[0])] if len(parts) == 1 else None  # kept if it is the only one
+
+        def iou_of(part: int) -> Tensor:
+            return ious[part] if ious else self._iou(targets, *parts[part])
+
+        best = [iou_of(part).max(dim=1) for part in range(len(parts))]
+        best_iou = torch.cat([values for values, _ in best], dim=1)  # [B, M], -1 where nothing is drawn
+        matched_idxs = torch.cat([idxs for _, idxs in best], dim=1)
+        positive = best_iou >= self.positive_iou
+        if self.rescue:
+            object_best = torch.stack([iou_of(part).amax(dim=2) for part in range(len(parts))]).amax(dim=0)  # [B, G]
+            wanted = targets.valid & (object_best > self.rescue_above)
+            rescued, rescuers = [], []
+            for part in range(len(parts)):
+                is_best = (iou_of(part) == object_best[..., None]) & wanted[..., None]  # [B, G, M']
+                rescued.append(is_best.any(dim=1))
+                if self.rescue_reassigns:
+                    order = torch.arange(1, is_best.shape[1] + 1, device=is_best.device)[:, None]
+                    rescuers.append((is_best * order).amax(dim=1))  # object + 1, 0 for none
+            positive = positive | torch.cat(rescued, dim=1)
+            if self.rescue_reassigns:
+                rescuer = torch.cat(rescuers, dim=1)
+                matched_idxs = torch.where(rescuer > 0, rescuer - 1, matched_idxs)
+        positive = positive & allowed
+        negative = (best_iou < self.negative_iou) & allowed & ~positive
+        return Match(positive, negative, matched_idxs)
+
+    @staticmethod
+    def _iou(targets: Targets, candidates: Tensor, allowed: Tensor) -> Tensor:
+        """[B, G, M'], -1 for padding rows and candidates that may not take part."""
+        iou = box_iou(targets.boxes, candidates)
+        return iou.masked_fill_(~(targets.valid[:, :, None] & allowed[:, None, :]), -1.0)
+
+
+class Sampler:
+    """Draw at most `num_samples` candidates per image, at most `positive_fraction` of them positive.
+
+    The draw is a function of (seed, step, image, candidate) and of nothing else, so it does not depend on workers,
+    ranks or the order of a batch, and a resumed run draws what the uninterrupted one would have.
+    """
+
+    def __init__(self, num_samples: int, positive_fraction: float, seed: int = 0) -> None:
+        if num_samples < 1 or not 0 <= positive_fraction <= 1:
+            raise ValueError(
+                f"sampler: expected num_samples >= 1 and positive_fraction in 0..1, got {num_samples} and {positive_fraction}."
+            )
+        self.num_samples = num_samples
+        self.positive_fraction = positive_fraction
+        self.seed = seed
+
+    @torch.no_grad()
+    def __call__(self, match: Match, indices: Tensor, step: int) -> Sample:
+        """Draw for images with these data set `indices` [B] at this optimizer step."""
+        keys = random_keys(self.seed, step, indices, match.positive.shape[1])
+        num_slots = min(self.num_samples, keys.shape[1])
+        max_positives = min(int(self.num_samples * self.positive_fraction), keys.shape[1])
+        positive_keys, positive_idxs = torch.where(match.positive, keys, -1).topk(max_positives)
+        negative_keys, negative_idxs = torch.where(match.negative, keys, -1).topk(num_slots)
+        num_positives = (positive_keys >= 0).sum(dim=1, keepdim=True)
+        num_negatives = (negative_keys >= 0).sum(dim=1, keepdim=True)
+        slots = torch.arange(num_slots, device=keys.device).expand(len(keys), -1)
+        positive = slots < num_positives
+        # slot s holds the s-th positive, then negative number s - num_positives
+        source = torch.where(positive, slots, max_positives + slots - num_positives)
+        idxs = torch.cat([positive_idxs, negative_idxs], dim=1).gather(1, source)
+        return Sample(idxs, positive, slots < num_positives + num_negatives)
+
+
+def random_keys(seed: int, step: int, indices: Tensor, num_candidates: int) -> Tensor:
+    """Distinct non-negative random integers [B, M], i64: a hash of (seed, step, data set index, candidate)."""
+    start = _mix((_mix_int(_mix_int(seed) + step) + indices) & 0xFFFFFFFF)
+    candidates = torch.arange(num_candidates, device=indices.device)
+    return (_mix(start[:, None] ^ _mix(candidates)) << 30) | candidates  # the index in the low bits breaks ties
+
+
+def _mix(value: Tensor) -> Tensor:
+    """Scramble 32-bit integers held in i64; a bijection (multiply and xor-shift rounds)."""
+    value = ((value ^ (value >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    value = ((value ^ (value >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return value ^ (value >> 16)
+
+
+def _mix_int(value: int) -> int:
+    return int(_mix(torch.tensor(value & 0xFFFFFFFF)))

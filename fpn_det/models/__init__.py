@@ -1,0 +1,1 @@
+"""The detector and its parts: backbone, neck, RPN, ROI head. Each builds in a REPL from plain values."""

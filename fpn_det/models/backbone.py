@@ -1,0 +1,152 @@
+"""ResNet, the bottom-up pathway: torchvision's blocks and parameter names, with fixed norms folded (He et al. 2016)."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import get_model_weights
+from torchvision.models import resnet as torchvision_resnet
+
+from fpn_det.models.layers import conv_norm, make_norm
+
+
+class _Residual:
+    """What both blocks share: the shortcut."""
+
+    def shortcut(self, input: Tensor) -> Tensor:
+        downsample = self.downsample  # type: ignore[attr-defined]
+        return input if downsample is None else conv_norm(input, downsample[0], downsample[1])
+
+
+class BasicBlock(_Residual, torchvision_resnet.BasicBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        output = conv_norm(x, self.conv1, self.bn1).relu_()
+        output = conv_norm(output, self.conv2, self.bn2)
+        return output.add_(self.shortcut(x)).relu_()
+
+
+class Bottleneck(_Residual, torchvision_resnet.Bottleneck):
+    def forward(self, x: Tensor) -> Tensor:
+        output = conv_norm(x, self.conv1, self.bn1).relu_()
+        output = conv_norm(output, self.conv2, self.bn2).relu_()
+        output = conv_norm(output, self.conv3, self.bn3)
+        return output.add_(self.shortcut(x)).relu_()
+
+
+_BLOCKS: dict[int, tuple[type, list[int]]] = {
+    18: (BasicBlock, [2, 2, 2, 2]),
+    34: (BasicBlock, [3, 4, 6, 3]),
+    50: (Bottleneck, [3, 4, 6, 3]),
+    101: (Bottleneck, [3, 4, 23, 3]),
+}
+
+
+class ResNet(torchvision_resnet.ResNet):
+    """Maps C2..C5 of a ResNet.
+
+    Building never reads a file: `load_pretrained` does, and only a fresh run calls it.
+
+    Args:
+        depth: 18, 34, 50 or 101.
+        weights: `imagenet` (torchvision's IMAGENET1K_V1), the path of a ResNet state dict, or None for random ones.
+        norm: one of `layers.NORMS`; None = frozen with pretrained weights, batch without.
+        frozen_stages: how many of stem, C2, C3, C4, C5 are not trained; None = 2 with pretrained weights, 0 without.
+        stride_in_1x1: stride on a bottleneck's first convolution, as in the original weights of MSRA; else on its 3x3.
+
+    Attributes:
+        channels, strides: of C2..C5.
+
+    Raises:
+        ValueError: unknown depth or norm, stages out of range.
+    """
+
+    def __init__(
+        self,
+        depth: int = 50,
+        weights: str | None = None,
+        norm: str | None = None,
+        frozen_stages: int | None = None,
+        stride_in_1x1: bool = False,
+    ) -> None:
+        if depth not in _BLOCKS:
+            raise ValueError(f"backbone.depth: expected one of {', '.join(map(str, _BLOCKS))}, got {depth}.")
+        norm = norm or ("frozen" if weights else "batch")
+        frozen_stages = frozen_stages if frozen_stages is not None else (2 if weights else 0)
+        if not 0 <= frozen_stages <= 5:
+            raise ValueError(f"backbone.frozen_stages: expected 0 (none) to 5 (all), got {frozen_stages}.")
+        block, layers = _BLOCKS[depth]
+        super().__init__(block, layers, norm_layer=partial(make_norm, norm))
+        del self.fc, self.avgpool
+        self.depth = depth
+        self.weights = weights
+        self.norm = norm
+        self.frozen_stages = frozen_stages
+        self.channels = tuple(width * block.expansion for width in (64, 128, 256, 512))  # type: ignore[attr-defined]
+        self.strides = (4, 8, 16, 32)
+        if stride_in_1x1 and block is Bottleneck:
+            for layer in (self.layer2, self.layer3, self.layer4):
+                layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
+        self.frozen_parts = [self.conv1, self.bn1, *self._stages()] if frozen_stages else []
+        self.frozen_parts = self.frozen_parts[: frozen_stages + 1]
+        for part in self.frozen_parts:
+            part.requires_grad_(False)
+
+    def _stages(self) -> list[nn.Module]:
+        return [self.layer1, self.layer2, self.layer3, self.layer4]
+
+    def train(self, mode: bool = True) -> ResNet:
+        """Frozen stages keep their statistics: their norms stay in eval."""
+        super().train(mode)
+        for part in self.frozen_parts:
+            part.eval()
+        return self
+
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        """Normalised images [B, 3, H, W] to [C2, C3, C4, C5]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen_stages < 1):
+            x = self.maxpool(conv_norm(x, self.conv1, self.bn1).relu_())
+        outputs = []
+        for number, stage in enumerate(self._stages(), start=2):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen_stages < number):
+                x = stage(x)
+            outputs.append(x)
+        return outputs
+
+    def load_pretrained(self) -> None:
+        """Fill in the weights that `weights` names; nothing to do for None.
+
+        Raises:
+            ValueError: no such file and none to be fetched, or a file that does not fit.
+        """
+        if self.weights is None:
+            return
+        state = self._imagenet_state() if self.weights == "imagenet" else self._file_state(Path(self.weights))
+        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+        missing, unexpected = self.load_state_dict(state, strict=False)
+        missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+        unexpected = [name for name in unexpected if not name.endswith("num_batches_tracked")]
+        if missing or unexpected:
+            raise ValueError(
+                f"ResNet({self.depth}): weights '{self.weights}' do not fit: {len(missing)} missing "
+                f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])}). "
+                f"Give the weights of a ResNet-{self.depth} in torchvision's names."
+            )
+
+    def _imagenet_state(self) -> dict[str, Tensor]:
+        url = get_model_weights(f"resnet{self.depth}")["IMAGENET1K_V1"].url
+        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+        try:
+            return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"ResNet({self.depth}): no file for weights 'imagenet' at {path}, and {url} could not be fetched ({error}). "
+                f"Put the file there, give a path, or set model.backbone.weights=null."
+            ) from error
+
+    def _file_state(self, path: Path) -> dict[str, Tensor]:
+        if not path.is_file():
+            raise ValueError(f"ResNet({self.depth}): no file for weights at {path.absolute()}. Give another path, or set model.backbone.weights=null.")
+        return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,0 +1,194 @@
+"""Reading sparse places of a pyramid: rows of one table of cells.
+
+`Pyramid.cells` lays all levels in one axis. A row index is `start[level] + y * W_level + x`, so a reader needs the
+level only to know `start` and `W`: boxes of all levels and images are read in one call, without loops or scatter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+
+from fpn_det.boxes import box_area
+from fpn_det.structures import Pyramid
+
+
+class _Geometry(NamedTuple):
+    """Per level: first row, height, width, stride; each [L], on the pyramid's device."""
+
+    start: Tensor
+    height: Tensor
+    width: Tensor
+    stride: Tensor
+
+
+def _geometry(pyramid: Pyramid, num_levels: int) -> _Geometry:
+    rows = [
+        (start, *shape, stride)
+        for start, shape, stride in zip(pyramid.starts, pyramid.shapes, pyramid.strides, strict=True)
+    ]
+    table = torch.tensor(rows[:num_levels]).to(pyramid.levels[0].device, non_blocking=True)
+    return _Geometry(*table.unbind(1))
+
+
+class LevelAssigner:
+    """Choose the level that a box is pooled from: k = floor(k0 + log2(sqrt(w * h) / 224)) (FPN, eq. 1).
+
+    Args:
+        strides: of the levels that boxes may be pooled from, fine to coarse.
+        canonical_size: a box of this side, px,
+        canonical_level: goes to this level; level k has stride 2**k.
+        epsilon: added to the ratio before the logarithm,
+        epsilon_outside: or after it (torchvision), so that a box just below a limit counts as on it.
+    """
+
+    def __init__(
+        self,
+        strides: Sequence[int],
+        canonical_size: float = 224,
+        canonical_level: int = 4,
+        epsilon: float = 1e-8,
+        epsilon_outside: float = 0.0,
+    ) -> None:
+        levels = [stride.bit_length() - 1 for stride in strides]
+        if [1 << level for level in levels] != list(strides) or levels != list(range(levels[0], levels[0] + len(levels))):
+            raise ValueError(f"LevelAssigner: expected strides that double from level to level, got {list(strides)}.")
+        self.first, self.num_levels = levels[0], len(levels)
+        self.canonical_size = canonical_size
+        self.canonical_level = canonical_level
+        self.epsilon = epsilon
+        self.epsilon_outside = epsilon_outside
+
+    def __call__(self, boxes: Tensor) -> Tensor:
+        """Level indices [...] in [0, L) of boxes [..., 4] in input px."""
+        scale = box_area(boxes).clamp(min=0).sqrt() / self.canonical_size
+        level = torch.floor(self.canonical_level + torch.log2(scale + self.epsilon) + self.epsilon_outside)
+        return (level - self.first).clamp(0, self.num_levels - 1).long()  # a box of no area goes to the finest
+
+
+class RoIAlign:
+    """Pool a fixed grid of bins from each box's level (Mask R-CNN 3; level by FPN 4.2).
+
+    A bin is the mean of its sampling points, a point the bilinear mix of four cells, so a bin is a weighted sum of
+    rows of the table; all bins of all boxes are one `embedding_bag`. `method="torchvision"` calls torchvision's
+    operator level by level instead; it gives the same values.
+
+    Args:
+        strides: of the levels to pool from, fine to coarse (the first of the pyramid's).
+        output_size: bins per side.
+        sampling_ratio: sampling points per bin and side; 0 = as many as the bin has cells (torchvision's operator only).
+        aligned: shift by half a cell, so that box and cells share one convention.
+        method: `table` or `torchvision`.
+        canonical_size, canonical_level, epsilon, epsilon_outside: of the `LevelAssigner`.
+
+    Raises:
+        ValueError: `sampling_ratio` 0 with the table.
+    """
+
+    def __init__(
+        self,
+        strides: Sequence[int],
+        output_size: int = 7,
+        sampling_ratio: int = 2,
+        aligned: bool = True,
+        method: str = "table",
+        canonical_size: float = 224,
+        canonical_level: int = 4,
+        epsilon: float = 1e-8,
+        epsilon_outside: float = 0.0,
+    ) -> None:
+        if method not in ("table", "torchvision"):
+            raise ValueError(f"pooler.method: expected table or torchvision, got '{method}'.")
+        if method == "table" and sampling_ratio < 1:
+            raise ValueError("pooler: sampling_ratio 0 has no fixed number of points. Set pooler.method=torchvision.")
+        self.strides = tuple(strides)
+        self.output_size = output_size
+        self.sampling_ratio = sampling_ratio
+        self.aligned = aligned
+        self.method = method
+        self.assigner = LevelAssigner(strides, canonical_size, canonical_level, epsilon, epsilon_outside)
+
+    def __call__(self, pyramid: Pyramid, boxes: Tensor) -> Tensor:
+        """Pool boxes [B, R, 4] (input px) of each image: [B * R, C, output_size, output_size], float32."""
+        assert pyramid.strides[: len(self.strides)] == self.strides, "pooling from other levels than declared"
+        with torch.autocast(boxes.device.type, enabled=False):
+            pool = self._table if self.method == "table" else self._torchvision
+            return pool(pyramid, boxes, self.assigner(boxes))
+
+    def _table(self, pyramid: Pyramid, boxes: Tensor, levels: Tensor) -> Tensor:
+        cells = pyramid.cells
+        num_images, num_cells, channels = cells.shape
+        start, height, width, stride = (value[levels] for value in _geometry(pyramid, len(self.strides)))
+        first_row = start + torch.arange(num_images, device=boxes.device)[:, None] * num_cells
+        x, x_weight = self._axis(boxes[..., 0], boxes[..., 2], stride, width)
+        y, y_weight = self._axis(boxes[..., 1], boxes[..., 3], stride, height)
+        rows = first_row[..., None, None] + y * width[..., None, None]
+        # [B, R, bins_y, 1, 2 * points, 1] and [B, R, 1, bins_x, 1, 2 * points] -> one bag of rows per bin
+        bag = rows[:, :, :, None, :, None] + x[:, :, None, :, None, :]
+        weight = y_weight[:, :, :, None, :, None] * x_weight[:, :, None, :, None, :]
+        size = (2 * self.sampling_ratio) ** 2
+        bins = F.embedding_bag(
+            bag.reshape(-1, size), cells.flatten(0, 1), per_sample_weights=weight.reshape(-1, size), mode="sum"
+        )
+        # [B*R*bins*bins, C] -> [B*R, C, bins, bins]
+        return bins.view(-1, self.output_size, self.output_size, channels).permute(0, 3, 1, 2)
+
+    def _axis(self, low: Tensor, high: Tensor, stride: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+        """Cells and their weights along one axis: [B, R, bins, 2 * points] each.
+
+        A point that lies more than one cell outside counts as zero; otherwise it is moved onto the map.
+        """
+        low, high = low / stride, high / stride
+        extent = high - low if self.aligned else (high - low).clamp(min=1)
+        low = low - 0.5 if self.aligned else low
+        num_points = self.output_size * self.sampling_ratio
+        steps = (torch.arange(num_points, device=low.device) + 0.5) / num_points
+        limit = limit[..., None]
+        point = low[..., None] + steps * extent[..., None]
+        inside = (point >= -1) & (point <= limit)
+        point = torch.minimum(point.clamp(min=0), limit - 1)
+        cell = point.floor().long()  # NaN boxes are never pooled: proposals are finite
+        fraction = point - cell
+        cells = torch.stack([cell, torch.minimum(cell + 1, limit - 1)], dim=-1)
+        weights = torch.stack([1 - fraction, fraction], dim=-1) * (inside / self.sampling_ratio)[..., None]
+        shape = (*low.shape, self.output_size, 2 * self.sampling_ratio)
+        return cells.reshape(shape), weights.reshape(shape)
+
+    def _torchvision(self, pyramid: Pyramid, boxes: Tensor, levels: Tensor) -> Tensor:
+        image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
+        rois = torch.cat([image[:, None].to(boxes.dtype), boxes.flatten(0, 1)], dim=1)
+        channels = pyramid.levels[0].shape[1]
+        pooled = rois.new_zeros(len(rois), channels, self.output_size, self.output_size)
+        for level, stride in enumerate(self.strides):
+            (here,) = torch.where(levels.flatten() == level)
+            features = torchvision.ops.roi_align(
+                pyramid.levels[level].float(), rois[here], self.output_size, 1 / stride, self.sampling_ratio, self.aligned
+            )
+            pooled = pooled.index_put((here,), features)
+        return pooled
+
+
+def gather_neighborhoods(pyramid: Pyramid, cell_idxs: Tensor) -> Tensor:
+    """The 3x3 cells around each of `cell_idxs` [B, S], as a 3x3 convolution with padding 1 sees them.
+
+    Returns:
+        [B, S, 9 * C], float32, row by row, channels innermost; zero outside the map.
+    """
+    geometry = _geometry(pyramid, len(pyramid.levels))
+    level = torch.searchsorted(geometry.start, cell_idxs, right=True) - 1
+    start, height, width, _ = (value[level][..., None] for value in geometry)
+    cell = cell_idxs[..., None] - start
+    around = torch.arange(9, device=cell_idxs.device)
+    y = cell // width + around // 3 - 1
+    x = cell % width + around % 3 - 1
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)  # [B, S, 9]
+    num_images, num_cells, _ = pyramid.cells.shape
+    image = torch.arange(num_images, device=cell_idxs.device)[:, None, None] * num_cells
+    rows = image + start + torch.where(inside, y * width + x, 0)
+    values = F.embedding(rows, pyramid.cells.flatten(0, 1))
+    return torch.where(inside[..., None], values, 0.0).flatten(2)
