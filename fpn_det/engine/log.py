@@ -1,0 +1,302 @@
+"""What a run tells: to the screen, to `log.txt` and to TensorBoard. The only file that knows TensorBoard.
+
+Rank 0 speaks; every other rank writes to a file of its own, `rank{k}.log`. On a terminal there is a progress bar below
+the lines; in files and pipes there are lines only, without carriage returns. An undefined value (None) is shown as n/a
+and never becomes a point of a curve.
+"""
+
+from __future__ import annotations
+
+import datetime
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+from rich import box
+from rich.columns import Columns
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from fpn_det.evaluation.coco import Evaluation
+from fpn_det.runtime import Ranks, all_reduce_mean
+
+T = TypeVar("T")
+
+CLASSES_PER_COLUMN = 20
+FILE_WIDTH = 140  # of the tables in log.txt
+
+
+class Meters:
+    """Means of device scalars since the last read. They stay on the device until then."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, ...], Tensor] = {}
+        self._counts: dict[tuple[str, ...], int] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Count one value of each name. Names that are added together stay together: that is one sum, not one each."""
+        names = tuple(values)
+        row = torch.stack([value.detach().float() for value in values.values()])
+        self._sums[names] = self._sums[names] + row if names in self._sums else row
+        self._counts[names] = self._counts.get(names, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        """The mean of each name over its values and over the ranks, in one transfer to the host; then start again.
+
+        A collective: every rank reads at the same step.
+        """
+        if not self._sums:
+            return {}
+        means = torch.cat([total / self._counts[names] for names, total in self._sums.items()])
+        names = [name for group in self._sums for name in group]
+        self._sums, self._counts = {}, {}
+        return dict(zip(names, all_reduce_mean(means).tolist(), strict=True))  # the one host read
+
+
+class Pace:
+    """How fast training goes and when it will be over. Evaluations are timed apart, and the rest of them foreseen.
+
+    Args:
+        step: the last one that is done; 0 at the start of a fresh run.
+        total_steps: the last one of the run.
+        batch_size: images per step, over all ranks.
+        eval_every: steps from one evaluation to the next; 0 is only at the end.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self, step: int, total_steps: int, batch_size: int, eval_every: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.first_step = step
+        self.total_steps = total_steps
+        self._batch_size = batch_size
+        self._eval_every = eval_every or total_steps
+        self._clock = clock
+        self._last_step = step
+        self._started = self._last_read = clock()
+        self._waited_s = self._evaluated_s = self._evaluated_since_read_s = 0.0
+        self._num_evaluations = 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for the next batch."""
+        start = self._clock()
+        yield
+        self._waited_s += self._clock() - start
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around everything that is not training."""
+        start = self._clock()
+        yield
+        seconds = self._clock() - start
+        self._evaluated_s += seconds
+        self._evaluated_since_read_s += seconds
+        self._num_evaluations += 1
+
+    def read(self, step: int) -> dict[str, float]:
+        """Throughput since the last read: images per second, and seconds per step spent waiting for data."""
+        now = self._clock()
+        steps = max(step - self._last_step, 1)
+        seconds = now - self._last_read - self._evaluated_since_read_s
+        speed = {"images_per_s": steps * self._batch_size / max(seconds, 1e-9), "data_s": self._waited_s / steps}
+        self._last_step, self._last_read = step, now
+        self._waited_s = self._evaluated_since_read_s = 0.0
+        return speed
+
+    def evaluations_after(self, step: int) -> int:
+        """How many evaluations follow the one of `step`, the last step's included."""
+        if step >= self.total_steps:
+            return 0
+        extra = self.total_steps % self._eval_every != 0
+        return self.total_steps // self._eval_every - step // self._eval_every + extra
+
+    def eta_s(self, step: int) -> float | None:
+        """Seconds to the end of the run, its evaluations included as soon as one has been seen. None before the first step."""
+        steps_done = step - self.first_step
+        if steps_done <= 0:
+            return None
+        step_s = (self._clock() - self._started - self._evaluated_s) / steps_done
+        evaluation_s = self._evaluated_s / max(self._num_evaluations, 1)
+        return (self.total_steps - step) * step_s + self.evaluations_after(step) * evaluation_s
+
+
+def memory_mib(device: torch.device) -> float:
+    """Peak memory until now: what torch held on the GPU, elsewhere what this process held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB on Linux
+
+
+class RunLog:
+    """The voice of one run, on every rank. Use as a context: an exception that ends the run is written down with its trace.
+
+    Args:
+        folder: the run's folder, made if it is not there.
+        ranks: this process's place.
+        screen: where rank 0 prints; by default the standard output.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, screen: Console | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        name = "log.txt" if ranks.is_main else f"rank{ranks.rank}.log"
+        self._file = (folder / name).open("a", encoding="utf-8", buffering=1)
+        self._plain = Console(file=self._file, width=FILE_WIDTH, color_system=None, force_terminal=False)
+        # bound to the stream of now: whoever redirects sys.stdout for a while does not catch the progress bar
+        self._screen = (screen or Console(file=sys.stdout)) if ranks.is_main else None
+        self._writer: SummaryWriter | None = None
+        self._bar: Progress | None = None
+        self._opened = time.perf_counter()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if error is not None:
+            self._file.write("".join(traceback.format_exception(kind, error, trace)))
+        if self._writer is not None:
+            self._writer.close()
+        self._file.close()
+
+    def info(self, text: str) -> None:
+        """One line (or several) for people."""
+        stamp = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
+        self._plain.print(f"{stamp}  {text}", markup=False, highlight=False, soft_wrap=True)
+        if self._screen is not None:
+            self._screen.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def begin(self, pace: Pace) -> None:
+        """Training starts, or goes on after `pace.first_step`: open TensorBoard and, on a terminal, the progress bar.
+
+        Points that an interrupted run left behind that step are purged from the curves.
+        """
+        if self._screen is None:
+            return
+        purge_step = pace.first_step + 1 if pace.first_step else None
+        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge_step)
+        if self._screen.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+            self._bar = Progress(*columns, console=self._screen, transient=True, expand=True)
+            self._training = self._bar.add_task("training", total=pace.total_steps, completed=pace.first_step, note="")
+            self._bar.start()
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar; cheap enough for every step."""
+        if self._bar is not None:
+            self._bar.update(self._training, completed=step)
+
+    def track(self, items: Collection[T], title: str) -> Iterator[T]:
+        """Go through `items` with a progress bar of their own."""
+        if self._bar is None:
+            yield from items
+            return
+        task = self._bar.add_task(title, total=len(items), note="")
+        for item in items:
+            yield item
+            self._bar.advance(task)
+        self._bar.remove_task(task)
+
+    def train(self, step: int, values: Mapping[str, float], pace: Pace) -> None:
+        """One line and one point per curve. Names with a slash (`rois/P2`) are statistics: curves only.
+
+        Throughput is measured here, since the last call.
+        """
+        values = {**values, **pace.read(step)}
+        eta_s = pace.eta_s(step)
+        eta = "" if eta_s is None else f"eta {datetime.timedelta(seconds=round(eta_s))}"
+        shown = [f"{name} {_number(value)}" for name, value in values.items() if "/" not in name]
+        width = len(str(pace.total_steps))
+        self.info("  ".join([f"step {step:{width}}/{pace.total_steps}", *shown, eta]))
+        self.scalars(step, {name if "/" in name else f"train/{name}": value for name, value in values.items()})
+        if self._bar is not None:
+            self._bar.update(self._training, completed=step, note=eta)
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """The tables of an evaluation, and a point per metric and class."""
+        self._show(metrics_table(evaluation))
+        self._show(classes_table(evaluation))
+        for remark in evaluation.remarks():
+            self.info(remark)
+        self.scalars(step, {f"val/{name}": value for name, value in evaluation.metrics.items()})
+        self.scalars(step, {f"val_class_AP/{name}": row["AP"] for name, row in evaluation.per_class.items()})
+
+    def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Points for TensorBoard; undefined values make none."""
+        if self._writer is not None:
+            for name, value in values.items():
+                if value is not None:
+                    self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, picture: Tensor) -> None:
+        """A picture for TensorBoard, u8 [3, H, W]."""
+        if self._writer is not None:
+            self._writer.add_image(name, picture, step)
+
+    def summary(self, metric: str, best: float | None, best_step: int, evaluation: Evaluation) -> None:
+        """The last words: what came out, where it lies, and what to type next."""
+        self._show(metrics_table(evaluation))
+        python, folder = shown_path(Path(sys.executable)), shown_path(self.folder)
+        seconds = datetime.timedelta(seconds=round(time.perf_counter() - self._opened))
+        self.info(
+            f"Done in {seconds}. Best {metric} {_metric(best)} at step {best_step}.\n"
+            f"  run folder   {folder}\n"
+            f"  TensorBoard  {python} -m tensorboard.main --logdir {folder / 'tensorboard'}\n"
+            f"  next         {python} tools/eval.py run={folder}"
+        )
+
+    def _show(self, picture: RenderableType) -> None:
+        self._plain.print(picture)
+        if self._screen is not None:
+            self._screen.print(picture)
+
+
+def metrics_table(evaluation: Evaluation) -> Table:
+    """The headline numbers in one row."""
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in evaluation.metrics:
+        table.add_column(name, justify="right")
+    table.add_row(*[_metric(value) for value in evaluation.metrics.values()])
+    return table
+
+
+def classes_table(evaluation: Evaluation) -> Columns:
+    """A row per class, in as many columns as fit."""
+    rows = list(evaluation.per_class.items())
+    tables = []
+    for start in range(0, len(rows), CLASSES_PER_COLUMN):
+        table = Table("class", box=box.SIMPLE, padding=(0, 1, 0, 0))
+        for name in ("objects", "AP", "AP50", "AR"):
+            table.add_column(name, justify="right")
+        for name, row in rows[start : start + CLASSES_PER_COLUMN]:
+            table.add_row(Text(name), str(row["objects"]), _metric(row["AP"]), _metric(row["AP50"]), _metric(row["AR"]))
+        tables.append(table)
+    return Columns(tables)
+
+
+def shown_path(path: Path) -> Path:
+    """A path as somebody would type it here: relative if it lies below the working directory."""
+    path, here = path.absolute(), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _metric(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
