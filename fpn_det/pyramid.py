@@ -32,8 +32,8 @@ def _geometry(pyramid: Pyramid, num_levels: int) -> _Geometry:
         (start, *shape, stride)
         for start, shape, stride in zip(pyramid.starts, pyramid.shapes, pyramid.strides, strict=True)
     ]
-    table = torch.tensor(rows[:num_levels]).to(pyramid.levels[0].device, non_blocking=True)
-    return _Geometry(*table.unbind(1))
+    columns = torch.tensor(list(zip(*rows[:num_levels], strict=True)))
+    return _Geometry(*columns.to(pyramid.levels[0].device, non_blocking=True))
 
 
 class LevelAssigner:

@@ -199,6 +199,15 @@ class Proposals:
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """What the ROI head says of every proposal, before any selection."""
+
+    boxes: Tensor  # f32 [B, R, K, 4], clipped, input frame; [B, R, 1, 4] if one box serves all classes
+    scores: Tensor  # f32 [B, R, K] in [0, 1], without the background
+    valid: Tensor  # bool [B, R]
+
+
+@dataclass(frozen=True)
 class Detections:
     """The detector's answer, best first."""
 

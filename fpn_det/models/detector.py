@@ -1,0 +1,109 @@
+"""Faster R-CNN on a Feature Pyramid Network, assembled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fpn_det.models.backbone import ResNet
+from fpn_det.models.neck import FPN
+from fpn_det.models.roi_head import ROIHead
+from fpn_det.models.rpn import RPN
+from fpn_det.structures import Batch, Candidates, Detections, Losses, Proposals, Pyramid
+
+
+class Detector(nn.Module):
+    """From pixels to losses (`forward`) or to detections (`detect`); never one or the other by mode.
+
+    Args:
+        num_classes: K, foreground only.
+        backbone: gives maps, and declares their channels and strides.
+        neck, rpn, roi_head: make the parts, from what the part before declares.
+        pixel_mean, pixel_std: of the three channels, on 0..255, in the order that `channel_order` names.
+        channel_order: what the backbone's weights expect, `rgb` or `bgr`; batches are always RGB.
+        channels_last: memory format of all maps; no effect on values.
+
+    Attributes:
+        stride: what the sides of a canvas must divide by.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: ResNet,
+        neck: Callable[..., FPN] = FPN,
+        rpn: Callable[..., RPN] = RPN,
+        roi_head: Callable[..., ROIHead] = ROIHead,
+        pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
+        pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
+        channel_order: str = "rgb",
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"Detector: expected at least one class, got num_classes={num_classes}.")
+        if channel_order not in ("rgb", "bgr"):
+            raise ValueError(f"model.channel_order: expected rgb or bgr, got '{channel_order}'.")
+        self.num_classes = num_classes
+        self.stride = max(backbone.strides)
+        self.backbone = backbone
+        self.neck = neck(in_channels=backbone.channels, in_strides=backbone.strides)
+        self.rpn = rpn(channels=self.neck.channels, strides=self.neck.strides, canvas_stride=self.stride)
+        roi_strides = [stride for stride in self.neck.strides if stride <= self.stride]  # P6 serves the RPN only
+        self.roi_head = roi_head(channels=self.neck.channels, strides=roi_strides, num_classes=num_classes)
+        self.flips_channels = channel_order == "bgr"
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        """All losses at this optimizer step; the step decides which anchors and boxes are sampled."""
+        pyramid = self.pyramid(batch)
+        rpn = self.rpn(pyramid)
+        losses = self.rpn.losses(rpn, pyramid, batch, step)
+        proposals = self.rpn.propose(rpn, batch, self.rpn.train_filter)
+        return losses | self.roi_head.losses(pyramid, proposals, batch, step)
+
+    @torch.no_grad()
+    def detect(self, batch: Batch) -> Detections:
+        """Detections in the input frame."""
+        return self.roi_head.select(self.raw(batch), batch)
+
+    @torch.no_grad()
+    def raw(self, batch: Batch) -> Candidates:
+        """Every proposal's scores and boxes, before the final selection: for export, merging and analysis."""
+        pyramid = self.pyramid(batch)
+        return self.roi_head.raw(pyramid, self._proposals(pyramid, batch), batch)
+
+    @torch.no_grad()
+    def propose(self, batch: Batch) -> Proposals:
+        """The RPN's answer alone, with its test filter."""
+        return self._proposals(self.pyramid(batch), batch)
+
+    def _proposals(self, pyramid: Pyramid, batch: Batch) -> Proposals:
+        return self.rpn.propose(self.rpn(pyramid), batch, self.rpn.test_filter)
+
+    def pyramid(self, batch: Batch) -> Pyramid:
+        """Normalise, blank the padding, and run backbone and neck."""
+        levels = self.neck(self.backbone(self.normalize(batch)))
+        return Pyramid(levels, self.neck.strides, batch.sizes)
+
+    def normalize(self, batch: Batch) -> Tensor:
+        """Pixels [B, 3, H, W] with mean 0 and deviation 1; 0 outside each image, whatever bytes lie there."""
+        height, width = batch.pixels.shape[2:]
+        assert height % self.stride == 0 and width % self.stride == 0, "the canvas must divide by the stride"
+        pixels = batch.pixels.flip(1) if self.flips_channels else batch.pixels
+        pixels = pixels.to(torch.float32, memory_format=self.memory_format)
+        pixels = (pixels - self.pixel_mean) / self.pixel_std
+        y = torch.arange(height, device=pixels.device)[:, None] < batch.sizes[:, 0, None, None]  # [B, H, 1]
+        x = torch.arange(width, device=pixels.device) < batch.sizes[:, 1, None, None]  # [B, 1, W]
+        return torch.where((y & x)[:, None], pixels, 0.0)
+
+    def load_pretrained(self) -> None:
+        """Fetch or read the backbone's pretrained weights, if its settings name any."""
+        self.backbone.load_pretrained()

@@ -1,0 +1,235 @@
+"""The region proposal network, on every level of a pyramid (Faster R-CNN 3.1, FPN 4.1).
+
+The loss reads a few hundred of some hundred thousand anchors. So the head first runs densely without gradient, for
+the proposals, and then with gradient at the sampled cells only: same numbers, a sixth of the training step saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fpn_det.anchors import AnchorGenerator
+from fpn_det.boxes import MAX_LOG_SCALE, box_sides, clip_boxes, decode_deltas, encode_deltas
+from fpn_det.matching import Matcher, Sampler
+from fpn_det.models.layers import ConvBlock
+from fpn_det.models.losses import box_distance, check_normalizer, masked_sum, normalizer
+from fpn_det.nms import nms_keep
+from fpn_det.pyramid import gather_neighborhoods
+from fpn_det.structures import Batch, Losses, Proposals, Pyramid, Sample
+
+DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+
+
+class RPNHead(nn.Module):
+    """3x3 convolutions with ReLU, then two sibling 1x1: one objectness logit and four deltas for each anchor.
+
+    Args:
+        channels: of the pyramid.
+        num_anchors: per cell.
+        num_convs: how many 3x3 convolutions.
+    """
+
+    def __init__(self, channels: int, num_anchors: int, num_convs: int = 1) -> None:
+        super().__init__()
+        self.num_anchors = num_anchors
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(num_convs))
+        self.objectness = nn.Conv2d(channels, num_anchors, 1)
+        self.deltas = nn.Conv2d(channels, num_anchors * 4, 1)
+        for layer in [*self.convs, self.objectness, self.deltas]:
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits [B, M] and deltas [B, M, 4] of every anchor."""
+        weight = torch.cat([self.objectness.weight, self.deltas.weight])  # one pass for both siblings
+        bias = torch.cat([self.objectness.bias, self.deltas.bias])
+        outputs = []
+        for level in levels:
+            for conv in self.convs:
+                level = conv(level).relu_()
+            # [B, A*5, H, W] -> [B, H*W, A*5]
+            outputs.append(F.conv2d(level, weight, bias).flatten(2).transpose(1, 2).float())
+        logits, deltas = torch.cat(outputs, dim=1).split([self.num_anchors, self.num_anchors * 4], dim=2)
+        return logits.flatten(1), deltas.reshape(len(deltas), -1, 4)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a cell's answer follows from its 3x3 neighborhood."""
+        return len(self.convs) == 1
+
+    def at(self, neighborhoods: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """The same at single places: neighborhoods [B, S, 9 * C], anchor numbers [B, S] -> [B, S], [B, S, 4]."""
+        conv = self.convs[0]
+        # [C_out, C_in, 3, 3] -> [C_out, 9 * C_in], in the order of gather_neighborhoods
+        hidden = F.linear(neighborhoods, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias).relu()
+        logits = F.linear(hidden, self.objectness.weight.flatten(1), self.objectness.bias).float()
+        deltas = F.linear(hidden, self.deltas.weight.flatten(1), self.deltas.bias).float()
+        deltas = deltas.unflatten(2, (self.num_anchors, 4))
+        return (
+            logits.gather(2, anchors[..., None]).squeeze(2),
+            deltas.gather(2, anchors[..., None, None].expand(-1, -1, 1, 4)).squeeze(2),
+        )
+
+
+class ProposalFilter:
+    """How many of the RPN's boxes go on, and which.
+
+    Args:
+        pre_nms: best boxes per level that enter suppression.
+        post_nms: best boxes per image that leave it.
+        nms_iou: suppression threshold, within a level.
+        min_side: a box whose clipped width or height is not greater goes, px.
+        nms_method: see `nms_keep`.
+    """
+
+    def __init__(
+        self, pre_nms: int, post_nms: int, nms_iou: float = 0.7, min_side: float = 0.0, nms_method: str = "auto"
+    ) -> None:
+        if pre_nms < 1 or post_nms < 1:
+            raise ValueError(f"proposals: expected pre_nms and post_nms of at least 1, got {pre_nms} and {post_nms}.")
+        self.pre_nms = pre_nms
+        self.post_nms = post_nms
+        self.nms_iou = nms_iou
+        self.min_side = min_side
+        self.nms_method = nms_method
+
+
+@dataclass(frozen=True)
+class RPNOutput:
+    """The head's answer at every anchor."""
+
+    logits: Tensor  # f32 [B, M]
+    deltas: Tensor  # f32 [B, M, 4]
+    anchors: Tensor  # f32 [M, 4]
+    allowed: Tensor  # bool [B, M], anchors that stand for something in their image
+    level_sizes: list[int]  # anchors per level
+
+
+class RPN(nn.Module):
+    """Propose boxes.
+
+    Args:
+        channels, strides: of the pyramid.
+        canvas_stride: what image sizes are rounded up to.
+        anchors: makes the anchors, from strides.
+        head: makes the head, from channels and anchors per cell.
+        matcher, sampler: choose what the loss looks at.
+        train_filter, test_filter: choose what goes on.
+        box_beta: smooth L1's; 0 = L1.
+        normalizer: see `losses.normalizer`.
+        padding_anchors: `exclude` anchors centered outside the image's own size, rounded up to `canvas_stride`, or
+            `keep` them as the peers do.
+        sampled_loss: evaluate the loss at the sampled anchors only, where the head allows it.
+        min_log_scale: lower clamp of predicted log scales.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        strides: Sequence[int],
+        canvas_stride: int,
+        anchors: Callable[..., AnchorGenerator] = AnchorGenerator,
+        head: Callable[..., RPNHead] = RPNHead,
+        matcher: Matcher | None = None,
+        sampler: Sampler | None = None,
+        train_filter: ProposalFilter | None = None,
+        test_filter: ProposalFilter | None = None,
+        box_beta: float = 0.0,
+        normalizer: str = "constant",
+        padding_anchors: str = "exclude",
+        sampled_loss: bool = True,
+        min_log_scale: float = -float("inf"),
+    ) -> None:
+        super().__init__()
+        if padding_anchors not in ("exclude", "keep"):
+            raise ValueError(f"rpn.padding_anchors: expected exclude or keep, got '{padding_anchors}'.")
+        self.anchors = anchors(strides=strides)
+        self.head = head(channels=channels, num_anchors=self.anchors.num_per_cell)
+        self.matcher = matcher or Matcher(0.7, 0.3, rescue=True)
+        self.sampler = sampler or Sampler(256, 0.5)
+        self.train_filter = train_filter or ProposalFilter(2000, 1000)
+        self.test_filter = test_filter or ProposalFilter(1000, 1000)
+        self.canvas_stride = canvas_stride
+        self.box_beta = box_beta
+        self.normalizer = check_normalizer(normalizer)
+        self.excludes_padding = padding_anchors == "exclude"
+        self.samples_loss = sampled_loss and self.head.is_local
+        self.log_scales = {"min_log_scale": min_log_scale, "max_log_scale": MAX_LOG_SCALE}
+
+    def forward(self, pyramid: Pyramid) -> RPNOutput:
+        """The head at every anchor; without gradient where the loss does not read it from here."""
+        device = pyramid.levels[0].device.type
+        # a cached cast of the weights made here would have no gradient
+        casting = torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=not self.samples_loss)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.samples_loss), casting:
+            logits, deltas = self.head(pyramid.levels)
+        per_cell = self.anchors.num_per_cell
+        level_sizes = [height * width * per_cell for height, width in pyramid.shapes]
+        return RPNOutput(logits, deltas, self.anchors(pyramid.shapes), self._allowed(pyramid), level_sizes)
+
+    def losses(self, output: RPNOutput, pyramid: Pyramid, batch: Batch, step: int) -> Losses:
+        """`rpn_objectness` (binary cross-entropy) and `rpn_box` (smooth L1), at the sampled anchors (eq. 1)."""
+        match = self.matcher(batch.targets, output.anchors, output.allowed)
+        sample = self.sampler(match, batch.indices, step)
+        logits, deltas = self._at(output, pyramid, sample)
+        objects = match.matched_idxs.gather(1, sample.idxs)
+        gt_boxes = batch.targets.boxes.gather(1, objects[..., None].expand(-1, -1, 4))
+        goals = encode_deltas(gt_boxes, output.anchors[sample.idxs], DELTA_WEIGHTS)
+        errors = F.binary_cross_entropy_with_logits(logits, sample.positive.float(), reduction="none")
+        distances = box_distance(deltas, goals, self.box_beta)
+        count = normalizer(self.normalizer, self.sampler.num_samples, sample.valid)
+        return Losses(
+            {
+                "rpn_objectness": masked_sum(errors, sample.valid) / count,
+                "rpn_box": masked_sum(distances, sample.positive) / count,
+            },
+            {"rpn/positive_anchors": sample.positive.sum() / len(batch)},
+        )
+
+    @torch.no_grad()
+    def propose(self, output: RPNOutput, batch: Batch, keep: ProposalFilter) -> Proposals:
+        """The best boxes of each image, after suppression within each level."""
+        # a non-finite logit is never proposed
+        scores = output.logits.detach().masked_fill(~(output.allowed & output.logits.isfinite()), -torch.inf)
+        start, widest = 0, min(keep.pre_nms, max(output.level_sizes))
+        level_scores, level_idxs = [], []
+        for size in output.level_sizes:
+            best, idxs = scores[:, start : start + size].topk(min(keep.pre_nms, size))
+            level_scores.append(F.pad(best, (0, widest - best.shape[1]), value=-torch.inf))
+            level_idxs.append(F.pad(idxs + start, (0, widest - idxs.shape[1])))
+            start += size
+        logits, idxs = torch.stack(level_scores, dim=1), torch.stack(level_idxs, dim=1).flatten(1)  # [B, L, K], [B, L*K]
+        deltas = output.deltas.detach().gather(1, idxs[..., None].expand(-1, -1, 4))
+        boxes = clip_boxes(decode_deltas(deltas, output.anchors[idxs], DELTA_WEIGHTS, **self.log_scales), batch.sizes)
+        width, height = box_sides(boxes)
+        valid = logits.isfinite().flatten(1) & (width > keep.min_side) & (height > keep.min_side)  # NaN sides fail too
+        groups = (len(batch) * len(output.level_sizes), widest)
+        survives = nms_keep(
+            boxes.view(*groups, 4), logits.view(groups), valid.view(groups), keep.nms_iou, method=keep.nms_method
+        )
+        logits = logits.flatten(1).masked_fill(~survives.view_as(valid), -torch.inf)
+        logits, order = logits.topk(min(keep.post_nms, logits.shape[1]))
+        valid = logits.isfinite()
+        boxes = torch.where(valid[..., None], boxes.gather(1, order[..., None].expand(-1, -1, 4)), 0.0)
+        return Proposals(boxes, logits.masked_fill(~valid, 0.0), valid)
+
+    def _at(self, output: RPNOutput, pyramid: Pyramid, sample: Sample) -> tuple[Tensor, Tensor]:
+        if not self.samples_loss:
+            return output.logits.gather(1, sample.idxs), output.deltas.gather(1, sample.idxs[..., None].expand(-1, -1, 4))
+        per_cell = self.anchors.num_per_cell
+        return self.head.at(gather_neighborhoods(pyramid, sample.idxs // per_cell), sample.idxs % per_cell)
+
+    def _allowed(self, pyramid: Pyramid) -> Tensor:
+        """Anchors [B, M] centered within their image's own size, rounded up to the canvas stride."""
+        if not self.excludes_padding:
+            num_anchors = sum(height * width for height, width in pyramid.shapes) * self.anchors.num_per_cell
+            return pyramid.sizes.new_ones(len(pyramid.sizes), num_anchors, dtype=torch.bool)
+        centers = torch.cat(self.anchors.centers(pyramid.shapes))  # [N, 2] (x, y)
+        limits = (pyramid.sizes + self.canvas_stride - 1) // self.canvas_stride * self.canvas_stride
+        inside = (centers < limits.flip(1)[:, None]).all(dim=2)
+        return inside.repeat_interleave(self.anchors.num_per_cell, dim=1)
