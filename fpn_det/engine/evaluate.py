@@ -1,0 +1,151 @@
+"""From a model and a loader to numbers, and from numbers to files.
+
+Every rank detects on its own images; the detections travel as plain arrays to rank 0, are scored there once, and the
+numbers travel back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fpn_det.evaluation.coco import DetectionTable, Evaluation, EvaluationSettings, score
+from fpn_det.models.detector import Detector
+from fpn_det.runtime import broadcast_object, gather_objects
+from fpn_det.structures import Annotations, Batch, Detections
+
+
+def evaluate(
+    model: Detector,
+    loader: Iterable[Batch],
+    annotations: Annotations,
+    settings: EvaluationSettings,
+    dtype: torch.dtype | None = None,
+) -> Evaluation:
+    """Detect on the images of `loader` and score the detections of all ranks, on all ranks.
+
+    The other ranks wait while rank 0 scores (half a minute for 5,000 images of 100 detections): the timeout of the
+    process group has to be longer than that.
+
+    Args:
+        model: the bare module; its modes are afterwards what they were.
+        loader: this rank's images, on the model's device. Over all ranks every image comes once.
+        annotations: the ground truth, whose rows `Batch.indices` are.
+        settings: what is counted.
+        dtype: that of autocast; None computes as the model is.
+    """
+    images: list[NDArray[np.int64]] = []
+    tables: list[DetectionTable] = []
+    cap = 0
+    with evaluation_mode(model):
+        for batch in loader:
+            with torch.autocast(batch.pixels.device.type, dtype, enabled=dtype is not None):
+                detections = model.detect(batch)
+            batch_images, table = to_host(detections.to_original(batch), batch.indices)
+            images.append(batch_images)
+            tables.append(table)
+            cap = detections.scores.shape[1]
+
+    shards = gather_objects((np.concatenate([np.zeros(0, np.int64), *images]), DetectionTable.join(tables), cap))
+    scored = None
+    if shards is not None:
+        evaluated = np.concatenate([shard[0] for shard in shards])
+        assert len(np.unique(evaluated)) == len(evaluated), "an image was evaluated more than once"
+        found = DetectionTable.join([shard[1] for shard in shards])
+        scored = score(annotations, found, evaluated, settings, cap=max(shard[2] for shard in shards))
+    told = broadcast_object(scored and replace(scored, detections=DetectionTable.join([])))
+    return scored or told
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards every module is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def to_host(detections: Detections, indices: Tensor) -> tuple[NDArray[np.int64], DetectionTable]:
+    """The images of a batch, and its detections as flat arrays, in one transfer.
+
+    For that everything travels as int32: the floats as the bits they are.
+    """
+    num_images, limit = detections.scores.shape
+    columns = (
+        indices[:, None].to(detections.scores.device),
+        detections.labels,
+        detections.valid,
+        detections.scores.float().contiguous().view(torch.int32),
+        detections.boxes.float().contiguous().view(torch.int32).flatten(1),
+    )
+    packed = torch.cat([column.int() for column in columns], dim=1).cpu().numpy()  # the one transfer
+    images, labels, valid, scores, boxes = np.split(packed, np.cumsum([1, limit, limit, limit]), axis=1)
+    kept = valid.astype(bool)
+    table = DetectionTable(
+        images.repeat(limit, axis=1)[kept].astype(np.int64),
+        np.ascontiguousarray(boxes).view(np.float32).reshape(num_images, limit, 4)[kept],
+        np.ascontiguousarray(scores).view(np.float32)[kept],
+        labels[kept].astype(np.int64),
+    )
+    return images[:, 0].astype(np.int64), table
+
+
+def write_evaluation(
+    folder: Path,
+    evaluation: Evaluation,
+    annotations: Annotations,
+    step: int,
+    checkpoint: str,
+    weights: Literal["ema", "raw"],
+) -> None:
+    """Leave an evaluation in `folder`: `metrics.json`, a line more in `metrics.jsonl`, and `predictions.json`.
+
+    Lines of this step and later ones, which an interrupted run may have left, are replaced. Rank 0 only.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        **evaluation.metrics,
+        "step": step,
+        "checkpoint": checkpoint,
+        "weights": weights,
+        "num_images": evaluation.num_images,
+        "per_class": evaluation.per_class,
+    }
+    with replaced(folder / "predictions.json") as file:
+        file.write("[")
+        for number, row in enumerate(evaluation.detections.results(annotations)):
+            file.write((",\n" if number else "\n") + json.dumps(row))
+        file.write("\n]\n")
+    history = folder / "metrics.jsonl"
+    lines = history.read_text().splitlines() if history.is_file() else []
+    earlier = [line for line in lines if json.loads(line)["step"] < step]
+    with replaced(history) as file:
+        file.writelines(f"{line}\n" for line in [*earlier, json.dumps(record, allow_nan=False)])
+    with replaced(folder / "metrics.json") as file:
+        file.write(json.dumps(record, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[IO[str]]:
+    """A file that takes the place of `path` when it is complete: a reader finds the old one or the new one."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("w") as file:
+            yield file
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
