@@ -18,7 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich import box
 from rich.columns import Columns
 from rich.console import Console, RenderableType
@@ -242,10 +244,10 @@ class RunLog:
                 if value is not None:
                     self._writer.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, picture: Tensor) -> None:
-        """A picture for TensorBoard, u8 [3, H, W]."""
+    def picture(self, step: int, name: str, picture: NDArray[np.uint8]) -> None:
+        """A picture for TensorBoard, [h, w, 3] RGB."""
         if self._writer is not None:
-            self._writer.add_image(name, picture, step)
+            self._writer.add_image(name, picture, step, dataformats="HWC")
 
     def summary(self, metric: str, best: float | None, best_step: int, evaluation: Evaluation) -> None:
         """The last words: what came out, where it lies, and what to type next."""
