@@ -12,7 +12,7 @@ SOURCES = sorted([*(ROOT / "fpn_det").rglob("*.py"), *(ROOT / "tools").glob("*.p
 
 RANKS = {
     "": 0,
-    **dict.fromkeys(["structures", "boxes", "runtime"], 0),
+    **dict.fromkeys(["structures", "boxes", "runtime", "schema"], 0),
     **dict.fromkeys(["anchors", "matching", "pyramid", "nms"], 1),
     **dict.fromkeys(["models", "data", "evaluation", "interop"], 2),
     "engine": 3,

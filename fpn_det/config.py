@@ -1,0 +1,279 @@
+"""What a run is made of: its settings as types, and the way from a command line to them.
+
+Hydra composes YAML files and the command line to a tree. The tree is fitted to `Settings` (see `schema`), which refuses
+what nobody would read: unknown names, other types, combinations of which one half would be ignored. The values are in
+YAML alone; here are their types and meanings.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from fpn_det.evaluation.coco import EvaluationSettings
+from fpn_det.schema import Range, check_names, did_you_mean, fit, listed
+
+PACKAGE = Path(__file__).parent
+HYDRA = Path(hydra.__file__).parent
+CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"  # installed, or a checkout
+PACKAGES = ("fpn_det", "albumentations", "torch.optim")  # whose classes a `_target_` may name
+WRONG_COMMAND_LINE = 2  # exit code
+
+Node = dict[str, Any]  # a class by name (`_target_`) and its arguments
+Count = Annotated[int, Range(1)]
+Every = Annotated[int, Range(0)]  # steps from one to the next; 0 = only at the end
+Positive = Annotated[float, Range(1e-12)]
+Fraction = Annotated[float, Range(0, 1)]
+S = TypeVar("S", bound="Settings")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a data set."""
+
+    images: str  # folder
+    annotations: str  # COCO JSON
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where pictures and boxes come from, and how they become batches."""
+
+    root: str  # sets all paths, in COCO's layout
+    train: Split
+    val: Split | None
+    test: Split | None
+    val_fraction: Fraction | None  # take this part of the training images instead of `val`
+    classes: list[str] | None  # a subset by name; null = all
+    on_error: Literal["fail", "fix", "skip"]  # what to do about broken annotations and files
+    keep_empty: bool  # train on images without objects too
+    num_workers: Annotated[int, Range(0)]  # processes that read and transform
+    canvas: Literal["batch"] | tuple[Count, Count]  # size of a batch: its largest image's, or [H, W] always
+    group_by_aspect: bool  # batches of landscape or of portrait images
+    eval_batch_size: Count  # images per rank
+    min_visibility: Fraction  # a box of which a transform leaves less than this goes
+    min_area: Annotated[float, Range(0)]  # a box smaller than this in the input frame goes, px^2
+    train_transforms: dict[str, Node | None]  # in this order; null leaves one out
+    eval_transforms: dict[str, Node | None]
+
+
+@dataclass(frozen=True)
+class EarlyStop:
+    """When to give up."""
+
+    patience: Count  # evaluations without an improvement of the best metric
+    min_delta: Annotated[float, Range(0)]  # what counts as one
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """How long, how large, how often."""
+
+    epochs: Positive | None  # length of the run; or
+    max_steps: Count | None
+    batch_size: Count  # images per step, over all ranks and accumulation
+    accumulate: Count  # backward passes per step
+    eval_every: Every
+    save_every: Every
+    log_every: Count  # steps
+    clip_norm: Positive | None  # upper bound of the gradient's norm
+    ema: Fraction | None  # decay of the moving average of the weights, e.g. 0.999
+    compile: bool  # compile backbone and neck
+    keep_last: Count  # numbered checkpoints that stay
+    best_metric: str  # decides which checkpoint is `best`
+    early_stop: EarlyStop | None
+    timeout_minutes: Positive  # until a rank that hears nothing from the others gives up
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All of a run."""
+
+    experiment: str | None  # name of the file in configs/experiment
+    seed: Annotated[int, Range(0)]
+    device: str  # auto, cpu, cuda, cuda:<number>, mps
+    precision: Literal["fp32", "bf16", "fp16"]
+    init_from: str | None  # checkpoint whose weights a new run starts with
+    resume: str | None  # auto, or the checkpoint of the run to go on with
+    run: str | None  # folder of the run whose settings these are
+    run_dir: str | None  # null = runs/<experiment>/<date>_<time>
+    allow_targets: list[str]  # packages whose classes a `_target_` may name besides ours; on the command line only
+    model: Node
+    data: Data
+    optimizer: Node
+    schedule: Node
+    trainer: Trainer
+    evaluation: EvaluationSettings
+
+
+@dataclass(frozen=True)
+class EvalSettings(Settings):
+    """Those of the run or checkpoint that is evaluated, and what to do with it."""
+
+    checkpoint: str | None  # file; null = the run's best
+    split: Literal["val", "test"]
+    weights: Literal["auto", "ema", "raw"]  # auto = the moving average if there is one
+
+
+# Two ways to say one thing: naming one on the command line replaces the other, naming both is refused.
+EITHER = [("trainer.epochs", "trainer.max_steps"), ("data.val_fraction", "data.val")]
+
+
+def compose(overrides: Sequence[str] = (), config_name: str = "train") -> Settings:
+    """The settings that `tools/train.py` would see with this command line.
+
+    Raises:
+        ValueError: a setting is unknown, mistyped or impossible.
+    """
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            tree = hydra.compose(config_name, list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(tree)
+        del tree._content["hydra"]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error)) from None
+    return check(tree, overrides, Settings)
+
+
+def check(tree: DictConfig, overrides: Sequence[str], schema: type[S]) -> S:
+    """Settings from a composed tree.
+
+    Args:
+        tree: as Hydra composed it.
+        overrides: the command line.
+        schema: which settings are known.
+
+    Raises:
+        ValueError: a setting is unknown, mistyped or impossible.
+    """
+    named = {override.lstrip("+~").split("=")[0] for override in overrides}
+    for one, other in EITHER:
+        _choose(tree, one, other, named)
+    try:
+        values: Any = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(explain(error)) from None
+    if values.get("allow_targets") and "allow_targets" not in named:
+        raise ValueError("allow_targets: expected on the command line only, got it from a file. Remove it there.")
+    settings = fit(values, schema, "", (*PACKAGES, *(values.get("allow_targets") or ())))
+    _check_combinations(settings)
+    return settings
+
+
+def _choose(tree: DictConfig, one: str, other: str, named: set[str]) -> None:
+    """Set to null what the command line replaced by its alternative."""
+    said = [any(name == key or name.startswith(key + ".") for name in named) for key in (one, other)]
+    values = [OmegaConf.select(tree, key, throw_on_missing=False) for key in (one, other)]
+    if None in values:
+        return
+    if said[0] == said[1]:
+        raise ValueError(f"{one}: expected this or {other}, got both. Set one of them to null.")
+    OmegaConf.update(tree, other if said[0] else one, None)
+
+
+def _check_combinations(settings: Settings) -> None:
+    trainer = settings.trainer
+    if trainer.epochs is None and trainer.max_steps is None:
+        raise ValueError("trainer: expected a length, got none. Set trainer.epochs or trainer.max_steps.")
+    if settings.resume and settings.init_from:
+        raise ValueError(
+            "resume: expected this or init_from, got both. resume goes on with a run, init_from starts a new one with its weights."
+        )
+    if trainer.batch_size % trainer.accumulate:
+        raise ValueError(
+            f"trainer.batch_size: expected a multiple of trainer.accumulate={trainer.accumulate}, got {trainer.batch_size}."
+        )
+    if trainer.early_stop and not trainer.eval_every:
+        raise ValueError("trainer.early_stop: expected evaluations on the way, got none. Set trainer.eval_every.")
+
+
+def explain(error: Exception) -> str:
+    """What Hydra or OmegaConf refused, in one sentence, with the nearest name."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        options = error.options or []
+        return f"{group or 'config'}: expected one of {listed(options)}, got '{name}'.{did_you_mean(name, options)}"
+    if isinstance(error, OverrideParseException):
+        return f"command line: expected name=value, got '{error.override}'. Put quotes around special characters: 'name=\"a=b\"'."
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{cause.full_key}: expected a value, got none. Say {cause.full_key}=... on the command line."
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
+        try:
+            known = [str(name) for name in cause.parent_node if name != "hydra"]
+            check_names([str(cause.key)], known, str(cause.parent_node._get_full_key(None) or ""))
+        except ValueError as refusal:
+            return str(refusal)
+    return f"config: {str(error).splitlines()[0]}"
+
+
+def to_yaml(settings: Settings) -> str:
+    """The settings as a file that composes to them again."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(settings)))
+
+
+def read_yaml(text: str) -> DictConfig:
+    """The tree of a saved `config.yaml`."""
+    tree = OmegaConf.create(text)
+    assert isinstance(tree, DictConfig)
+    return tree
+
+
+def argument(name: str) -> str | None:
+    """The value of `name=value` on the command line, where it is needed before anything is composed."""
+    values = [word.removeprefix(f"{name}=") for word in sys.argv[1:] if word.startswith(f"{name}=")]
+    return values[-1] if values else None
+
+
+def launch(task: Callable[[S], None], schema: type[S], config_name: str, saved: Callable[[], str] | None = None) -> None:
+    """Compose the settings that the command line asks for and hand them to `task`; the one entry of all tools.
+
+    What a user did wrong (a ValueError of ours) ends in one sentence and exit code 2, everything else in its trace.
+
+    Args:
+        task: the work.
+        schema: which settings it has.
+        config_name: file in configs/.
+        saved: gives the YAML text of an earlier run's settings, which the file's defaults list names `saved`.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own short message would tell people to write +name=value
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
+    def main(tree: DictConfig) -> None:
+        try:
+            task(check(tree, HydraConfig.get().overrides.task, schema))
+        except ValueError as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # to the sweep, which tells its jobs apart
+            _refuse(error)
+
+    try:
+        if saved:
+            ConfigStore.instance().store("saved", read_yaml(saved()))
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        _refuse(ValueError(explain(error)))
+    except ValueError as error:
+        _refuse(error)
+
+
+def _refuse(error: ValueError) -> None:
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and not any(Path(frames[-1].filename).is_relative_to(place) for place in (PACKAGE, HYDRA)):
+        raise error
+    rank = os.environ.get("RANK", "0")
+    print(str(error) if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)
+    sys.exit(WRONG_COMMAND_LINE)

@@ -1,0 +1,209 @@
+"""Fit a tree of plain values, as it comes out of YAML, to what code declares: dataclasses and constructors.
+
+A mapping with `_target_` is a node: it names a class and holds its arguments. Names and types of both kinds are checked
+against the same declarations that the code itself reads, so there is no second list of settings that could disagree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import math
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+NODE_KEYS = ("_target_", "_partial_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, both included: the second half of an `Annotated` hint."""
+
+    low: float
+    high: float = math.inf
+
+    def __str__(self) -> str:
+        return f"{self.low:g} or more" if self.high == math.inf else f"between {self.low:g} and {self.high:g}"
+
+
+def fit(value: Any, hint: Any, where: str, packages: Sequence[str]) -> Any:
+    """`value` as the type that `hint` asks for: mappings become dataclasses, whole numbers floats where those are asked for.
+
+    A hint that says nothing about plain values (Any, a class, a callable) admits all; nodes are checked wherever they are.
+
+    Args:
+        value: scalars, lists and mappings with text keys.
+        hint: a type hint.
+        where: the dotted name of the value, for messages.
+        packages: nodes may name classes of these only.
+
+    Raises:
+        ValueError: a name is unknown or a value has another type, with the nearest name or what was expected.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if isinstance(value, Mapping) and "_target_" in value:
+        return _fit_node(value, where, packages)
+    if origin is Annotated:
+        fitted, limits = fit(value, arguments[0], where, packages), arguments[1]
+        if not limits.low <= fitted <= limits.high:
+            raise ValueError(f"{where}: expected {describe(arguments[0])}, {limits}, got {value!r}.")
+        return fitted
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _fit_record(value, hint, where, packages)
+    if origin in (Union, types.UnionType):
+        return _fit_union(value, hint, where, packages)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{where}: expected one of {listed(arguments)}, got {value!r}.{did_you_mean(value, arguments)}")
+        return value
+    if hint in SCALARS:
+        if type(value) is int and hint is float:
+            return float(value)
+        if type(value) is not hint:
+            raise ValueError(f"{where}: expected {describe(hint)}, got {value!r}.")
+        return value
+    if origin is tuple and arguments[1:] != (...,):
+        if not isinstance(value, list) or len(value) != len(arguments):
+            raise ValueError(f"{where}: expected {describe(hint)}, got {value!r}.")
+        pairs = enumerate(zip(value, arguments, strict=True))
+        return tuple(fit(item, kind, f"{where}.{i}", packages) for i, (item, kind) in pairs)
+    if origin in (list, tuple, Sequence):
+        if not isinstance(value, list):
+            raise ValueError(f"{where}: expected {describe(hint)}, got {value!r}.")
+        items = (fit(item, arguments[0], f"{where}.{i}", packages) for i, item in enumerate(value))
+        return tuple(items) if origin is tuple else list(items)
+    if isinstance(value, Mapping):
+        kind = arguments[1] if origin in (dict, Mapping) else Any
+        return {key: fit(item, kind, f"{where}.{key}", packages) for key, item in value.items()}
+    if origin in (dict, Mapping):
+        raise ValueError(f"{where}: expected names with values, got {value!r}.")
+    if isinstance(value, list):
+        return [fit(item, Any, f"{where}.{i}", packages) for i, item in enumerate(value)]
+    if value is None and inspect.isclass(hint):
+        raise ValueError(f"{where}: expected {describe(hint)}, got null.")
+    return value
+
+
+def _fit_record(value: Any, record: type, where: str, packages: Sequence[str]) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: expected its settings by name, got {value!r}.")
+    hints = get_type_hints(record, include_extras=True)
+    check_names(value, hints, where)
+    _check_complete(value, hints, where)
+    return record(**{name: fit(value[name], hint, join(where, name), packages) for name, hint in hints.items()})
+
+
+def _fit_node(node: Mapping[str, Any], where: str, packages: Sequence[str]) -> dict[str, Any]:
+    """The node with its arguments fitted to the signature of the class that it names."""
+    target = locate(node["_target_"], join(where, "_target_"), packages)
+    parameters = _parameters(target)
+    given = {name: item for name, item in node.items() if name not in NODE_KEYS}
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        check_names(given, parameters, where)
+    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    if not node.get("_partial_"):
+        _check_complete(given, required, where)
+    elif deduced := [name for name in required if name in given and not isinstance(given[name], Mapping)]:
+        raise ValueError(f"{join(where, deduced[0])}: follows from other settings and cannot be set. Leave it out.")
+    hints = {name: Any if isinstance(parameter.annotation, str) else parameter.annotation for name, parameter in parameters.items()}
+    fitted = {name: fit(item, hints.get(name, Any), join(where, name), packages) for name, item in given.items()}
+    return {name: node[name] for name in NODE_KEYS if name in node} | fitted
+
+
+def _fit_union(value: Any, hint: Any, where: str, packages: Sequence[str]) -> Any:
+    refusals = []
+    for option in get_args(hint):
+        try:
+            return fit(value, option, where, packages)
+        except ValueError as refusal:
+            refusals.append(refusal)
+    structured = [option for option in get_args(hint) if option not in SCALARS]
+    if len(structured) == 1 and isinstance(value, list | Mapping):
+        raise refusals[get_args(hint).index(structured[0])]  # it is that option, with a mistake inside
+    raise ValueError(f"{where}: expected {describe(hint)}, got {value!r}.")
+
+
+def locate(name: Any, where: str, packages: Sequence[str]) -> type:
+    """The class with this dotted name. Nothing outside `packages` is even imported.
+
+    Raises:
+        ValueError: it is not one of theirs, or does not exist.
+    """
+    if not isinstance(name, str) or not _belongs(name, packages):
+        raise ValueError(
+            f"{where}: expected a class of {listed(packages)}, got {name!r}. "
+            f"To admit classes of your own, say allow_targets=[your_package] on the command line."
+        )
+    module_name, _, class_name = name.rpartition(".")
+    try:
+        target = getattr(importlib.import_module(module_name), class_name)
+    except ImportError as error:
+        raise ValueError(f"{where}: expected the name of a class, got {name!r}: {error}.") from None
+    except AttributeError:
+        names = [key for key, item in vars(importlib.import_module(module_name)).items() if inspect.isclass(item)]
+        raise ValueError(f"{where}: {module_name} has no class '{class_name}'.{did_you_mean(class_name, names)}") from None
+    if not inspect.isclass(target) or not _belongs(f"{target.__module__}.", packages):
+        raise ValueError(f"{where}: expected a class of {listed(packages)}, got {name!r}.")
+    return target
+
+
+def _belongs(name: str, packages: Sequence[str]) -> bool:
+    return any(name.startswith(package + ".") for package in packages)
+
+
+def _parameters(target: type) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(target, eval_str=True).parameters
+    except NameError:  # a hint names what is imported for type checkers only
+        return inspect.signature(target).parameters
+
+
+def _check_complete(given: Mapping[str, Any], required: Iterable[str], where: str) -> None:
+    if missing := [name for name in required if name not in given]:
+        raise ValueError(f"{where or 'config'}: expected a value for {', '.join(missing)}, got none.")
+
+
+def check_names(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Refuse a name that is not known, and suggest the nearest one."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            nearest = did_you_mean(name, known, where) or f" Known here: {', '.join(known)}."
+            raise ValueError(f"{join(where, name)}: there is no setting of that name.{nearest}")
+
+
+def did_you_mean(name: Any, known: Iterable[Any], where: str = "") -> str:
+    """' Did you mean x?' with the nearest known name, or nothing if none is near."""
+    near = difflib.get_close_matches(str(name), [str(item) for item in known], n=1)
+    return f" Did you mean {join(where, near[0])}?" if near else ""
+
+
+def join(where: str, name: str) -> str:
+    """A dotted name, one step deeper."""
+    return f"{where}.{name}" if where else name
+
+
+def listed(items: Iterable[Any]) -> str:
+    """`a, b or c`."""
+    texts = [str(item) for item in items]
+    return " or ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
+
+
+def describe(hint: Any) -> str:
+    """A type hint in words."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return listed(dict.fromkeys(describe(option) for option in arguments))
+    if origin is Literal:
+        return listed(arguments)
+    if origin is Annotated:
+        return f"{describe(arguments[0])}, {arguments[1]},"
+    if origin is tuple and arguments[1:] != (...,):
+        return f"a list of {len(arguments)} values"
+    if origin in (list, tuple, Sequence):
+        return f"a list, each item {describe(arguments[0])}"
+    return SCALARS.get(hint, getattr(hint, "__name__", str(hint)))
