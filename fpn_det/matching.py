@@ -5,11 +5,15 @@ Everything here has a fixed shape and asks the device nothing: no candidate is p
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from fpn_det.boxes import box_iou
 from fpn_det.structures import Match, Sample, Targets
+
+IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
 
 PAIRS_AT_ONCE = 1 << 24  # IoU values in memory at a time: 64 MiB, whatever the number of objects
 
@@ -124,17 +128,13 @@ class Sampler:
 
 def random_keys(seed: int, step: int, indices: Tensor, num_candidates: int) -> Tensor:
     """Distinct non-negative random integers [B, M], i64: a hash of (seed, step, data set index, candidate)."""
-    start = _mix((_mix_int(_mix_int(seed) + step) + indices) & 0xFFFFFFFF)
+    start = _mix((_mix((_mix(seed & 0xFFFFFFFF) + step) & 0xFFFFFFFF) + indices) & 0xFFFFFFFF)
     candidates = torch.arange(num_candidates, device=indices.device)
     return (_mix(start[:, None] ^ _mix(candidates)) << 30) | candidates  # the index in the low bits breaks ties
 
 
-def _mix(value: Tensor) -> Tensor:
-    """Scramble 32-bit integers held in i64; a bijection (multiply and xor-shift rounds)."""
+def _mix(value: IntOrTensor) -> IntOrTensor:
+    """Scramble 32-bit integers, Python's or held in i64; a bijection (multiply and xor-shift rounds)."""
     value = ((value ^ (value >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     value = ((value ^ (value >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return value ^ (value >> 16)
-
-
-def _mix_int(value: int) -> int:
-    return int(_mix(torch.tensor(value & 0xFFFFFFFF)))

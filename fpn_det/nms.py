@@ -65,7 +65,7 @@ def _batched(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float,
     labels = None if labels is None else labels.gather(1, order)
     sorted_valid = valid.gather(1, order)
     size = boxes.shape[1]
-    at_once = max(1, SUPPRESSION_BYTES // (size * size))
+    at_once = max(1, SUPPRESSION_BYTES // max(1, size * size))
     kept = [
         _fixed_point(_suppressors(boxes[part], iou_threshold, None if labels is None else labels[part]), sorted_valid[part])
         for part in torch.arange(len(boxes), device="cpu").split(at_once)
@@ -74,10 +74,10 @@ def _batched(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float,
 
 
 def _suppressors(boxes: Tensor, iou_threshold: float, labels: Tensor | None) -> Tensor:
-    """bool [P, K, K]: entry (i, j) says that i, if it stays, removes j. Boxes are sorted, best first."""
+    """Bool [P, K, K]: entry (i, j) says that i, if it stays, removes j. Boxes are sorted, best first."""
     num_groups, size = boxes.shape[:2]
     matrix = torch.empty(num_groups, size, size, dtype=torch.bool, device=boxes.device)
-    at_once = max(1, IOU_BYTES // (4 * size * size))
+    at_once = max(1, IOU_BYTES // max(1, 4 * size * size))
     for start in range(0, num_groups, at_once):
         part = slice(start, start + at_once)
         matrix[part] = box_iou(boxes[part], boxes[part]) > iou_threshold

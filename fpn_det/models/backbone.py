@@ -22,6 +22,8 @@ class _Residual:
 
 
 class BasicBlock(_Residual, torchvision_resnet.BasicBlock):
+    """Two 3x3 convolutions beside a shortcut: ResNet-18 and 34."""
+
     def forward(self, x: Tensor) -> Tensor:
         output = conv_norm(x, self.conv1, self.bn1).relu_()
         output = conv_norm(output, self.conv2, self.bn2)
@@ -29,6 +31,8 @@ class BasicBlock(_Residual, torchvision_resnet.BasicBlock):
 
 
 class Bottleneck(_Residual, torchvision_resnet.Bottleneck):
+    """1x1, 3x3, 1x1 beside a shortcut: ResNet-50 and 101."""
+
     def forward(self, x: Tensor) -> Tensor:
         output = conv_norm(x, self.conv1, self.bn1).relu_()
         output = conv_norm(output, self.conv2, self.bn2).relu_()
@@ -36,7 +40,7 @@ class Bottleneck(_Residual, torchvision_resnet.Bottleneck):
         return output.add_(self.shortcut(x)).relu_()
 
 
-_BLOCKS: dict[int, tuple[type, list[int]]] = {
+_BLOCKS: dict[int, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     18: (BasicBlock, [2, 2, 2, 2]),
     34: (BasicBlock, [3, 4, 6, 3]),
     50: (Bottleneck, [3, 4, 6, 3]),
@@ -84,7 +88,7 @@ class ResNet(torchvision_resnet.ResNet):
         self.weights = weights
         self.norm = norm
         self.frozen_stages = frozen_stages
-        self.channels = tuple(width * block.expansion for width in (64, 128, 256, 512))  # type: ignore[attr-defined]
+        self.channels = tuple(width * block.expansion for width in (64, 128, 256, 512))
         self.strides = (4, 8, 16, 32)
         if stride_in_1x1 and block is Bottleneck:
             for layer in (self.layer2, self.layer3, self.layer4):
@@ -104,7 +108,7 @@ class ResNet(torchvision_resnet.ResNet):
             part.eval()
         return self
 
-    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor) -> list[Tensor]:
         """Normalised images [B, 3, H, W] to [C2, C3, C4, C5]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen_stages < 1):
             x = self.maxpool(conv_norm(x, self.conv1, self.bn1).relu_())
@@ -148,5 +152,8 @@ class ResNet(torchvision_resnet.ResNet):
 
     def _file_state(self, path: Path) -> dict[str, Tensor]:
         if not path.is_file():
-            raise ValueError(f"ResNet({self.depth}): no file for weights at {path.absolute()}. Give another path, or set model.backbone.weights=null.")
+            raise ValueError(
+                f"ResNet({self.depth}): no file for weights at {path.absolute()}. "
+                f"Give another path, or set model.backbone.weights=null."
+            )
         return torch.load(path, map_location="cpu", weights_only=True)

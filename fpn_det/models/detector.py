@@ -55,7 +55,7 @@ class Detector(nn.Module):
         self.roi_head = roi_head(channels=self.neck.channels, strides=roi_strides, num_classes=num_classes)
         self.flips_channels = channel_order == "bgr"
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.to(memory_format=self.memory_format)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
         self.pixel_mean: Tensor

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from fpn_det.anchors import AnchorGenerator
 from fpn_det.boxes import MAX_LOG_SCALE, box_sides, clip_boxes, decode_deltas, encode_deltas
 from fpn_det.matching import Matcher, Sampler
-from fpn_det.models.layers import ConvBlock
 from fpn_det.models.losses import box_distance, check_normalizer, masked_sum, normalizer
 from fpn_det.nms import nms_keep
 from fpn_det.pyramid import gather_neighborhoods
@@ -46,8 +45,9 @@ class RPNHead(nn.Module):
 
     def forward(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits [B, M] and deltas [B, M, 4] of every anchor."""
-        weight = torch.cat([self.objectness.weight, self.deltas.weight])  # one pass for both siblings
-        bias = torch.cat([self.objectness.bias, self.deltas.bias])
+        siblings = (self.objectness, self.deltas)
+        weight = torch.cat([layer.weight for layer in siblings])  # one pass for both
+        bias = torch.cat([layer.bias for layer in siblings])  # type: ignore[misc]
         outputs = []
         for level in levels:
             for conv in self.convs:
@@ -65,6 +65,7 @@ class RPNHead(nn.Module):
     def at(self, neighborhoods: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """The same at single places: neighborhoods [B, S, 9 * C], anchor numbers [B, S] -> [B, S], [B, S, 4]."""
         conv = self.convs[0]
+        assert isinstance(conv, nn.Conv2d)
         # [C_out, C_in, 3, 3] -> [C_out, 9 * C_in], in the order of gather_neighborhoods
         hidden = F.linear(neighborhoods, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias).relu()
         logits = F.linear(hidden, self.objectness.weight.flatten(1), self.objectness.bias).float()

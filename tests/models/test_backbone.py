@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torchvision.models._utils import IntermediateLayerGetter
+
+from fpn_det.models.backbone import ResNet
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+def test_resnet_equals_torchvision(depth: int, norm: str):
+    layer = torchvision.ops.FrozenBatchNorm2d if norm == "frozen" else torch.nn.BatchNorm2d
+    theirs = getattr(torchvision.models, f"resnet{depth}")(norm_layer=layer)
+    mine = ResNet(depth, norm=norm)
+    missing, unexpected = mine.load_state_dict(theirs.state_dict(), strict=False)
+    assert not missing and set(unexpected) == {"fc.weight", "fc.bias"}
+    oracle = IntermediateLayerGetter(theirs, {f"layer{i}": str(i) for i in (1, 2, 3, 4)})
+    images = torch.randn(2, 3, 64, 96)
+    for mode in (True, False):
+        maps = mine.train(mode)(images)
+        for got, expected in zip(maps, oracle.train(mode)(images).values(), strict=True):
+            assert torch.allclose(got, expected, atol=1e-4)
+        assert tuple(m.shape[1] for m in maps) == mine.channels
+        assert tuple(64 // m.shape[2] for m in maps) == mine.strides
+
+
+def test_resnet_deduces_norm_and_frozen_stages_from_its_weights():
+    fresh, pretrained = ResNet(18), ResNet(18, weights="imagenet")
+    assert (fresh.norm, fresh.frozen_stages) == ("batch", 0)
+    assert (pretrained.norm, pretrained.frozen_stages) == ("frozen", 2)
+
+
+@pytest.mark.parametrize("frozen", range(6))
+def test_frozen_stages_get_no_gradient_and_keep_their_statistics(frozen: int):
+    model = ResNet(18, frozen_stages=frozen).train()
+    statistics = {name: value.clone() for name, value in model.named_buffers()}
+    maps = model(torch.randn(2, 3, 64, 64))
+    if frozen < 5:
+        sum(m.mean() for m in maps).backward()
+    stages = [["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]]
+    for number, names in enumerate(stages):
+        for name, parameter in model.named_parameters():
+            if name.split(".")[0] in names:
+                assert (parameter.grad is None) == (number < frozen), name
+        for name, value in model.named_buffers():
+            if name.split(".")[0] in names:
+                assert torch.equal(value, statistics[name]) == (number < frozen), name
+
+
+def test_stride_can_lie_on_the_first_convolution():
+    model = ResNet(50, stride_in_1x1=True)
+    assert model.layer2[0].conv1.stride == (2, 2) and model.layer2[0].conv2.stride == (1, 1)
+    assert [m.shape[2] for m in model(torch.zeros(1, 3, 64, 64))] == [16, 8, 4, 2]
+
+
+def test_pretrained_file_is_loaded(tmp_path: Path):
+    theirs = torchvision.models.resnet18()
+    torch.save(theirs.state_dict(), tmp_path / "r18.pth")
+    model = ResNet(18, weights=str(tmp_path / "r18.pth"))
+    model.load_pretrained()
+    assert torch.equal(model.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
+
+
+def test_pretrained_file_of_another_depth_is_refused(tmp_path: Path):
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "r18.pth")
+    with pytest.raises(ValueError, match="do not fit"):
+        ResNet(34, weights=str(tmp_path / "r18.pth")).load_pretrained()
+
+
+def test_missing_weights_name_the_expected_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match=r"no file for weights at .*nowhere\.pth.*weights=null"):
+        ResNet(18, weights="nowhere.pth").load_pretrained()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(ValueError, match=r"'imagenet' at .*checkpoints/resnet18-.*\.pth.*weights=null"):
+        ResNet(18, weights="imagenet").load_pretrained()
+
+
+@pytest.mark.parametrize(("settings", "words"), [({"depth": 51}, "18, 34, 50, 101, got 51"), ({"frozen_stages": 6}, "0 .none. to 5")])
+def test_resnet_refuses(settings: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        ResNet(**settings)

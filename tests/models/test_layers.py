@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fpn_det.models.layers import NORMS, ConvBlock, conv_norm, folded, make_norm
+
+
+def lively(norm: nn.Module) -> nn.Module:
+    """With statistics and parameters that are not the identity."""
+    generator = torch.Generator().manual_seed(0)
+    for value in (*norm.parameters(), *norm.buffers()):
+        if value.is_floating_point():
+            value.data = torch.rand(value.shape, generator=generator) + 0.5
+    return norm
+
+
+@pytest.mark.parametrize("name", ["frozen", "fixed_statistics", "batch", "sync"])
+def test_folded_norm_equals_unfolded(name: str):
+    norm = lively(make_norm(name, 6)).eval()
+    for bias in (True, False):
+        conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=bias)
+        input = torch.randn(2, 4, 9, 9)
+        assert folded(norm) is not None
+        expected = norm(conv(input))
+        actual = conv_norm(input, conv, norm)
+        assert torch.allclose(actual, expected, atol=1e-5)
+        weight = torch.randn_like(expected)
+        for mine, theirs in zip(
+            torch.autograd.grad((actual * weight).sum(), list(conv.parameters())),
+            torch.autograd.grad((expected * weight).sum(), list(conv.parameters())),
+            strict=True,
+        ):
+            assert torch.allclose(mine, theirs, atol=1e-4)
+
+
+def test_norms_whose_statistics_move_are_not_folded():
+    assert folded(nn.BatchNorm2d(4).train()) is None
+    assert folded(make_norm("group", 4)) is None
+
+
+def test_fixed_statistics_never_leave_eval():
+    norm = make_norm("fixed_statistics", 4).train()
+    before = norm.running_mean.clone()
+    norm(torch.randn(2, 4, 3, 3) + 5)
+    assert not norm.training and torch.equal(norm.running_mean, before)
+    assert norm.weight.requires_grad
+
+
+def test_sync_norm_alone_is_batch_norm():
+    input = torch.randn(4, 6, 5, 5)
+    mine, theirs = make_norm("sync", 6).train(), nn.BatchNorm2d(6).train()
+    assert torch.allclose(mine(input), theirs(input), atol=1e-6)
+    assert torch.allclose(mine.running_var, theirs.running_var)
+
+
+def test_conv_block_has_a_bias_only_without_norm():
+    assert ConvBlock(3, 4, 3)[0].bias is not None
+    assert ConvBlock(3, 4, 3, "batch")[0].bias is None
+    assert (ConvBlock(3, 4, 3, "batch", relu=True)(torch.randn(2, 3, 8, 8)) >= 0).all()
+
+
+def test_make_norm_refuses_unknown_names():
+    with pytest.raises(ValueError, match=f"expected one of {', '.join(NORMS)}, got 'layer'"):
+        make_norm("layer", 3)

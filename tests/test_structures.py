@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fpn_det.structures import Batch, Detections, Losses, Pyramid, Targets
+
+
+def test_targets_pad_to_powers_of_two_and_never_to_nothing():
+    for most, width in ((0, 8), (1, 8), (8, 8), (9, 16), (17, 32)):
+        targets = Targets.pad([torch.rand(most, 4), torch.zeros(0, 4)], [torch.ones(most).long(), torch.zeros(0).long()])
+        assert targets.boxes.shape == (2, width, 4)
+        assert targets.valid.sum(1).tolist() == [most, 0]
+        assert (targets.boxes[1] == torch.tensor([0.0, 0.0, 1.0, 1.0])).all()
+
+
+def test_targets_refuse_boxes_without_labels():
+    with pytest.raises(ValueError, match="one label per box, got 3 labels for 2 boxes in image 0"):
+        Targets.pad([torch.zeros(2, 4)], [torch.zeros(3).long()])
+
+
+def test_cells_lie_level_by_level_and_row_by_row():
+    levels = [torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6), torch.arange(2 * 3 * 2 * 3).view(2, 3, 2, 3)]
+    pyramid = Pyramid(levels, (4, 8), torch.tensor([[16, 24]] * 2))
+    assert pyramid.starts == [0, 24]
+    assert pyramid.cells.shape == (2, 30, 3) and pyramid.cells.dtype == torch.float32
+    assert (pyramid.cells[1, 0 + 2 * 6 + 5] == levels[0][1, :, 2, 5]).all()
+    assert (pyramid.cells[0, 24 + 1 * 3 + 2] == levels[1][0, :, 1, 2]).all()
+
+
+def test_detections_return_to_the_original_frame_by_the_ratio_of_sides():
+    # an image of 100 x 200 (h, w), resized to 51 x 100: y scales by 100 / 51, x by 2
+    batch = Batch(
+        torch.zeros(1, 3, 64, 128, dtype=torch.uint8),
+        torch.tensor([[51, 100]]),
+        torch.tensor([[100, 200]]),
+        Targets.pad([torch.zeros(0, 4)], [torch.zeros(0).long()]),
+        torch.tensor([0]),
+    )
+    boxes = torch.tensor([[[10.0, 5.1, 100.5, 51.0]]])
+    detections = Detections(boxes, torch.ones(1, 1), torch.zeros(1, 1).long(), torch.ones(1, 1).bool())
+    assert torch.allclose(detections.to_original(batch).boxes, torch.tensor([[[20.0, 10.0, 200.0, 100.0]]]))
+
+
+def test_losses_sum_their_terms_and_not_their_statistics():
+    losses = Losses({"a": torch.tensor(1.0)}, {"s": torch.tensor(9.0)}) | Losses({"b": torch.tensor(2.0)})
+    assert losses.total() == 3.0
+    assert set(losses.statistics) == {"s"}
