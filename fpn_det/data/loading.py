@@ -1,0 +1,198 @@
+"""Batches on the device, in time: worker processes read ahead, a side stream copies ahead.
+
+What is in a batch follows from the step alone, never from the number of workers or the time things take.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from itertools import chain
+from typing import Any
+
+import cv2
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fpn_det.data.dataset import Canvas, DetectionDataset, Key, collate
+from fpn_det.data.sampling import GlobalBatches, evaluation_batches, micro_batches
+from fpn_det.runtime import Ranks
+from fpn_det.structures import Batch
+
+
+class TrainLoader:
+    """This rank's share of the global batches, `accumulate` micro-batches for each step, endless over the epochs.
+
+    Args:
+        batches: which images make a step.
+        accumulate: micro-batches of a step.
+        stride: what the canvas sides must divide by.
+        canvas: `batch` or a fixed (H, W).
+        start_method: of the workers: fork, spawn, or None for the platform's own.
+    """
+
+    def __init__(
+        self,
+        dataset: DetectionDataset,
+        batches: GlobalBatches,
+        ranks: Ranks,
+        accumulate: int,
+        num_workers: int,
+        stride: int,
+        canvas: Canvas,
+        device: torch.device,
+        start_method: str | None = None,
+    ) -> None:
+        self._batches = batches
+        self._ranks = ranks
+        self._accumulate = accumulate
+        self._maker = _BatchMaker(dataset, stride, canvas)
+        self._num_workers = num_workers
+        self._device = device
+        self._start_method = start_method
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._batches.steps_per_epoch
+
+    def iterate(self, first_step: int) -> Iterator[Batch]:
+        """The micro-batches of step `first_step` and of all that follow, on the device."""
+        keys = _TrainingKeys(self, first_step)
+        return _on_device(_loader(self._maker, keys, self._num_workers, self._device, self._start_method), self._device)
+
+    def rebuild(self, step: int) -> list[Batch]:
+        """The micro-batches of one step, made again here and now, on the device."""
+        return [_checked(self._maker[keys]).to(self._device) for keys in self.keys(step)]
+
+    def keys(self, step: int) -> list[list[Key]]:
+        """Which images, of which epoch, this rank sees in each micro-batch of a step."""
+        epoch, indices = self._batches.slice(step)
+        return [[(index, epoch) for index in row] for row in micro_batches(indices, self._ranks, self._accumulate).tolist()]
+
+
+class EvalLoader:
+    """This rank's images, once each; over all ranks every image exactly once. The order is by aspect ratio."""
+
+    def __init__(
+        self,
+        dataset: DetectionDataset,
+        batch_size: int,
+        ranks: Ranks,
+        num_workers: int,
+        stride: int,
+        canvas: Canvas,
+        device: torch.device,
+        start_method: str | None = None,
+    ) -> None:
+        batches = evaluation_batches(dataset.annotations.sizes, batch_size, ranks)
+        keys = [[(index, 0) for index in batch.tolist()] for batch in batches]
+        self._device = device
+        self._num_batches = len(keys)
+        self._loader = _loader(_BatchMaker(dataset, stride, canvas), keys, num_workers, device, start_method)
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _on_device(self._loader, self._device)
+
+
+class _BatchMaker(Dataset):
+    """Makes a whole batch from its keys, in a worker. What is wrong with the data travels back as a value.
+
+    Raised in a worker, it would reach the user as a traceback of torch's loader.
+    """
+
+    def __init__(self, dataset: DetectionDataset, stride: int, canvas: Canvas) -> None:
+        if canvas != "batch" and (canvas[0] % stride or canvas[1] % stride):
+            raise ValueError(f"data.canvas: expected sides that the model's stride {stride} divides, got {list(canvas)}.")
+        self._dataset = dataset
+        self._stride = stride
+        self._canvas = canvas
+
+    def __getitem__(self, keys: list[Key]) -> Batch | ValueError:
+        try:
+            return collate([self._dataset[key] for key in keys], self._stride, self._canvas)
+        except ValueError as error:
+            return error
+
+
+class _TrainingKeys:
+    """The keys of one micro-batch after the other, endless."""
+
+    def __init__(self, loader: TrainLoader, first_step: int) -> None:
+        self._loader = loader
+        self._first_step = first_step
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        step = self._first_step
+        while True:
+            yield from self._loader.keys(step)
+            step += 1
+
+
+def _loader(
+    maker: _BatchMaker, keys: Iterable[list[Key]], num_workers: int, device: torch.device, start_method: str | None
+) -> DataLoader:
+    return DataLoader(
+        maker,
+        sampler=keys,
+        batch_size=None,  # an item is a batch already
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        worker_init_fn=_set_up_worker,
+        persistent_workers=num_workers > 0,
+        pin_memory=device.type == "cuda",
+        multiprocessing_context=start_method if num_workers else None,
+        generator=torch.Generator(),  # the workers' seeds, which nobody uses, do not cost the global generator a draw
+    )
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _set_up_worker(worker: int) -> None:
+    """A worker is one thread on one core, and lets the main process decide what an interrupt means."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _checked(item: Batch | ValueError) -> Batch:
+    if isinstance(item, ValueError):
+        raise item
+    return item
+
+
+def _on_device(items: Iterable[Batch | ValueError], device: torch.device) -> Iterator[Batch]:
+    """Hand out batches on the device. With CUDA, the next one is copied while the model works on this one."""
+    if device.type != "cuda":
+        for item in items:
+            yield _checked(item).to(device)
+        return
+    side = torch.cuda.Stream(device)
+    ready: Batch | None = None
+    end: list[Batch | ValueError | None] = [None]
+    for upcoming in chain(items, end):
+        torch.cuda.current_stream(device).wait_stream(side)  # `ready` has arrived; nothing else is on its way yet
+        coming = None
+        if upcoming is not None:
+            with torch.cuda.stream(side):
+                coming = _checked(upcoming).to(device)
+        if ready is not None:
+            for tensor in _tensors(ready):
+                tensor.record_stream(torch.cuda.current_stream(device))  # else the side stream may overwrite it in use
+            yield ready
+        ready = coming
+
+
+def _tensors(record: Any) -> Iterator[Tensor]:
+    for item in fields(record):
+        value = getattr(record, item.name)
+        if isinstance(value, Tensor):
+            yield value
+        elif is_dataclass(value):
+            yield from _tensors(value)

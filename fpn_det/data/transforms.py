@@ -1,0 +1,196 @@
+"""Augmentation: albumentations behind one adapter, and the geometry that it lacks. The only importer of albumentations.
+
+Here the frame changes, once: what goes in is in the original frame, what comes out in the input frame. Pixels are uint8
+all the way; the model normalizes them on the device.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+from PIL import Image
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else the import asks the network for a newer version
+import albumentations as A
+
+Backend = Literal["cv2", "pil"]
+Rounding = Literal["round", "floor"]
+
+
+class Pipeline:
+    """A chain of albumentations transforms, seeded for each sample, that keeps boxes and labels together.
+
+    Inside, a box carries its row number instead of its label: so labels stay integers, whatever the chain does.
+
+    Args:
+        transforms: any of albumentations' transforms or compositions that leave uint8 RGB, in their order.
+        min_visibility: a box whose visible part of its area falls under this, in one transform, goes; in [0, 1].
+        min_area: a box smaller than this in the input frame goes; px^2.
+    """
+
+    def __init__(self, transforms: Sequence[Any], min_visibility: float = 0.0, min_area: float = 1.0) -> None:
+        self.min_area = min_area
+        boxes = A.BboxParams(format="albumentations", min_visibility=min_visibility, clip=True, filter_invalid_bboxes=True)
+        # the no-op takes boxes, which albumentations asks of at least one transform
+        self.compose = A.Compose([*transforms, A.NoOp(p=0)], bbox_params=boxes, is_check_shapes=False, strict=True)
+
+    def __call__(
+        self, pixels: np.ndarray, boxes: np.ndarray, labels: np.ndarray, key: tuple[int, ...]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Transform one image.
+
+        Args:
+            pixels: u8 [h, w, 3] RGB.
+            boxes: [G, 4] xyxy in the original frame.
+            labels: i64 [G].
+            key: what all random choices follow from, such as (seed, epoch, index).
+
+        Returns:
+            The same three in the input frame, boxes as f32 with positive sides and without those that left the image.
+        """
+        self._seed(key)
+        height, width = pixels.shape[:2]
+        # relative coordinates in float64: a change of scale then leaves them as they are, to the bit
+        table = np.column_stack([boxes / (width, height, width, height), np.arange(len(boxes))])
+        result = self.compose(image=pixels, bboxes=table)
+        pixels, table = result["image"], result["bboxes"]
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise ValueError(f"transforms: expected uint8 [h, w, 3] at the end, got {pixels.dtype} {list(pixels.shape)}. The model normalizes.")
+        if not len(table):
+            return pixels, np.zeros((0, 4), np.float32), labels[:0]
+        height, width = pixels.shape[:2]
+        boxes = (table[:, :4] * (width, height, width, height)).astype(np.float32)
+        sides = boxes[:, 2:] - boxes[:, :2]
+        keep = (sides > 0).all(axis=1) & (sides.prod(axis=1) >= self.min_area)
+        return pixels, boxes[keep], labels[table[keep, 4].astype(np.int64)]
+
+    def _seed(self, key: tuple[int, ...]) -> None:
+        # One pair of generators for the whole chain. albumentations 2.0.8's set_random_seed gives every transform the
+        # same numbers (two flips would always agree), and its own seeding the same numbers to every worker.
+        words = np.random.SeedSequence(key).generate_state(4)
+        self.compose.set_random_state(np.random.default_rng(words), random.Random(words.tobytes()))
+
+
+def resized_size(size: tuple[int, int], side: int, max_side: int, rounding: Rounding) -> tuple[int, int]:
+    """The (h, w) whose shorter side is `side`, or less where the longer would pass `max_side`; the aspect ratio stays.
+
+    `floor` computes in float32 as torchvision does, where 480 * (800 / 480) is below 800.
+    """
+    height, width = size
+    scale = min(side / min(size), max_side / max(size))
+    if rounding == "floor":
+        scale = float(np.float32(scale))
+        return max(int(height * scale), 1), max(int(width * scale), 1)
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int], backend: Backend, antialias: bool) -> np.ndarray:
+    """Bilinear resizing to (h, w). With `antialias`, a smaller image averages the pixels it stands for."""
+    height, width = size
+    if pixels.shape[:2] == size:
+        return pixels
+    if backend == "pil":
+        return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+    shrinks = height < pixels.shape[0] and width < pixels.shape[1]
+    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA if antialias and shrinks else cv2.INTER_LINEAR)
+
+
+class _Resizing(A.DualTransform):
+    """What the resizing transforms share: the way of resizing, checked."""
+
+    def __init__(self, backend: Backend, antialias: bool | None, p: float) -> None:
+        super().__init__(p=p)
+        name = type(self).__name__
+        if backend not in ("cv2", "pil"):
+            raise ValueError(f"{name}: expected backend cv2 or pil, got {backend!r}.")
+        if backend == "pil" and antialias is False:
+            raise ValueError(f"{name}: pil always antialiases, got antialias=False. Use backend=cv2, or leave antialias out.")
+        self.backend = backend
+        self.antialias = backend == "pil" if antialias is None else antialias
+
+
+class ResizeShortestSide(_Resizing):
+    """Resize so that the shorter side is one of `sides`, each as likely, and the longer at most `max_side`; px.
+
+    Args:
+        rounding: of the other side; torchvision's way is `floor`.
+        backend: `cv2` or `pil`.
+        antialias: average when shrinking; pil always does, cv2 by default does not.
+    """
+
+    def __init__(
+        self,
+        sides: Sequence[int],
+        max_side: int,
+        rounding: Rounding = "round",
+        backend: Backend = "cv2",
+        antialias: bool | None = None,
+        p: float = 1.0,
+    ) -> None:
+        super().__init__(backend, antialias, p)
+        self.sides, self.max_side, self.rounding = list(sides), max_side, rounding
+        if not self.sides or min(self.sides) < 1 or max(self.sides) > max_side:
+            raise ValueError(f"ResizeShortestSide: expected sides in 1..max_side={max_side}, got {self.sides}.")
+        if rounding not in ("round", "floor"):
+            raise ValueError(f"ResizeShortestSide: expected rounding round or floor, got {rounding!r}.")
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        side = self.py_random.choice(self.sides)
+        return {"size": resized_size(params["shape"][:2], side, self.max_side, self.rounding)}
+
+    def apply(self, img: np.ndarray, size: tuple[int, int], **params: Any) -> np.ndarray:
+        return resize(img, size, self.backend, self.antialias)
+
+    def apply_to_bboxes(self, bboxes: np.ndarray, **params: Any) -> np.ndarray:
+        return bboxes  # relative coordinates
+
+
+class LargeScaleJitter(_Resizing):
+    """Fit the image into `size`, times a random scale, and cut a random window of `size` from what is larger.
+
+    What is smaller than `size` stays so: the batch is padded, and padding is not image. (Copy-Paste, appendix A)
+
+    Args:
+        size: (h, w) of the window, px.
+        scale_range: the scale is drawn evenly from it; 1 fits.
+    """
+
+    def __init__(
+        self,
+        size: Sequence[int],
+        scale_range: Sequence[float] = (0.1, 2.0),
+        backend: Backend = "cv2",
+        antialias: bool | None = None,
+        p: float = 1.0,
+    ) -> None:
+        super().__init__(backend, antialias, p)
+        self.size, self.scale_range = tuple(size), tuple(scale_range)
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise ValueError(f"LargeScaleJitter: expected size (h, w) in px, got {self.size}.")
+        if len(self.scale_range) != 2 or not 0 < self.scale_range[0] <= self.scale_range[1]:
+            raise ValueError(f"LargeScaleJitter: expected scale_range (low, high) with 0 < low <= high, got {self.scale_range}.")
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        height, width = params["shape"][:2]
+        scale = min(self.size[0] / height, self.size[1] / width) * self.py_random.uniform(*self.scale_range)
+        resized = max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+        window = min(resized[0], self.size[0]), min(resized[1], self.size[1])
+        top = self.py_random.randint(0, resized[0] - window[0])
+        left = self.py_random.randint(0, resized[1] - window[1])
+        return {"resized": resized, "window": (top, left, *window)}
+
+    def apply(self, img: np.ndarray, resized: tuple[int, int], window: tuple[int, ...], **params: Any) -> np.ndarray:
+        top, left, height, width = window
+        return resize(img, resized, self.backend, self.antialias)[top : top + height, left : left + width]
+
+    def apply_to_bboxes(self, bboxes: np.ndarray, resized: tuple[int, int], window: tuple[int, ...], **params: Any) -> np.ndarray:
+        top, left, height, width = window
+        moved = bboxes.copy()
+        moved[:, [0, 2]] = (bboxes[:, [0, 2]] * resized[1] - left) / width
+        moved[:, [1, 3]] = (bboxes[:, [1, 3]] * resized[0] - top) / height
+        return moved
