@@ -89,7 +89,7 @@ def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Ranks, 
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(chosen)
     dist.init_process_group(
-        "nccl" if chosen.type == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",  # what is on the host is exchanged there
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
     try:
@@ -125,6 +125,15 @@ def gather_objects(value: Any) -> list[Any] | None:
     gathered: list[Any] | None = [None] * ranks.world_size if ranks.is_main else None
     dist.gather_object(value, gathered, dst=0)
     return gathered
+
+
+def agree_on_max(value: int) -> int:
+    """The largest value of all ranks, without touching the device."""
+    if current_ranks().world_size == 1:
+        return value
+    box = torch.tensor(value)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return int(box)
 
 
 def barrier() -> None:

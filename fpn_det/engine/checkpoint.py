@@ -1,0 +1,185 @@
+"""Checkpoints: plain types and tensors in one file, which loads with `weights_only=True` and never fetches anything.
+
+A folder of them survives a kill at any moment. A file appears under its name only when it is whole and on the disk;
+`last.pt` and `best.pt` are further names (hard links) of a step's file, so they cost neither time nor space; and only
+files that our own index lists are ever deleted.
+
+What a checkpoint holds:
+
+    format, versions                        what wrote it
+    model, ema, optimizer, schedule, scaler tensors by name; `ema` is None without an average
+    progress, best                          steps done and the state of early stopping; the best evaluation
+    rng                                     the seed: every random draw of a step follows from it and the step's number
+    class_names, category_ids, preprocessing, config    what the weights mean; config is YAML text
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = "fpn_det checkpoint 1"
+PLAIN = (str, int, float, bool, type(None))
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write `state`, all of it or nothing: a kill leaves what was there before."""
+    state = {"format": FORMAT, **state}
+    assert_plain(state)
+    unfinished = _unfinished(path.parent)
+    torch.save(state, unfinished)
+    _publish(unfinished, path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint to the CPU.
+
+    Raises:
+        ValueError: there is none, it is damaged, or it is not ours.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a checkpoint, got no such file.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # compares check sums, which torch.load does not
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} does not have its check sum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: expected a checkpoint of fpn_det, got a damaged or foreign file ({reason}).") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        got = repr(state.get("format")) if isinstance(state, dict) else f"a {type(state).__name__}"
+        raise ValueError(f"{path}: expected '{FORMAT}', got {got}. To start from its weights, say init_from=<file>.")
+    return state
+
+
+def assert_plain(value: Any, where: str = "checkpoint") -> None:
+    """Assert that `weights_only=True` will load `value`: exact built-in types (a numpy float is none) and tensors."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            assert type(key) in PLAIN, f"{where}: key {key!r}"
+            assert_plain(item, f"{where}.{key}")
+    elif type(value) in (list, tuple):
+        for number, item in enumerate(value):
+            assert_plain(item, f"{where}.{number}")
+    else:
+        assert type(value) in PLAIN or isinstance(value, Tensor), f"{where}: {type(value)}"
+
+
+class CheckpointFolder:
+    """The checkpoints of one run.
+
+    Args:
+        folder: made when the first one is saved.
+        keep_last: how many step files stay; 0 keeps all.
+    """
+
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        if keep_last < 0:
+            raise ValueError(f"trainer.keep_last: expected how many checkpoints to keep, 0 for all, got {keep_last}.")
+        self.folder = folder
+        self.keep_last = keep_last
+        self._index = folder / "index.json"
+
+    def save(self, state: dict[str, Any], step: int, is_best: bool, finished: bool) -> Path:
+        """Save as the step's file and as `last`, also as `best` if `is_best`; then delete the oldest step files.
+
+        `finished` marks the run as having reached its end.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step_{step:08d}.pt"
+        # listed before it is there: a kill in between leaves a name without a file, never a file that nobody will delete
+        steps = [*(name for name in self._read_index()["steps"] if name != path.name), path.name]
+        self._write_index(steps, finished=False)
+        save_checkpoint(path, state)
+        for name in ("last.pt", "best.pt") if is_best else ("last.pt",):
+            self._link(path, self.folder / name)
+        kept = steps[-self.keep_last :]
+        self._write_index(kept, finished)
+        for name in steps:
+            if name not in kept:
+                (self.folder / name).unlink(missing_ok=True)
+        return path
+
+    def save_best(self, state: dict[str, Any]) -> None:
+        """Save as `best` only: an evaluation at a step for which no checkpoint was asked."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(self.folder / "best.pt", state)
+
+    def is_finished(self) -> bool:
+        """Whether the run reached its end."""
+        return self._read_index()["finished"]
+
+    def files(self) -> list[Path]:
+        """The files that a run can go on from, the last written first."""
+        names = ["last.pt", *reversed(self._read_index()["steps"]), "best.pt"]
+        return [self.folder / name for name in names if (self.folder / name).is_file()]
+
+    def load(self, warn: Callable[[str], None], first: Path | None = None) -> dict[str, Any] | None:
+        """The newest checkpoint that can be read; None if there is none at all. Passing over a broken one is worth a warning.
+
+        Args:
+            warn: takes the warning.
+            first: begin with this file instead of the newest one.
+
+        Raises:
+            ValueError: there are checkpoints, and none can be read.
+        """
+        files = self.files()
+        if first is not None:
+            files = files[files.index(first) :] if first in files else [first]
+        for number, path in enumerate(files):
+            try:
+                return load_checkpoint(path)
+            except ValueError as refusal:
+                if path == files[-1]:
+                    raise
+                warn(f"{refusal} Going back to {files[number + 1].name}.")
+        return None
+
+    def _link(self, path: Path, name: Path) -> None:
+        unfinished = _unfinished(self.folder)
+        try:
+            os.link(path, unfinished)
+        except OSError:  # the file system has no hard links
+            shutil.copyfile(path, unfinished)
+        _publish(unfinished, name)
+
+    def _read_index(self) -> dict[str, Any]:
+        if not self._index.is_file():
+            return {"steps": [], "finished": False}
+        return json.loads(self._index.read_text())
+
+    def _write_index(self, steps: list[str], finished: bool) -> None:
+        unfinished = _unfinished(self.folder)
+        unfinished.write_text(json.dumps({"steps": steps, "finished": finished}, indent=2))
+        _publish(unfinished, self._index)
+
+
+def _unfinished(folder: Path) -> Path:
+    """Where a file is written before it gets its name: always the same place, so that kills leave one such file at most."""
+    path = folder / "unfinished.tmp"
+    path.unlink(missing_ok=True)  # never write into it: it may be a link to a checkpoint
+    return path
+
+
+def _publish(unfinished: Path, path: Path) -> None:
+    """Give a written file its name, after its bytes are on the disk."""
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too
+    finally:
+        os.close(folder)

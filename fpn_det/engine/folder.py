@@ -1,0 +1,183 @@
+"""The folder of a run: which one it is, and what is written there before training starts."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from fpn_det.engine.checkpoint import CheckpointFolder
+from fpn_det.runtime import broadcast_object, current_ranks
+
+T = TypeVar("T")
+
+PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "hydra-core", "tensorboard", "albumentations")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run lives.
+
+    Attributes:
+        resume: go on with what is here.
+        checkpoint: the file to go on from; None is the newest one here.
+    """
+
+    path: Path
+    resume: bool = False
+    checkpoint: Path | None = None
+
+    def checkpoints(self, keep_last: int = 0) -> CheckpointFolder:
+        """Its checkpoints."""
+        return CheckpointFolder(self.path / "checkpoints", keep_last)
+
+    def load(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
+        """The checkpoint to go on from; None to start from nothing. `warn` hears about broken ones.
+
+        Raises:
+            ValueError: no checkpoint is whole.
+        """
+        if not self.resume:
+            return None
+        if self.checkpoint is None:
+            return self.checkpoints().load(warn)
+        return CheckpointFolder(self.checkpoint.parent, keep_last=0).load(warn, first=self.checkpoint)
+
+
+def choose_folder(
+    experiment: str | None,
+    run_dir: str | None,
+    resume: str | None,
+    set_aside: bool = False,
+    root: Path = Path("runs"),
+) -> RunFolder:
+    """Find or make the folder of a run. Rank 0 chooses for all; all ranks ask together.
+
+    Args:
+        experiment: its runs lie in `<root>/<experiment>/<date>_<time>`.
+        run_dir: the folder itself, instead.
+        resume: None for a new run; `auto` goes on with `run_dir`, or else with the newest run of the experiment that has
+            not reached its end, or else starts a new one; a checkpoint or a run folder goes on from there.
+        set_aside: move a `run_dir` that is in the way to a name with a date, instead of refusing it.
+        root: of all experiments.
+
+    Raises:
+        ValueError: the folder is in use or cannot be written, or there is nothing to resume.
+    """
+
+    def choose() -> RunFolder:
+        experiment_folder = root / (experiment or "default")
+        if resume is None:
+            folder = RunFolder(_new_folder(experiment_folder) if run_dir is None else Path(run_dir))
+            _make_room(folder.path, set_aside)
+        elif resume == "auto":
+            unfinished = None if run_dir is not None else _newest_unfinished(experiment_folder)
+            path = Path(run_dir) if run_dir is not None else unfinished or _new_folder(experiment_folder)
+            folder = RunFolder(path, resume=True)
+        else:
+            folder = _folder_of(Path(resume), run_dir)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        (folder.path / ".writable").touch()
+        (folder.path / ".writable").unlink()
+        return folder
+
+    try:
+        return on_main(choose)
+    except OSError as error:
+        raise ValueError(f"run_dir: expected a folder to write in, got {error}. Choose another one with run_dir=<folder>.") from None
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """What `work` returns or raises on rank 0, on all ranks."""
+    result: T | None = None
+    failure: Exception | None = None
+    if current_ranks().is_main:
+        try:
+            result = work()
+        except (ValueError, OSError) as error:
+            failure = error
+    result, failure = broadcast_object((result, failure))
+    if failure is not None:
+        raise failure
+    return result
+
+
+def write_settings(folder: Path, config: str, overrides: Sequence[str]) -> None:
+    """Write down what this run is: `config.yaml` (complete), `overrides.txt`, `versions.json`. Rank 0 only."""
+    (folder / "config.yaml").write_text(config)
+    (folder / "overrides.txt").write_text("".join(f"{override}\n" for override in overrides))
+    (folder / "versions.json").write_text(json.dumps({**versions(), "command": " ".join(sys.argv)}, indent=2) + "\n")
+
+
+def versions() -> dict[str, str | None]:
+    """What runs here: python, packages, GPU, and the revision of this code (None outside a git checkout)."""
+    found: dict[str, str | None] = {"fpn_det": _version("fpn_det"), "git": _git_revision(), "python": platform.python_version()}
+    found |= {package: _version(package) for package in PACKAGES}
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _new_folder(experiment_folder: Path) -> Path:
+    """A name that nobody has, also if several runs start in the same second."""
+    name = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"
+    for suffix in ("", *(f"_{number}" for number in range(2, 1000))):
+        try:
+            (experiment_folder / (name + suffix)).mkdir(parents=True)
+            return experiment_folder / (name + suffix)
+        except FileExistsError:
+            continue
+    raise ValueError(f"run_dir: expected a free name in {experiment_folder}, got a thousand runs in one second.")
+
+
+def _make_room(path: Path, set_aside: bool) -> None:
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not set_aside:
+        raise ValueError(
+            f"run_dir: expected a new or empty folder, got {path}, which holds {', '.join(sorted(item.name for item in path.iterdir())[:5])}. "
+            "To go on with that run, say resume=auto; to start another one, choose another folder."
+        )
+    path.rename(path.with_name(f"{path.name}_until_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"))
+
+
+def _newest_unfinished(experiment_folder: Path) -> Path | None:
+    runs = [path for path in experiment_folder.glob("*") if path.is_dir() and not RunFolder(path).checkpoints().is_finished()]
+    return max(runs, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _folder_of(resume: Path, run_dir: str | None) -> RunFolder:
+    """The run that a checkpoint, or a run folder, belongs to."""
+    if resume.is_dir():
+        files = RunFolder(resume).checkpoints().files()
+        if not files:
+            raise ValueError(f"resume: expected a run folder with checkpoints, got {resume}. To start it over, say resume=auto.")
+        resume = files[0]
+    if not resume.is_file():
+        raise ValueError(f"resume: expected auto, a checkpoint or a run folder, got {resume}, which does not exist.")
+    if run_dir is None and resume.parent.name != "checkpoints":
+        raise ValueError(f"resume: expected a checkpoint in a run folder, got {resume}. Say with run_dir=<folder> where to go on.")
+    return RunFolder(Path(run_dir) if run_dir is not None else resume.parent.parent, resume=True, checkpoint=resume)

@@ -1,0 +1,82 @@
+"""The training loop.
+
+The host reads from the device at log points only. Wherever weights are evaluated or saved there is a log point first, so
+that nothing is done with weights before it is known that every step was finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fpn_det.data.loading import TrainLoader
+from fpn_det.engine.log import Meters, Pace, RunLog
+from fpn_det.engine.optimization import Optimization
+from fpn_det.engine.settings import Trainer
+from fpn_det.engine.signals import StopRequest
+from fpn_det.runtime import Ranks, seed_everything
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What training is made of, and what is done along the way. Steps are counted as done: 1 is after the first update.
+
+    Attributes:
+        evaluate: scores the weights after a step; returns whether to go on.
+        save: keeps the state after a step; the flag says that a checkpoint is due, or else only the best is kept.
+        explain: what was not finite since the last log point, as an error.
+    """
+
+    optimization: Optimization
+    loader: TrainLoader
+    trainer: Trainer
+    total_steps: int
+    seed: int
+    ranks: Ranks
+    log: RunLog
+    evaluate: Callable[[int], bool]
+    save: Callable[[int, bool], None]
+    explain: Callable[[], Exception]
+
+    def run(self, step: int, stop: StopRequest) -> int:
+        """Train on after `step`, to the end or until asked to stop. Returns the signal that asked, or 0."""
+        pace = Pace(step, self.total_steps, self.trainer.batch_size, self.trainer.eval_every)
+        self.log.begin(pace)
+        meters = Meters()
+        batches = self.loader.iterate(step)
+        self.optimization.model.train()
+        signal, going_on = 0, step < self.total_steps
+        while going_on and not signal:
+            self._seed(step)
+            with pace.waiting():
+                micro_batches = [next(batches) for _ in range(self.trainer.accumulate)]
+            for losses in self.optimization.step(micro_batches, step):
+                meters.add({**losses.terms, **losses.statistics})
+            meters.add(self.optimization.measures())
+            step += 1
+            self.log.advance(step)
+
+            signal, going_on = stop.agreed(), step < self.total_steps
+            evaluating = self._is_due(self.trainer.eval_every, step)
+            saving = self._is_due(self.trainer.save_every, step) or signal != 0
+            if not (evaluating or saving or self._is_due(self.trainer.log_every, step)):
+                continue
+            values = meters.read()  # the one host read
+            if values.pop("alarm"):
+                raise self.explain()
+            self.log.train(step, {"lr": self.optimization.lr, **values}, pace)
+            if evaluating:
+                with pace.evaluating():
+                    going_on = self.evaluate(step) and going_on
+            self.save(step, saving or not going_on)
+        return signal
+
+    def _is_due(self, every: int, step: int) -> bool:
+        return step == self.total_steps or (every > 0 and step % every == 0)
+
+    def _seed(self, step: int) -> None:
+        """Let whatever draws from a global generator (dropout, a user's layer) depend on the step, not on the past."""
+        (state,) = np.random.SeedSequence((self.seed, step, self.ranks.rank)).generate_state(1)
+        seed_everything(int(state))

@@ -1,0 +1,104 @@
+"""Which rule moves the weights, at which learning rate, and with which weight decay on what.
+
+Recipes make torch's fused optimizers: one pass over weight, gradient and momentum, and the only ones that skip a step
+on the device's own word (`found_inf`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ABC):
+    """What all optimizers share."""
+
+    # peak learning rate at base_batch_size images per step
+    lr: float
+    # lr is scaled linearly from here to the batch size of the run; None: take lr as it stands
+    base_batch_size: int | None = 16
+    weight_decay: float = 1e-4
+    # weight decay of the weights and biases of norms
+    norm_weight_decay: float = 0.0
+    # weight decay of all other biases; None: as for weights
+    bias_weight_decay: float | None = None
+    # learning rate of biases, times that of weights
+    bias_lr_factor: float = 1.0
+
+    def scaled_lr(self, batch_size: int) -> float:
+        """The peak learning rate at `batch_size` images per step, over all ranks and accumulation."""
+        return self.lr if self.base_batch_size is None else self.lr * batch_size / self.base_batch_size
+
+    def describe_lr(self, batch_size: int, world_size: int, accumulate: int) -> str:
+        """One line, such as `lr 0.02 @16 -> 0.0025 @2 (1 rank x 2 x accumulate 1)`."""
+        scaling = f"lr {self.scaled_lr(batch_size):g} @{batch_size}"
+        if self.base_batch_size is not None:
+            scaling = f"lr {self.lr:g} @{self.base_batch_size} -> {scaling.removeprefix('lr ')}"
+        ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+        return f"{scaling} ({ranks} x {batch_size // (world_size * accumulate)} x accumulate {accumulate})"
+
+    def groups(self, model: nn.Module, batch_size: int) -> list[dict[str, Any]]:
+        """The trainable parameters: those of norms, other biases, and weights, without empty groups.
+
+        `peak_lr` is what the schedule multiplies.
+        """
+        norms: list[nn.Parameter] = []
+        biases: list[nn.Parameter] = []
+        weights: list[nn.Parameter] = []
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    group = norms if isinstance(module, NORMS) else biases if name == "bias" else weights
+                    group.append(parameter)
+        lr = self.scaled_lr(batch_size)
+        bias_weight_decay = self.weight_decay if self.bias_weight_decay is None else self.bias_weight_decay
+        groups = [
+            {"params": norms, "peak_lr": lr, "weight_decay": self.norm_weight_decay},
+            {"params": biases, "peak_lr": lr * self.bias_lr_factor, "weight_decay": bias_weight_decay},
+            {"params": weights, "peak_lr": lr, "weight_decay": self.weight_decay},
+        ]
+        return [group for group in groups if group["params"]]
+
+    @abstractmethod
+    def build(self, model: nn.Module, batch_size: int) -> Optimizer:
+        """The optimizer of the trainable parameters of `model`, which is on its device already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD(Recipe):
+    """Stochastic gradient descent with momentum."""
+
+    momentum: float = 0.9
+    nesterov: bool = False
+
+    def build(self, model: nn.Module, batch_size: int) -> Optimizer:
+        groups = self.groups(model, batch_size)
+        optimizer = torch.optim.SGD(
+            groups, self.scaled_lr(batch_size), momentum=self.momentum, nesterov=self.nesterov, fused=True
+        )
+        if self.momentum:
+            # torch makes the buffers in the first step, and leaves them without values if that step is skipped
+            for parameter in (parameter for group in groups for parameter in group["params"]):
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Recipe):
+    """Adam with decoupled weight decay."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def build(self, model: nn.Module, batch_size: int) -> Optimizer:
+        return torch.optim.AdamW(
+            self.groups(model, batch_size), self.scaled_lr(batch_size), self.betas, self.eps, fused=True
+        )

@@ -1,0 +1,200 @@
+"""One run, from its parts to its last words."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import signal
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from fpn_det.data.loading import TrainLoader
+from fpn_det.engine.best import Best
+from fpn_det.engine.evaluate import evaluate, write_evaluation
+from fpn_det.engine.folder import RunFolder, versions
+from fpn_det.engine.log import RunLog, shown_path
+from fpn_det.engine.loop import Loop
+from fpn_det.engine.nonfinite import describe, first_bad_step
+from fpn_det.engine.optimization import Optimization
+from fpn_det.engine.optimizers import Recipe
+from fpn_det.engine.schedule import Schedule
+from fpn_det.engine.settings import Trainer
+from fpn_det.engine.signals import StopRequest
+from fpn_det.evaluation.coco import Evaluation, EvaluationSettings
+from fpn_det.models.detector import Detector
+from fpn_det.runtime import Ranks
+from fpn_det.structures import Annotations, Batch
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of.
+
+    Attributes:
+        model: on its device, with the weights that training starts from.
+        schedule: makes the schedule for a number of `steps`.
+        meaning: what the weights mean, for whoever loads them: `class_names`, `category_ids`, `preprocessing` and `config`
+            (YAML text), in plain types.
+        show: gets the step and the evaluation after each evaluation, to add pictures to the log. Rank 0 only.
+    """
+
+    model: Detector
+    recipe: Recipe
+    schedule: Callable[..., Schedule]
+    train_loader: TrainLoader
+    train_annotations: Annotations
+    val_loader: Iterable[Batch]
+    val_annotations: Annotations
+    evaluation: EvaluationSettings
+    meaning: State
+    show: Callable[[int, Evaluation], None]
+
+
+class Run:
+    """Trains a detector, evaluates it on the way, and leaves everything in a folder.
+
+    Args:
+        seed: of all random draws.
+        log: writes into `folder`.
+    """
+
+    def __init__(
+        self, parts: Parts, trainer: Trainer, precision: str, seed: int, ranks: Ranks, folder: RunFolder, log: RunLog
+    ) -> None:
+        self.parts = parts
+        self.trainer = trainer
+        self.seed = seed
+        self.ranks = ranks
+        self.folder = folder.path
+        self.log = log
+        self.checkpoints = folder.checkpoints(trainer.keep_last)
+        self.total_steps = trainer.total_steps(parts.train_loader.steps_per_epoch)
+        self.versions = versions()
+        self.best = Best(trainer.best_metric)
+        self.evaluation: Evaluation | None = None
+        self.has_improved = False
+
+        state = folder.load(log.info)
+        self.first_step = 0 if state is None else state["progress"]["step"]
+        optimizer = parts.recipe.build(parts.model, trainer.batch_size)
+        schedule = self._schedule(state)
+        self.optimization = Optimization(parts.model, optimizer, schedule, precision, trainer.clip_norm, trainer.ema)
+        log.info(parts.recipe.describe_lr(trainer.batch_size, ranks.world_size, trainer.accumulate))
+        if state is not None:
+            self._restore(state)
+
+    def train(self) -> int:
+        """Train to the end. Returns the exit code: 0, or 128 + the signal that stopped the run after saving it (143, 130)."""
+        if self._is_over(self.first_step):
+            self.log.info(
+                f"{shown_path(self.folder)} is complete: {self.first_step} of {self.total_steps} steps are done. "
+                "For more, set a larger trainer.max_steps or trainer.epochs."
+            )
+            return 0
+        with StopRequest() as stop:
+            number = self._loop().run(self.first_step, stop)
+        if number:
+            self.log.info(
+                f"Stopped by {signal.Signals(number).name} and saved. "
+                f"To go on, repeat the command with resume=auto run_dir={shown_path(self.folder)}"
+            )
+            return 128 + number
+        assert self.evaluation is not None, "the last step is evaluated"
+        self.log.summary(self.best.metric, self.best.value, self.best.step, self.evaluation)
+        return 0
+
+    def _loop(self) -> Loop:
+        return Loop(
+            optimization=self.optimization,
+            loader=self.parts.train_loader,
+            trainer=self.trainer,
+            total_steps=self.total_steps,
+            seed=self.seed,
+            ranks=self.ranks,
+            log=self.log,
+            evaluate=self._evaluate,
+            save=self._save,
+            explain=self._explain,
+        )
+
+    def _is_over(self, step: int) -> bool:
+        early_stop = self.trainer.early_stop
+        return step >= self.total_steps or (early_stop is not None and self.best.misses >= early_stop.patience)
+
+    def _evaluate(self, step: int) -> bool:
+        """Score the weights; returns whether to go on training."""
+        model = self.optimization.model_to_evaluate
+        annotations = self.parts.val_annotations
+        self.evaluation = evaluate(
+            model, self.parts.val_loader, annotations, self.parts.evaluation, self.optimization.dtype
+        )
+        if self.ranks.is_main:
+            weights: Literal["ema", "raw"] = "raw" if self.optimization.ema is None else "ema"
+            write_evaluation(self.folder, self.evaluation, annotations, step, f"step_{step:08d}.pt", weights)
+        self.log.evaluation(step, self.evaluation)
+        if self.ranks.is_main:
+            self.parts.show(step, self.evaluation)
+        min_delta = self.trainer.early_stop.min_delta if self.trainer.early_stop else 0.0
+        self.has_improved = self.best.update(step, self.evaluation.metrics, min_delta)
+        return not self._is_over(step)
+
+    def _save(self, step: int, is_due: bool) -> None:
+        """Keep the state after `step` if that is due, or if it is the best one."""
+        if self.ranks.is_main:
+            if is_due:
+                self.checkpoints.save(self._state(step), step, self.has_improved, self._is_over(step))
+            elif self.has_improved:
+                self.checkpoints.save_best(self._state(step))
+        self.has_improved = False
+
+    def _explain(self) -> Exception:
+        step = first_bad_step(self.optimization)
+        what = describe(self.optimization, self.parts.train_loader.rebuild(step), self.parts.train_annotations, step)
+        files = self.checkpoints.files()
+        rescue = f"Last good checkpoint: {shown_path(files[0])}." if files else "There is no checkpoint yet."
+        return FloatingPointError(
+            f"step {step + 1}: {what} {rescue} If the images are right, lower optimizer.lr or set trainer.clip_norm."
+        )
+
+    def _state(self, step: int) -> State:
+        return {
+            "versions": self.versions,
+            **self.optimization.state(),
+            "schedule": _plain(self.optimization.schedule),
+            "progress": {"step": step, "total_steps": self.total_steps},
+            "best": asdict(self.best),
+            "rng": {"seed": self.seed},
+            **self.parts.meaning,
+        }
+
+    def _schedule(self, state: State | None) -> Schedule:
+        """A run that goes on keeps its curve and holds its end, whatever the new length; unless it got another schedule."""
+        schedule = self.parts.schedule(steps=self.total_steps)
+        if state is None:
+            return schedule
+        steps = state["schedule"]["steps"]
+        same_curve = dataclasses.replace(schedule, steps=steps)
+        if steps == self.total_steps or _plain(same_curve) != state["schedule"]:
+            return schedule
+        self.log.info(f"The learning rate keeps its curve over {steps} steps and then holds the last value.")
+        return same_curve
+
+    def _restore(self, state: State) -> None:
+        names = state["class_names"], self.parts.meaning["class_names"]
+        if names[0] != names[1]:
+            raise ValueError(f"resume: expected the classes of the checkpoint, {', '.join(names[0])}, got {', '.join(names[1])}.")
+        self.optimization.load(state)
+        if state["best"]["metric"] == self.best.metric:
+            self.best = Best(**state["best"])
+        self.log.info(f"Going on after step {self.first_step} of {self.total_steps}.")
+        lines = (state["config"].splitlines(), self.parts.meaning["config"].splitlines())
+        for line in difflib.unified_diff(*lines, n=0, lineterm=""):
+            if line[0] in "+-" and line[:3] not in ("+++", "---"):
+                self.log.info(f"  setting {'now' if line[0] == '+' else 'was'}: {line[1:].strip()}")
+
+
+def _plain(schedule: Schedule) -> State:
+    return {"name": type(schedule).__name__, **asdict(schedule)}

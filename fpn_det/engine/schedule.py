@@ -1,0 +1,72 @@
+"""The learning rate as a pure function of the step.
+
+A schedule is a fraction of the peak learning rate. It has no state: a resumed run asks for its step and gets what the
+uninterrupted run got. Milestones and the default warm-up are fractions of the run, so that a recipe means the same on any
+data set and at any batch size.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(ABC):
+    """A linear warm-up times a decay. After the last step, the last value holds."""
+
+    # length of the run
+    steps: int
+    # None is a tenth of the run, at most 1000
+    warmup_steps: int | None = None
+    # where the warm-up starts
+    warmup_factor: float = 0.001
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps is not None and not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps: expected at most the length of the run ({self.steps} steps), got {self.warmup_steps}. "
+                "Train longer, or set it to null for a tenth of the run."
+            )
+
+    def factor(self, step: int) -> float:
+        """The learning rate of `step`, counted from 0, as a fraction of the peak."""
+        step = min(step, self.steps - 1)
+        warmup = min(1000, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
+        ramp = self.warmup_factor + (1 - self.warmup_factor) * step / warmup if step < warmup else 1.0
+        return ramp * self.decay(step / self.steps)
+
+    @abstractmethod
+    def decay(self, progress: float) -> float:
+        """The factor without warm-up; `progress` is the finished fraction of the run, in [0, 1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiStep(Schedule):
+    """Drops at milestones; without any, a constant."""
+
+    # fractions of the run
+    milestones: tuple[float, ...] = (2 / 3, 8 / 9)
+    # what each milestone multiplies by
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wrong = [milestone for milestone in self.milestones if not 0 < milestone < 1]
+        if wrong:
+            raise ValueError(f"schedule.milestones: expected fractions of the run, between 0 and 1, got {wrong}.")
+
+    def decay(self, progress: float) -> float:
+        return self.gamma ** sum(progress >= milestone for milestone in self.milestones)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(Schedule):
+    """Half a wave, from 1 down to `final_factor`."""
+
+    final_factor: float = 0.0
+
+    def decay(self, progress: float) -> float:
+        wave = (1 + math.cos(math.pi * progress)) / 2
+        return self.final_factor + (1 - self.final_factor) * wave

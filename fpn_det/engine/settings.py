@@ -1,0 +1,47 @@
+"""How a run goes: the settings of training, apart from model, data and optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fpn_det.schema import Range
+
+Count = Annotated[int, Range(1)]
+CountOrZero = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
+
+
+@dataclass(frozen=True)
+class EarlyStop:
+    """When to give up."""
+
+    patience: Count  # evaluations without progress of the best metric
+    min_delta: Annotated[float, Range(0)]  # how much more counts as progress
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """How long, how large, how often."""
+
+    epochs: Positive | None  # length of the run; or
+    max_steps: Count | None
+    batch_size: Count  # images per step, over all ranks and accumulation
+    accumulate: Count  # backward passes per step
+    eval_every: CountOrZero  # steps; 0 = only at the end
+    save_every: CountOrZero  # steps; 0 = only at the end
+    log_every: Count  # steps
+    clip_norm: Positive | None  # upper bound of the gradient's norm
+    ema: Annotated[float, Range(0, 1)] | None  # decay of the moving average of the weights, e.g. 0.999
+    compile: bool  # compile backbone and neck
+    keep_last: CountOrZero  # numbered checkpoints that stay; 0 = all
+    best_metric: str  # decides which checkpoint is `best`
+    early_stop: EarlyStop | None
+    timeout_minutes: Positive  # until a rank that hears nothing from the others gives up
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """The length of the run."""
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.epochs is not None, "the config asks for one of the two"
+        return max(1, round(self.epochs * steps_per_epoch))

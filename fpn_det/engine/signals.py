@@ -1,0 +1,36 @@
+"""Asking a run to stop: SIGTERM (a cluster's notice, `kill`) and SIGINT (Ctrl-C)."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+from fpn_det.runtime import agree_on_max
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """Within this context a signal is noted instead of obeyed, so that the run can save first. A second one is obeyed."""
+
+    def __init__(self) -> None:
+        self._noted = 0
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # only there can signals be handled
+            self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted = number
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    def agreed(self) -> int:
+        """The signal that some rank got, 0 if none did; the same on all ranks, which must all ask after the same step."""
+        return agree_on_max(self._noted)
