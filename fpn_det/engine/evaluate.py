@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -44,6 +45,7 @@ def evaluate(
         settings: what is counted.
         dtype: that of autocast; None computes as the model is.
     """
+    start = time.perf_counter()
     images: list[NDArray[np.int64]] = []
     tables: list[DetectionTable] = []
     cap = 0
@@ -63,6 +65,7 @@ def evaluate(
         assert len(np.unique(evaluated)) == len(evaluated), "an image was evaluated more than once"
         found = DetectionTable.join([shard[1] for shard in shards])
         scored = score(annotations, found, evaluated, settings, cap=max(shard[2] for shard in shards))
+        scored = replace(scored, seconds=time.perf_counter() - start)
     told = broadcast_object(scored and replace(scored, detections=DetectionTable.join([])))
     return scored or told
 

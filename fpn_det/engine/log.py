@@ -36,7 +36,7 @@ from fpn_det.runtime import Ranks, all_reduce_mean
 T = TypeVar("T")
 
 CLASSES_PER_COLUMN = 20
-FILE_WIDTH = 140  # of the tables in log.txt
+FILE_WIDTH = 140  # of tables where there is no terminal to measure
 
 
 class Meters:
@@ -158,7 +158,8 @@ class RunLog:
         self._file = (folder / name).open("a", encoding="utf-8", buffering=1)
         self._plain = Console(file=self._file, width=FILE_WIDTH, color_system=None, force_terminal=False)
         # bound to the stream of now: whoever redirects sys.stdout for a while does not catch the progress bar
-        self._screen = (screen or Console(file=sys.stdout)) if ranks.is_main else None
+        width = None if sys.stdout.isatty() else FILE_WIDTH
+        self._screen = (screen or Console(file=sys.stdout, width=width)) if ranks.is_main else None
         self._writer: SummaryWriter | None = None
         self._bar: Progress | None = None
         self._opened = time.perf_counter()
@@ -180,7 +181,7 @@ class RunLog:
         stamp = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
         self._plain.print(f"{stamp}  {text}", markup=False, highlight=False, soft_wrap=True)
         if self._screen is not None:
-            self._screen.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._screen.print(text, markup=False, soft_wrap=True)
 
     def begin(self, pace: Pace) -> None:
         """Training starts, or goes on after `pace.first_step`: open TensorBoard and, on a terminal, the progress bar.
@@ -230,6 +231,7 @@ class RunLog:
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """The tables of an evaluation, and a point per metric and class."""
+        self.info(f"evaluation at step {step}: {evaluation.num_images} images in {evaluation.seconds:.1f} s")
         self._show(metrics_table(evaluation))
         self._show(classes_table(evaluation))
         for remark in evaluation.remarks():
@@ -250,7 +252,8 @@ class RunLog:
             self._writer.add_image(name, picture, step, dataformats="HWC")
 
     def summary(self, metric: str, best: float | None, best_step: int, evaluation: Evaluation) -> None:
-        """The last words: what came out, where it lies, and what to type next."""
+        """The last words: what came out (of the last evaluation), where it lies, and what to type next."""
+        self.info("last evaluation")
         self._show(metrics_table(evaluation))
         python, folder = shown_path(Path(sys.executable)), shown_path(self.folder)
         seconds = datetime.timedelta(seconds=round(time.perf_counter() - self._opened))
@@ -267,13 +270,15 @@ class RunLog:
             self._screen.print(picture)
 
 
-def metrics_table(evaluation: Evaluation) -> Table:
-    """The headline numbers in one row."""
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for name in evaluation.metrics:
-        table.add_column(name, justify="right")
-    table.add_row(*[_metric(value) for value in evaluation.metrics.values()])
-    return table
+def metrics_table(evaluation: Evaluation) -> Columns:
+    """The headline numbers: precision, then recall, side by side if they fit."""
+    tables = []
+    for kind in ("AP", "AR"):
+        row = {name: value for name, value in evaluation.metrics.items() if name.startswith(kind)}
+        table = _table(*row)
+        table.add_row(*[_metric(value) for value in row.values()])
+        tables.append(table)
+    return Columns(tables)
 
 
 def classes_table(evaluation: Evaluation) -> Columns:
@@ -281,9 +286,8 @@ def classes_table(evaluation: Evaluation) -> Columns:
     rows = list(evaluation.per_class.items())
     tables = []
     for start in range(0, len(rows), CLASSES_PER_COLUMN):
-        table = Table("class", box=box.SIMPLE, padding=(0, 1, 0, 0))
-        for name in ("objects", "AP", "AP50", "AR"):
-            table.add_column(name, justify="right")
+        table = _table("class", "objects", "AP", "AP50", "AR")
+        table.columns[0].justify = "left"
         for name, row in rows[start : start + CLASSES_PER_COLUMN]:
             table.add_row(Text(name), str(row["objects"]), _metric(row["AP"]), _metric(row["AP50"]), _metric(row["AR"]))
         tables.append(table)
@@ -294,6 +298,13 @@ def shown_path(path: Path) -> Path:
     """A path as somebody would type it here: relative if it lies below the working directory."""
     path, here = path.absolute(), Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def _metric(value: float | None) -> str:

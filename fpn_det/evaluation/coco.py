@@ -123,6 +123,7 @@ class Evaluation:
     cap: int  # as many detections as an image could have
     capped_images: int  # images that reached the cap
     detections: DetectionTable  # on rank 0; empty elsewhere
+    seconds: float = 0.0  # from the first image to the numbers
 
     def remarks(self) -> list[str]:
         """What a reader of the numbers should know."""
