@@ -23,6 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from fpn_det.engine.settings import Trainer
 from fpn_det.evaluation.coco import EvaluationSettings
 from fpn_det.schema import Range, check_names, did_you_mean, fit, listed
 
@@ -34,8 +35,7 @@ WRONG_COMMAND_LINE = 2  # exit code
 
 Node = dict[str, Any]  # a class by name (`_target_`) and its arguments
 Count = Annotated[int, Range(1)]
-Every = Annotated[int, Range(0)]  # steps from one to the next; 0 = only at the end
-Positive = Annotated[float, Range(1e-12)]
+Amount = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
 S = TypeVar("S", bound="Settings")
 
@@ -65,37 +65,9 @@ class Data:
     group_by_aspect: bool  # batches of landscape or of portrait images
     eval_batch_size: Count  # images per rank
     min_visibility: Fraction  # a box of which a transform leaves less than this goes
-    min_area: Annotated[float, Range(0)]  # a box smaller than this in the input frame goes, px^2
+    min_area: Amount  # a box smaller than this in the input frame goes, px^2
     train_transforms: dict[str, Node | None]  # in this order; null leaves one out
     eval_transforms: dict[str, Node | None]
-
-
-@dataclass(frozen=True)
-class EarlyStop:
-    """When to give up."""
-
-    patience: Count  # evaluations without an improvement of the best metric
-    min_delta: Annotated[float, Range(0)]  # what counts as one
-
-
-@dataclass(frozen=True)
-class Trainer:
-    """How long, how large, how often."""
-
-    epochs: Positive | None  # length of the run; or
-    max_steps: Count | None
-    batch_size: Count  # images per step, over all ranks and accumulation
-    accumulate: Count  # backward passes per step
-    eval_every: Every
-    save_every: Every
-    log_every: Count  # steps
-    clip_norm: Positive | None  # upper bound of the gradient's norm
-    ema: Fraction | None  # decay of the moving average of the weights, e.g. 0.999
-    compile: bool  # compile backbone and neck
-    keep_last: Count  # numbered checkpoints that stay
-    best_metric: str  # decides which checkpoint is `best`
-    early_stop: EarlyStop | None
-    timeout_minutes: Positive  # until a rank that hears nothing from the others gives up
 
 
 @dataclass(frozen=True)
@@ -110,6 +82,7 @@ class Settings:
     resume: str | None  # auto, or the checkpoint of the run to go on with
     run: str | None  # folder of the run whose settings these are
     run_dir: str | None  # null = runs/<experiment>/<date>_<time>
+    set_aside: bool  # move a run_dir that is in the way to a name with a date, instead of refusing it
     allow_targets: list[str]  # packages whose classes a `_target_` may name besides ours; on the command line only
     model: Node
     data: Data
@@ -265,14 +238,16 @@ def launch(task: Callable[[S], None], schema: type[S], config_name: str, saved: 
             ConfigStore.instance().store("saved", read_yaml(saved()))
         main()
     except (HydraException, OmegaConfBaseException) as error:
-        _refuse(ValueError(explain(error)))
+        _refuse(ValueError(explain(error)).with_traceback(error.__traceback__))
     except ValueError as error:
         _refuse(error)
 
 
 def _refuse(error: ValueError) -> None:
-    frames = traceback.extract_tb(error.__traceback__)
-    if frames and not any(Path(frames[-1].filename).is_relative_to(place) for place in (PACKAGE, HYDRA)):
+    """End with the sentence that an error of ours is; anything else deserves its trace."""
+    ours = (PACKAGE, HYDRA, Path(sys.argv[0]).resolve().parent)
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    if not any(raised_in.is_relative_to(place) for place in ours):
         raise error
     rank = os.environ.get("RANK", "0")
     print(str(error) if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)

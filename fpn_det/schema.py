@@ -21,13 +21,19 @@ NODE_KEYS = ("_target_", "_partial_")
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`, both included: the second half of an `Annotated` hint."""
+    """The second half of an `Annotated` hint: numbers from `low` to `high`, both included, or only those above `low`."""
 
     low: float
     high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high and not (self.above and value == self.low)
 
     def __str__(self) -> str:
-        return f"{self.low:g} or more" if self.high == math.inf else f"between {self.low:g} and {self.high:g}"
+        if self.high < math.inf:
+            return f"between {self.low:g} and {self.high:g}"
+        return f"more than {self.low:g}" if self.above else f"at least {self.low:g}"
 
 
 def fit(value: Any, hint: Any, where: str, packages: Sequence[str]) -> Any:
@@ -49,8 +55,8 @@ def fit(value: Any, hint: Any, where: str, packages: Sequence[str]) -> Any:
         return _fit_node(value, where, packages)
     if origin is Annotated:
         fitted, limits = fit(value, arguments[0], where, packages), arguments[1]
-        if not limits.low <= fitted <= limits.high:
-            raise ValueError(f"{where}: expected {describe(arguments[0])}, {limits}, got {value!r}.")
+        if fitted not in limits:
+            raise ValueError(f"{where}: expected {describe(hint)}, got {value!r}.")
         return fitted
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _fit_record(value, hint, where, packages)
@@ -201,7 +207,7 @@ def describe(hint: Any) -> str:
     if origin is Literal:
         return listed(arguments)
     if origin is Annotated:
-        return f"{describe(arguments[0])}, {arguments[1]},"
+        return f"{describe(arguments[0])} {arguments[1]}"
     if origin is tuple and arguments[1:] != (...,):
         return f"a list of {len(arguments)} values"
     if origin in (list, tuple, Sequence):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted([*(ROOT / "fpn_det").rglob("*.py"), *(ROOT / "tools").glob("*.py")])
+SOURCES = sorted([*(ROOT / "fpn_det").rglob("*.py"), *(ROOT / "tools").rglob("*.py")])
 
 RANKS = {
     "": 0,

@@ -1,0 +1,166 @@
+"""From settings to parts: the one place where a name in YAML becomes an object."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import hydra.utils
+import torch
+from hydra.errors import InstantiationException
+
+from fpn_det.config import Data, Node, Settings, to_yaml
+from fpn_det.data.coco import drop_empty, read_coco, split_images
+from fpn_det.data.dataset import DetectionDataset
+from fpn_det.data.loading import EvalLoader, TrainLoader
+from fpn_det.data.sampling import GlobalBatches
+from fpn_det.data.transforms import Pipeline
+from fpn_det.engine.checkpoint import load_checkpoint
+from fpn_det.engine.log import RunLog
+from fpn_det.engine.panels import draw_batch, draw_comparison, some_images
+from fpn_det.engine.run import Parts
+from fpn_det.evaluation.coco import Evaluation
+from fpn_det.models.detector import Detector
+from fpn_det.runtime import Ranks, seed_everything
+from fpn_det.structures import Annotations
+
+SHOWN_IMAGES = 8  # of the validation set, with ground truth and detections
+
+
+def build(node: Node, where: str) -> Any:
+    """The object that a node describes.
+
+    Raises:
+        ValueError: it names no class, or the class refuses its arguments.
+    """
+    if "_target_" not in node:
+        raise ValueError(f"{where}: expected a class by name (_target_), got none.")
+    try:
+        return hydra.utils.instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if type(cause) is ValueError:  # one of ours says all there is to say
+            raise ValueError(str(cause)) from None
+        raise ValueError(f"{where}: {node['_target_']} refuses its arguments: {' '.join(str(cause).split())}.") from None
+
+
+def build_model(settings: Settings, num_classes: int) -> Detector:
+    """The detector with random weights; nothing is read."""
+    return build(settings.model, "model")(num_classes=num_classes)
+
+
+def build_transforms(transforms: dict[str, Node | None], data: Data, where: str) -> Pipeline:
+    """The chain of transforms, in their order."""
+    chain = [build(node, f"{where}.{name}") for name, node in transforms.items() if node is not None]
+    return Pipeline(chain, data.min_visibility, data.min_area)
+
+
+def read_training_data(data: Data, seed: int) -> tuple[Annotations, Annotations]:
+    """What to train on and what to evaluate on. The classes are those of the training set."""
+    subset = data.classes is not None
+    train = read_coco(data.train.annotations, data.train.images, data.classes, subset, data.on_error)
+    if data.val_fraction is not None:
+        train, val = split_images(train, data.val_fraction, seed)
+    else:
+        val = read_evaluation_data(data, "val", train.class_names)
+    if not data.keep_empty:
+        train = drop_empty(train)
+    return train.share_memory(), val.share_memory()
+
+
+def read_evaluation_data(data: Data, split: str, class_names: tuple[str, ...]) -> Annotations:
+    """The ground truth of `val` or `test`, its classes in the order of `class_names`."""
+    source = data.val if split == "val" else data.test
+    if source is None:
+        raise ValueError(f"data.{split}: expected images and annotations, got null. Set data.{split}.images and data.{split}.annotations.")
+    return read_coco(source.annotations, source.images, class_names, data.classes is not None, data.on_error)
+
+
+def build_eval_loader(settings: Settings, annotations: Annotations, stride: int, ranks: Ranks, device: torch.device) -> EvalLoader:
+    """This rank's images as the model gets them."""
+    data = settings.data
+    transform = build_transforms(data.eval_transforms, data, "data.eval_transforms")
+    dataset = DetectionDataset(annotations, transform, settings.seed)
+    return EvalLoader(dataset, data.eval_batch_size, ranks, data.num_workers, stride, data.canvas, device)
+
+
+def build_train_loader(settings: Settings, annotations: Annotations, stride: int, ranks: Ranks, device: torch.device) -> TrainLoader:
+    """This rank's share of the training batches."""
+    data, trainer = settings.data, settings.trainer
+    transform = build_transforms(data.train_transforms, data, "data.train_transforms")
+    dataset = DetectionDataset(annotations, transform, settings.seed)
+    parts = ranks.world_size * trainer.accumulate
+    batches = GlobalBatches(annotations.sizes, trainer.batch_size, settings.seed, parts, data.group_by_aspect)
+    return TrainLoader(dataset, batches, ranks, trainer.accumulate, data.num_workers, stride, data.canvas, device)
+
+
+def build_parts(settings: Settings, ranks: Ranks, device: torch.device, log: RunLog, fresh: bool) -> Parts:
+    """All that a training run is made of.
+
+    Args:
+        log: gets the pictures.
+        fresh: the run starts now, from pretrained weights or `init_from`; else it goes on from a checkpoint.
+    """
+    seed_everything(settings.seed)
+    recipe, schedule = build(settings.optimizer, "optimizer"), build(settings.schedule, "schedule")
+    train, val = read_training_data(settings.data, settings.seed)
+    model = build_model(settings, train.num_classes)
+    if fresh and settings.init_from:
+        start_from(model, settings.init_from, train.class_names)
+    elif fresh:
+        model.load_pretrained()
+    model.to(device)
+    train_loader = build_train_loader(settings, train, model.stride, ranks, device)
+    shown = some_images(val, SHOWN_IMAGES)
+
+    def show(step: int, evaluation: Evaluation) -> None:
+        for row in shown:
+            log.picture(step, f"val/{val.path(row).name}", draw_comparison(val, evaluation.detections, row))
+        log.picture(step, "train/batch", draw_batch(train_loader.rebuild(step)[0], train.class_names))
+
+    return Parts(
+        model=model,
+        recipe=recipe,
+        schedule=schedule,
+        train_loader=train_loader,
+        train_annotations=train,
+        val_loader=build_eval_loader(settings, val, model.stride, ranks, device),
+        val_annotations=val,
+        evaluation=settings.evaluation,
+        meaning={
+            "class_names": list(train.class_names),
+            "category_ids": list(train.category_ids),
+            "preprocessing": settings.data.eval_transforms,
+            "config": to_yaml(settings),
+        },
+        show=show,
+    )
+
+
+def start_from(model: Detector, file: str, class_names: tuple[str, ...]) -> None:
+    """Fill a fresh model with the weights of a checkpoint of the same classes."""
+    state = load_checkpoint(Path(file))
+    if tuple(state["class_names"]) != class_names:
+        raise ValueError(f"{file}: expected a checkpoint of the classes {', '.join(class_names)}, got {', '.join(state['class_names'])}.")
+    load_weights(model, state, file)
+
+
+def load_weights(model: Detector, state: dict[str, Any], where: str, weights: str = "auto") -> Literal["ema", "raw"]:
+    """Fill a model with the weights of a checkpoint; returns which were taken.
+
+    Args:
+        state: of a checkpoint.
+        where: its file, for messages.
+        weights: `ema`, `raw`, or `auto` for the moving average if there is one.
+
+    Raises:
+        ValueError: the checkpoint is of another model, or has no moving average.
+    """
+    average = state["ema"] if weights != "raw" else None
+    if weights == "ema" and average is None:
+        raise ValueError(f"{where}: expected a moving average of the weights, got none. Say weights=raw.")
+    try:
+        model.load_state_dict(average or state["model"])
+    except RuntimeError as error:
+        raise ValueError(f"{where}: expected the weights of this model, got others: {' '.join(str(error).split())[:300]}.") from None
+    return "ema" if average else "raw"

@@ -1,0 +1,52 @@
+"""Score a detector the COCO way: python tools/eval.py run=<folder>, or checkpoint=<file> [split=test] [setting=value ...].
+
+Settings, classes and preprocessing are those that the checkpoint was trained with; data paths, device and the like may be
+given anew. Results go to <run>/eval/<checkpoint>/, never over the run's own files.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fpn_det import api
+from fpn_det.config import EvalSettings, argument, launch
+from fpn_det.engine.checkpoint import load_checkpoint
+from fpn_det.engine.evaluate import evaluate, write_evaluation
+from fpn_det.engine.log import RunLog
+from fpn_det.engine.optimization import PRECISIONS
+from fpn_det.runtime import process_group
+
+
+@cache
+def checkpoint() -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that the command line names: a file, or the best one of a run."""
+    run, file = argument("run"), argument("checkpoint")
+    if (run is None) == (file is None):
+        raise ValueError("tools/eval.py: expected run=<folder> or checkpoint=<file>, one of the two.")
+    path = Path(file) if file else Path(run or "") / "checkpoints" / "best.pt"
+    return path, load_checkpoint(path)
+
+
+def score(settings: EvalSettings) -> None:
+    """Detect on all images of a split, score, and leave the numbers in a folder."""
+    path, state = checkpoint()
+    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    folder = run / "eval" / (path.stem if settings.split == "val" else f"{path.stem}_{settings.split}")
+    with process_group(settings.device, settings.trainer.timeout_minutes) as (ranks, device), RunLog(folder, ranks) as log:
+        annotations = api.read_evaluation_data(settings.data, settings.split, tuple(state["class_names"]))
+        model = api.build_model(settings, annotations.num_classes)
+        weights = api.load_weights(model, state, str(path), settings.weights)
+        model.to(device)
+        loader = api.build_eval_loader(settings, annotations, model.stride, ranks, device)
+        evaluation = evaluate(model, loader, annotations, settings.evaluation, PRECISIONS[settings.precision])
+        step = state["progress"]["step"]
+        if ranks.is_main:
+            write_evaluation(folder, evaluation, annotations, step, path.name, weights)
+        log.evaluation(step, evaluation)
+        log.info(f"{weights} weights of {path}, results in {folder}")
+
+
+if __name__ == "__main__":
+    launch(score, EvalSettings, "eval", lambda: checkpoint()[1]["config"])
