@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fpn_det.evaluation.coco import DetectionTable, Evaluation, EvaluationSettings, score
 from fpn_det.models.detector import Detector
+from fpn_det.pyramid import LevelAssigner
 from fpn_det.runtime import broadcast_object, gather_objects
 from fpn_det.structures import Annotations, Batch, Detections
 
@@ -46,26 +47,28 @@ def evaluate(
         dtype: that of autocast; None computes as the model is.
     """
     start = time.perf_counter()
-    images: list[NDArray[np.int64]] = []
+    assigner, cap = model.roi_head.pooler.assigner, model.roi_head.max_detections
+    images: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
     tables: list[DetectionTable] = []
-    cap = 0
+    levels = torch.zeros(assigner.num_levels, dtype=torch.int64)
     with evaluation_mode(model):
         for batch in loader:
             with torch.autocast(batch.pixels.device.type, dtype, enabled=dtype is not None):
                 detections = model.detect(batch)
+            levels = levels.to(detections.boxes.device) + count_levels(detections, assigner)
             batch_images, table = to_host(detections.to_original(batch), batch.indices)
             images.append(batch_images)
             tables.append(table)
-            cap = detections.scores.shape[1]
 
-    shards = gather_objects((np.concatenate([np.zeros(0, np.int64), *images]), DetectionTable.join(tables), cap))
+    shards = gather_objects((np.concatenate(images), DetectionTable.join(tables), levels.cpu().numpy()))
     scored = None
     if shards is not None:
-        evaluated = np.concatenate([shard[0] for shard in shards])
-        assert len(np.unique(evaluated)) == len(evaluated), "an image was evaluated more than once"
-        found = DetectionTable.join([shard[1] for shard in shards])
-        scored = score(annotations, found, evaluated, settings, cap=max(shard[2] for shard in shards))
-        scored = replace(scored, seconds=time.perf_counter() - start)
+        evaluated, found, counts = (list(column) for column in zip(*shards, strict=True))
+        scored = score(annotations, DetectionTable.join(found), np.concatenate(evaluated), settings, cap)
+        per_image = sum(counts) / max(scored.num_images, 1)
+        names = [f"detections/P{assigner.first + index}" for index in range(assigner.num_levels)]
+        statistics = dict(zip(names, per_image.tolist(), strict=True))
+        scored = replace(scored, statistics=statistics, seconds=time.perf_counter() - start)
     told = broadcast_object(scored and replace(scored, detections=DetectionTable.join([])))
     return scored or told
 
@@ -80,6 +83,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def count_levels(detections: Detections, assigner: LevelAssigner) -> Tensor:
+    """How many detections have the size of each level [L], on the device. Boxes are in the input frame."""
+    levels = assigner(detections.boxes)
+    return torch.stack([((levels == index) & detections.valid).sum() for index in range(assigner.num_levels)])
 
 
 def to_host(detections: Detections, indices: Tensor) -> tuple[NDArray[np.int64], DetectionTable]:

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from rich import box
 from rich.columns import Columns
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -161,15 +161,16 @@ class RunLog:
         width = None if sys.stdout.isatty() else FILE_WIDTH
         self._screen = (screen or Console(file=sys.stdout, width=width)) if ranks.is_main else None
         self._writer: SummaryWriter | None = None
-        self._bar: Progress | None = None
+        columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+        self._bar = Progress(*columns, console=self._screen, transient=True, expand=True, disable=not (self._screen and self._screen.is_terminal))
+        self._training: TaskID | None = None
         self._opened = time.perf_counter()
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
         if error is not None:
             self._file.write("".join(traceback.format_exception(kind, error, trace)))
         if self._writer is not None:
@@ -192,23 +193,18 @@ class RunLog:
             return
         purge_step = pace.first_step + 1 if pace.first_step else None
         self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge_step)
-        if self._screen.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-            self._bar = Progress(*columns, console=self._screen, transient=True, expand=True)
-            self._training = self._bar.add_task("training", total=pace.total_steps, completed=pace.first_step, note="")
-            self._bar.start()
+        self._training = self._bar.add_task("training", total=pace.total_steps, completed=pace.first_step, note="")
+        self._bar.start()
 
     def advance(self, step: int) -> None:
         """Move the progress bar; cheap enough for every step."""
-        if self._bar is not None:
+        if self._training is not None:
             self._bar.update(self._training, completed=step)
 
-    def track(self, items: Collection[T], title: str) -> Iterator[T]:
+    def track(self, items: Iterable[T], title: str) -> Iterator[T]:
         """Go through `items` with a progress bar of their own."""
-        if self._bar is None:
-            yield from items
-            return
-        task = self._bar.add_task(title, total=len(items), note="")
+        self._bar.start()
+        task = self._bar.add_task(title, total=len(items) if isinstance(items, Sized) else None, note="")
         for item in items:
             yield item
             self._bar.advance(task)
@@ -226,7 +222,7 @@ class RunLog:
         width = len(str(pace.total_steps))
         self.info("  ".join([f"step {step:{width}}/{pace.total_steps}", *shown, eta]))
         self.scalars(step, {name if "/" in name else f"train/{name}": value for name, value in values.items()})
-        if self._bar is not None:
+        if self._training is not None:
             self._bar.update(self._training, completed=step, note=eta)
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
@@ -237,6 +233,7 @@ class RunLog:
         for remark in evaluation.remarks():
             self.info(remark)
         self.scalars(step, {f"val/{name}": value for name, value in evaluation.metrics.items()})
+        self.scalars(step, evaluation.statistics)
         self.scalars(step, {f"val_class_AP/{name}": row["AP"] for name, row in evaluation.per_class.items()})
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:

@@ -123,6 +123,7 @@ class Evaluation:
     cap: int  # as many detections as an image could have
     capped_images: int  # images that reached the cap
     detections: DetectionTable  # on rank 0; empty elsewhere
+    statistics: dict[str, float] = field(default_factory=dict)  # only logged, such as detections/P2 per image
     seconds: float = 0.0  # from the first image to the numbers
 
     def remarks(self) -> list[str]:
@@ -163,6 +164,7 @@ def score(
         **{f"AR{limit}": _mean(recall[..., 0, x]) for x, limit in enumerate(settings.max_dets)},
         **{f"AR{name}": _mean(recall[..., size, -1]) for size, name in enumerate(settings.area_ranges, 1)},
     }
+    assert len(np.unique(images)) == len(images), "an image was evaluated more than once"
     num_classes = annotations.num_classes
     evaluated = np.isin(_image_of_boxes(annotations), images) & ~annotations.iscrowd.numpy()
     objects = np.bincount(annotations.labels.numpy()[evaluated], minlength=num_classes)

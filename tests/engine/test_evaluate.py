@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from torch import nn
 
 from fpn_det.engine.evaluate import evaluate, evaluation_mode, replaced, to_host, write_evaluation
 from fpn_det.evaluation.coco import DetectionTable, EvaluationSettings, score
+from fpn_det.pyramid import LevelAssigner
 from fpn_det.runtime import process_group
 from fpn_det.structures import Annotations, Batch, Detections, Targets
 
@@ -28,6 +28,7 @@ class Oracle(nn.Module):
     def __init__(self, blind_from: int = NUM_IMAGES) -> None:
         super().__init__()
         self.trained, self.frozen = nn.BatchNorm2d(3), nn.BatchNorm2d(3).eval()
+        self.roi_head = SimpleNamespace(max_detections=8, pooler=SimpleNamespace(assigner=LevelAssigner([4, 8, 16, 32])))
         self.blind_from = blind_from
         self.modes: list[bool] = []
 
@@ -78,6 +79,8 @@ def test_evaluate_scores_in_the_original_frame():
     assert (evaluation.num_images, evaluation.cap, evaluation.capped_images) == (5, 8, 0)
     assert len(evaluation.detections) == len(annotations.boxes)
     assert evaluation.seconds > 0
+    # 10 objects in 5 images, of 32 x 60 px in the input frame: all of the size of the finest level
+    assert evaluation.statistics == {"detections/P2": 2.0, "detections/P3": 0.0, "detections/P4": 0.0, "detections/P5": 0.0}
 
 
 def test_evaluate_gives_every_module_its_mode_back():
@@ -124,39 +127,33 @@ def test_to_host_of_no_slots():
     assert images.tolist() == [1, 2] and len(table) == 0 and table.boxes.shape == (0, 4)
 
 
-def main_of_a_rank() -> None:
+def work(rank: int, port: int, answers) -> None:
     """Rank 0 has the images 4, 1 and 3; rank 1 has 2 and 0 and finds nothing."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     annotations = annotations_of_images()
-    with process_group("cpu", timeout_minutes=1) as (ranks, _):
-        model = Oracle(blind_from=0 if ranks.rank else NUM_IMAGES)
-        shard = [2, 0] if ranks.rank else [4, 1, 3]
+    with process_group("cpu", timeout_minutes=1):
+        model = Oracle(blind_from=0 if rank else NUM_IMAGES)
+        shard = [2, 0] if rank else [4, 1, 3]
         evaluation = evaluate(model, batches_of(annotations, shard), annotations, SETTINGS)
-        print(json.dumps([ranks.rank, evaluation.metrics, evaluation.num_images, len(evaluation.detections)]))
+        answers.put((rank, evaluation.metrics, evaluation.num_images, len(evaluation.detections), evaluation.statistics))
 
 
 def test_evaluate_on_two_ranks_equals_one_process():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launched = [
-        subprocess.Popen(
-            [sys.executable, __file__],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[2],
-            env={
-                **os.environ, "PYTHONPATH": ".", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            },
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    told = sorted(json.loads(process.communicate(timeout=100)[0].splitlines()[-1]) for process in launched)
+    fork = multiprocessing.get_context("fork")  # spares two imports of torch
+    answers = fork.Queue()
+    processes = [fork.Process(target=work, args=(rank, port, answers), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    told = sorted(answers.get(timeout=60) for _ in processes)
 
     annotations = annotations_of_images()
-    alone = evaluate(Oracle(), batches_of(annotations, [1, 3, 4]), annotations, SETTINGS).detections
-    expected = score(annotations, alone, np.arange(NUM_IMAGES), SETTINGS).metrics
-    assert told == [[0, expected, 5, 8], [1, expected, 5, 0]]
+    alone = evaluate(Oracle(), batches_of(annotations, [1, 3, 4]), annotations, SETTINGS)
+    expected = score(annotations, alone.detections, np.arange(NUM_IMAGES), SETTINGS).metrics
+    statistics = {name: value * 3 / 5 for name, value in alone.statistics.items()}
+    assert told == [(0, expected, 5, 8, statistics), (1, expected, 5, 0, statistics)]
 
 
 def test_write_evaluation_leaves_what_can_be_scored_again(tmp_path):
@@ -195,7 +192,3 @@ def test_replaced_keeps_the_old_file_when_writing_fails(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-if __name__ == "__main__":
-    main_of_a_rank()

@@ -26,7 +26,7 @@ def evaluation_of(ap: float | None, num_classes: int = 2) -> Evaluation:
     names = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
     row = {"AP": ap, "AP50": 0.875, "AR": None, "objects": 3, "detections": 0}
     per_class = {f"[class] {k}": dict(row) for k in range(num_classes)}
-    return Evaluation(dict.fromkeys(names, ap), per_class, 40, 100, 7, DetectionTable.join([]), 12.0)
+    return Evaluation(dict.fromkeys(names, ap), per_class, 40, 100, 7, DetectionTable.join([]), {"detections/P2": 4.5}, 12.0)
 
 
 def points(folder) -> dict[str, list[tuple[int, float]]]:
@@ -139,6 +139,7 @@ def test_log_shows_undefined_as_na_and_keeps_it_out_of_the_curves(tmp_path, caps
     assert "evaluation at step 20: 40 images in 12.0 s" in shown
     assert "7 of 40 images reached the cap of 100 detections." in shown
     assert points(tmp_path)["val/AP"] == [(20, 0.25)]
+    assert points(tmp_path)["detections/P2"] == [(10, 4.5), (20, 4.5)]
     assert points(tmp_path)["val_class_AP/[class] 0"] == [(20, 0.25)]
 
 
