@@ -11,7 +11,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## draw a data set, train a small detector on it, show its metrics (minutes, CPU is enough)
-	$(BIN)/python datasets/make_shapes.py output=datasets/shapes
+	$(BIN)/python datasets/make_shapes.py --out datasets/shapes
 	@test ! -e runs/demo || mv -v runs/demo runs/demo_until_$$(date +%Y-%m-%d_%H-%M-%S)
 	$(BIN)/python tools/train.py experiment=demo
 
