@@ -40,7 +40,8 @@ def score(settings: EvalSettings) -> None:
         weights = api.load_weights(model, state, str(path), settings.weights)
         model.to(device)
         loader = api.build_eval_loader(settings, annotations, model.stride, ranks, device)
-        evaluation = evaluate(model, loader, annotations, settings.evaluation, PRECISIONS[settings.precision])
+        batches = log.track(loader, "evaluating")
+        evaluation = evaluate(model, batches, annotations, settings.evaluation, PRECISIONS[settings.precision])
         step = state["progress"]["step"]
         if ranks.is_main:
             write_evaluation(folder, evaluation, annotations, step, path.name, weights)

@@ -128,9 +128,8 @@ class Run:
         """Score the weights; returns whether to go on training."""
         model = self.optimization.model_to_evaluate
         annotations = self.parts.val_annotations
-        self.evaluation = evaluate(
-            model, self.parts.val_loader, annotations, self.parts.evaluation, self.optimization.dtype
-        )
+        batches = self.log.track(self.parts.val_loader, "evaluating")
+        self.evaluation = evaluate(model, batches, annotations, self.parts.evaluation, self.optimization.dtype)
         if self.ranks.is_main:
             weights: Literal["ema", "raw"] = "raw" if self.optimization.ema is None else "ema"
             write_evaluation(self.folder, self.evaluation, annotations, step, f"step_{step:08d}.pt", weights)
