@@ -22,6 +22,8 @@ class AnchorGenerator(nn.Module):
         offset: where in its cell an anchor is centered, in strides; 0 is the top left corner.
         rounded: round the anchors' corners to whole px, as torchvision does.
         stride_source: `declared`, or `inferred` from the sizes of the maps, as torchvision does.
+        computed_in: `float32`, or `float64` as detectron2 does, before the anchors become float32. It is the last bit
+            that decides which of many equally good anchors is an object's best.
 
     Raises:
         ValueError: sizes and levels do not go together.
@@ -35,16 +37,20 @@ class AnchorGenerator(nn.Module):
         offset: float = 0.0,
         rounded: bool = False,
         stride_source: str = "declared",
+        computed_in: str = "float32",
     ) -> None:
         super().__init__()
         if stride_source not in ("declared", "inferred"):
             raise ValueError(f"anchors.stride_source: expected declared or inferred, got '{stride_source}'.")
+        if computed_in not in ("float32", "float64"):
+            raise ValueError(f"anchors.computed_in: expected float32 or float64, got '{computed_in}'.")
+        dtype = torch.float32 if computed_in == "float32" else torch.float64
         per_level = _sizes_per_level(sizes, len(strides))
         self.strides = tuple(strides)
         self.offset = offset
         self.stride_source = stride_source
         self.num_per_cell = len(per_level[0]) * len(ratios)
-        cells = torch.stack([_cell_anchors(level_sizes, ratios) for level_sizes in per_level])
+        cells = torch.stack([_cell_anchors(level_sizes, ratios, dtype) for level_sizes in per_level]).float()
         self.register_buffer("cell_anchors", cells.round() if rounded else cells, persistent=False)  # [L, A, 4]
         self.cell_anchors: Tensor
 
@@ -85,10 +91,10 @@ def _sizes_per_level(sizes: Sequence, num_levels: int) -> list[list[float]]:
     return nested
 
 
-def _cell_anchors(sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
+def _cell_anchors(sizes: Sequence[float], ratios: Sequence[float], dtype: torch.dtype) -> Tensor:
     """Boxes [A, 4] around (0, 0): area size**2, height / width = ratio."""
-    ratio = torch.tensor(ratios, dtype=torch.float32).sqrt()
-    size = torch.tensor(sizes, dtype=torch.float32)
+    ratio = torch.tensor(ratios, dtype=dtype).sqrt()
+    size = torch.tensor(sizes, dtype=dtype)
     half_height = (ratio[:, None] * size).flatten() / 2
     half_width = ((1 / ratio)[:, None] * size).flatten() / 2
     return torch.stack([-half_width, -half_height, half_width, half_height], dim=1)

@@ -75,5 +75,5 @@ def test_nms_of_nothing(method: str):
 
 
 def test_nms_refuses_an_unknown_method():
-    with pytest.raises(ValueError, match="auto, torchvision or batched, got 'fast'"):
+    with pytest.raises(ValueError, match="got 'fast'"):
         nms_keep(torch.zeros(1, 1, 4), torch.zeros(1, 1), torch.ones(1, 1).bool(), 0.5, method="fast")

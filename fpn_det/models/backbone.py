@@ -59,6 +59,7 @@ class ResNet(torchvision_resnet.ResNet):
         norm: one of `layers.NORMS`; None = frozen with pretrained weights, batch without.
         frozen_stages: how many of stem, C2, C3, C4, C5 are not trained; None = 2 with pretrained weights, 0 without.
         stride_in_1x1: stride on a bottleneck's first convolution, as in the original weights of MSRA; else on its 3x3.
+        norm_eps: added to the variance; 0 for weights that were trained without it.
 
     Attributes:
         channels, strides: of C2..C5.
@@ -74,6 +75,7 @@ class ResNet(torchvision_resnet.ResNet):
         norm: str | None = None,
         frozen_stages: int | None = None,
         stride_in_1x1: bool = False,
+        norm_eps: float = 1e-5,
     ) -> None:
         if depth not in _BLOCKS:
             raise ValueError(f"backbone.depth: expected one of {', '.join(map(str, _BLOCKS))}, got {depth}.")
@@ -82,7 +84,7 @@ class ResNet(torchvision_resnet.ResNet):
         if not 0 <= frozen_stages <= 5:
             raise ValueError(f"backbone.frozen_stages: expected 0 (none) to 5 (all), got {frozen_stages}.")
         block, layers = _BLOCKS[depth]
-        super().__init__(block, layers, norm_layer=partial(make_norm, norm))
+        super().__init__(block, layers, norm_layer=partial(make_norm, norm, eps=norm_eps))
         del self.fc, self.avgpool
         self.depth = depth
         self.weights = weights

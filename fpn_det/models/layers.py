@@ -50,11 +50,11 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return (values * scale[:, None, None] + shift[:, None, None]).to(input.dtype)
 
 
-def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels), channels)
+def _group_norm(channels: int, eps: float) -> nn.GroupNorm:
+    return nn.GroupNorm(min(32, channels), channels, eps)
 
 
-NORMS: dict[str, Callable[[int], nn.Module]] = {
+NORMS: dict[str, Callable[..., nn.Module]] = {
     "frozen": FrozenBatchNorm2d,
     "fixed_statistics": FixedStatisticsBatchNorm2d,
     "batch": nn.BatchNorm2d,
@@ -63,15 +63,15 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def make_norm(name: str, channels: int) -> nn.Module:
-    """A normalisation layer over `channels`.
+def make_norm(name: str, channels: int, eps: float = 1e-5) -> nn.Module:
+    """A normalisation layer over `channels`; `eps` is added to the variance.
 
     Raises:
         ValueError: no such norm.
     """
     if name not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got '{name}'.")
-    return NORMS[name](channels)
+    return NORMS[name](channels, eps=eps)
 
 
 def folded(norm: nn.Module) -> tuple[Tensor, Tensor] | None:

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NORMALIZERS = ("constant", "sampled")
+from fpn_det.structures import Sample
+
+NORMALIZERS = ("constant", "sampled", "sampled_both_kinds")
 
 
 def check_normalizer(name: str) -> str:
@@ -23,13 +25,19 @@ def check_normalizer(name: str) -> str:
     return name
 
 
-def normalizer(name: str, num_samples: int, valid: Tensor) -> Tensor | int:
+def normalizer(name: str, num_samples: int, sample: Sample) -> Tensor | int:
     """What a sum over samples is divided by.
 
     `constant`: `num_samples` per image. `sampled`: the samples actually drawn, all images of the batch together, as
     torchvision does; it depends on how a batch is cut, so it does not go with accumulation or more ranks.
+    `sampled_both_kinds`: the same, but every image counts at least one positive and one negative (mmdetection).
     """
-    return num_samples * len(valid) if name == "constant" else valid.sum().clamp(min=1)
+    if name == "constant":
+        return num_samples * len(sample.valid)
+    if name == "sampled":
+        return sample.valid.sum().clamp(min=1)
+    counts = torch.stack([sample.positive.sum(dim=1), (sample.valid & ~sample.positive).sum(dim=1)])
+    return counts.clamp(min=1).sum()
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:

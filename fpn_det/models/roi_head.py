@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpn_det.boxes import MAX_LOG_SCALE, box_sides, clip_boxes, decode_deltas, encode_deltas
+from fpn_det.boxes import MAX_LOG_SCALE, box_area, box_sides, clip_boxes, decode_deltas, encode_deltas
 from fpn_det.matching import Matcher, Sampler
+from fpn_det.models.layers import ConvBlock
 from fpn_det.models.losses import box_distance, check_normalizer, masked_sum, normalizer
 from fpn_det.nms import nms_keep
 from fpn_det.pyramid import RoIAlign
@@ -23,7 +25,12 @@ class TwoLayerHead(nn.Module):
         channels: of the pyramid.
         bins: per side.
         width: of both layers, and of the output.
+
+    Attributes:
+        mixes_boxes: whether a box's answer depends on the other boxes, as batch norm makes it.
     """
+
+    mixes_boxes = False
 
     def __init__(self, channels: int, bins: int, width: int = 1024) -> None:
         super().__init__()
@@ -37,6 +44,46 @@ class TwoLayerHead(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """[P, C, bins, bins] to [P, width]."""
         return self.fc2(self.fc1(pooled.flatten(1)).relu_()).relu_()
+
+
+class ConvHead(nn.Module):
+    """3x3 convolutions on the bins, then one hidden layer (Group Normalization, 4.2).
+
+    Args:
+        channels: of the pyramid.
+        bins: per side.
+        num_convs, conv_channels: how many convolutions, and of what width.
+        width: of the hidden layer, and of the output.
+        norm: after each convolution, one of `layers.NORMS`; None = none, with bias.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        bins: int,
+        num_convs: int = 4,
+        conv_channels: int = 256,
+        width: int = 1024,
+        norm: str | None = "batch",
+    ) -> None:
+        super().__init__()
+        if num_convs < 1:
+            raise ValueError(f"box_head.num_convs: expected at least 1, got {num_convs}.")
+        self.width = width
+        self.mixes_boxes = norm in ("batch", "sync")
+        widths = [channels] + [conv_channels] * num_convs
+        self.convs = nn.Sequential(*(ConvBlock(*pair, 3, norm, relu=True) for pair in pairwise(widths)))
+        self.fc1 = nn.Linear(conv_channels * bins * bins, width)
+        for conv in (module for module in self.convs.modules() if isinstance(module, nn.Conv2d)):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+        nn.init.kaiming_uniform_(self.fc1.weight, a=1)
+        nn.init.zeros_(self.fc1.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """[P, C, bins, bins] to [P, width]."""
+        return self.fc1(self.convs(pooled).flatten(1)).relu_()
 
 
 class Predictor(nn.Module):
@@ -74,8 +121,10 @@ class ROIHead(nn.Module):
         nms_iou: suppression threshold, within a class.
         max_detections: D, per image.
         min_side: a detection whose clipped width or height is smaller goes, px.
+        drop_empty: of the detections chosen, leave out those without area, as detectron2 does; they had taken a place.
         nms_frame: boxes are compared in the `input` or the `original` frame.
         nms_method: see `nms_keep`.
+        nms_first_label: number of the first class, in methods that shift boxes by their label; torchvision's is 1.
         min_log_scale: lower clamp of predicted log scales.
     """
 
@@ -97,8 +146,10 @@ class ROIHead(nn.Module):
         nms_iou: float = 0.5,
         max_detections: int = 100,
         min_side: float = 0.0,
+        drop_empty: bool = False,
         nms_frame: str = "input",
         nms_method: str = "auto",
+        nms_first_label: int = 0,
         min_log_scale: float = -float("inf"),
     ) -> None:
         super().__init__()
@@ -119,8 +170,10 @@ class ROIHead(nn.Module):
         self.nms_iou = nms_iou
         self.max_detections = max_detections
         self.min_side = min_side
+        self.drop_empty = drop_empty
         self.nms_frame = nms_frame
         self.nms_method = nms_method
+        self.nms_first_label = nms_first_label
         self.log_scales = {"min_log_scale": min_log_scale, "max_log_scale": MAX_LOG_SCALE}
 
     def losses(self, pyramid: Pyramid, proposals: Proposals, batch: Batch, step: int) -> Losses:
@@ -137,7 +190,7 @@ class ROIHead(nn.Module):
         gt_boxes = targets.boxes.gather(1, objects[..., None].expand(-1, -1, 4))
         gt_labels = targets.labels.gather(1, objects)
 
-        logits, deltas = self._predict(pyramid, boxes)  # [B, S, K + 1], [B, S, K or 1, 4]
+        logits, deltas = self._predict(pyramid, boxes, sample.valid)  # [B, S, K + 1], [B, S, K or 1, 4]
         labels = torch.where(sample.positive, gt_labels, self.num_classes)
         errors = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
         column = torch.zeros_like(gt_labels) if self.class_agnostic else gt_labels
@@ -145,7 +198,7 @@ class ROIHead(nn.Module):
         # an unused slot holds a box of no area; encode a unit box instead
         anchors = torch.where(sample.positive[..., None], boxes, boxes.new_tensor([0.0, 0.0, 1.0, 1.0]))
         distances = box_distance(deltas, encode_deltas(gt_boxes, anchors, self.delta_weights), self.box_beta)
-        count = normalizer(self.normalizer, self.sampler.num_samples, sample.valid)
+        count = normalizer(self.normalizer, self.sampler.num_samples, sample)
         return Losses(
             {
                 "roi_class": masked_sum(errors, sample.valid) / count,
@@ -161,7 +214,7 @@ class ROIHead(nn.Module):
     @torch.no_grad()
     def raw(self, pyramid: Pyramid, proposals: Proposals, batch: Batch) -> Candidates:
         """Every proposal's scores and clipped boxes, before any selection."""
-        logits, deltas = self._predict(pyramid, proposals.boxes)
+        logits, deltas = self._predict(pyramid, proposals.boxes, proposals.valid)
         boxes = decode_deltas(deltas, proposals.boxes[:, :, None], self.delta_weights, **self.log_scales)
         boxes = clip_boxes(boxes.flatten(1, 2), batch.sizes).view_as(boxes)
         return Candidates(boxes, logits.softmax(dim=-1)[..., :-1], proposals.valid)
@@ -175,7 +228,9 @@ class ROIHead(nn.Module):
         passes = passes & (width >= self.min_side) & (height >= self.min_side)
         ranked = torch.where(passes, scores, -1.0).flatten(1)
         most = passes.flatten(1).sum(dim=1).max().clamp(min=1)
-        ranked, order = ranked.topk(int(most))  # the host read of detection, besides suppression's
+        _, order = ranked.topk(int(most), sorted=False)  # the host read of detection, besides suppression's
+        order = order.sort(dim=1).values  # so that of equal scores the first proposal wins
+        ranked = ranked.gather(1, order)
         valid = ranked > 0
         proposal, labels = order // self.num_classes, order % self.num_classes
         column = proposal if self.class_agnostic else order
@@ -183,15 +238,26 @@ class ROIHead(nn.Module):
         compared = boxes
         if self.nms_frame == "original":
             compared = boxes * (batch.original_sizes / batch.sizes).flip(1).repeat(1, 2)[:, None]
-        keep = nms_keep(compared, ranked, valid, self.nms_iou, labels, self.nms_method)
-        scores, best = ranked.masked_fill(~keep, -1.0).topk(min(self.max_detections, ranked.shape[1]))
+        keep = nms_keep(compared, ranked, valid, self.nms_iou, labels + self.nms_first_label, self.nms_method)
+        scores, best = ranked.masked_fill(~keep, -1.0).sort(dim=1, descending=True, stable=True)
+        scores, best = scores[:, : self.max_detections], best[:, : self.max_detections]
+        boxes = boxes.gather(1, best[..., None].expand(-1, -1, 4))
         valid = scores > 0
-        boxes = torch.where(valid[..., None], boxes.gather(1, best[..., None].expand(-1, -1, 4)), 0.0)
-        return Detections(boxes, scores.clamp(min=0), labels.gather(1, best), valid)
+        if self.drop_empty:
+            valid = valid & (box_area(boxes) > 0)
+        boxes = torch.where(valid[..., None], boxes, 0.0)
+        return Detections(boxes, scores.masked_fill(~valid, 0.0), labels.gather(1, best), valid)
 
-    def _predict(self, pyramid: Pyramid, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits [B, R, K + 1] and deltas [B, R, K or 1, 4] of boxes [B, R, 4]."""
-        logits, deltas = self.predictor(self.box_head(self.pooler(pyramid, boxes)))
+    def _predict(self, pyramid: Pyramid, boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits [B, R, K + 1] and deltas [B, R, K or 1, 4] of boxes [B, R, 4]; at least those `valid` [B, R]."""
+        pooled = self.pooler(pyramid, boxes)
+        if self.box_head.mixes_boxes:  # batch statistics must not see unused slots: one more host read
+            (used,) = torch.where(valid.flatten())
+            features = pooled.new_zeros(len(pooled), self.predictor.class_logits.in_features)
+            features = features.index_put((used,), self.box_head(pooled[used]).to(features.dtype))
+        else:
+            features = self.box_head(pooled)
+        logits, deltas = self.predictor(features)
         shape = boxes.shape[:2]
         return logits.unflatten(0, shape), deltas.unflatten(0, shape)
 

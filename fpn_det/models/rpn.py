@@ -17,11 +17,13 @@ from fpn_det.anchors import AnchorGenerator
 from fpn_det.boxes import MAX_LOG_SCALE, box_sides, clip_boxes, decode_deltas, encode_deltas
 from fpn_det.matching import Matcher, Sampler
 from fpn_det.models.losses import box_distance, check_normalizer, masked_sum, normalizer
-from fpn_det.nms import nms_keep
+from fpn_det.nms import nms_keep_levels
 from fpn_det.pyramid import gather_neighborhoods
 from fpn_det.structures import Batch, Losses, Proposals, Pyramid, Sample
 
 DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+RANKINGS = ("logits", "logits_then_probabilities", "probabilities")
+PADDING_ANCHORS = ("exclude", "exclude_from_loss", "keep")
 
 
 class RPNHead(nn.Module):
@@ -84,20 +86,38 @@ class ProposalFilter:
         pre_nms: best boxes per level that enter suppression.
         post_nms: best boxes per image that leave it.
         nms_iou: suppression threshold, within a level.
-        min_side: a box whose clipped width or height is not greater goes, px.
+        min_side: a box whose clipped width or height is smaller goes, px; one without area always goes.
         nms_method: see `nms_keep`.
+        ranking: what boxes are ordered by. Of `probabilities` (mmdetection) large ones are equal in float32, and then the
+            first wins; `logits_then_probabilities` (torchvision) takes them only after `pre_nms`.
     """
 
     def __init__(
-        self, pre_nms: int, post_nms: int, nms_iou: float = 0.7, min_side: float = 0.0, nms_method: str = "auto"
+        self,
+        pre_nms: int,
+        post_nms: int,
+        nms_iou: float = 0.7,
+        min_side: float = 0.0,
+        nms_method: str = "auto",
+        ranking: str = "logits",
     ) -> None:
         if pre_nms < 1 or post_nms < 1:
             raise ValueError(f"proposals: expected pre_nms and post_nms of at least 1, got {pre_nms} and {post_nms}.")
+        if ranking not in RANKINGS:
+            raise ValueError(f"proposals.ranking: expected {', '.join(RANKINGS)}, got '{ranking}'.")
         self.pre_nms = pre_nms
         self.post_nms = post_nms
         self.nms_iou = nms_iou
         self.min_side = min_side
         self.nms_method = nms_method
+        self.ranking = ranking
+
+    def best(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The best `pre_nms` of one level's scores [B, M_l], best first, and where they are."""
+        if self.ranking == "probabilities":  # of equal ones the first, which topk does not promise
+            ranked, idxs = scores.sort(dim=1, descending=True, stable=True)
+            return ranked[:, : self.pre_nms], idxs[:, : self.pre_nms]
+        return scores.topk(min(self.pre_nms, scores.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -123,8 +143,8 @@ class RPN(nn.Module):
         train_filter, test_filter: choose what goes on.
         box_beta: smooth L1's; 0 = L1.
         normalizer: see `losses.normalizer`.
-        padding_anchors: `exclude` anchors centered outside the image's own size, rounded up to `canvas_stride`, or
-            `keep` them as the peers do.
+        padding_anchors: `exclude` anchors centered outside the image's own size, rounded up to `canvas_stride`;
+            `exclude_from_loss` still proposes from them (mmdetection), `keep` treats them like all others (the rest).
         sampled_loss: evaluate the loss at the sampled anchors only, where the head allows it.
         min_log_scale: lower clamp of predicted log scales.
     """
@@ -147,8 +167,8 @@ class RPN(nn.Module):
         min_log_scale: float = -float("inf"),
     ) -> None:
         super().__init__()
-        if padding_anchors not in ("exclude", "keep"):
-            raise ValueError(f"rpn.padding_anchors: expected exclude or keep, got '{padding_anchors}'.")
+        if padding_anchors not in PADDING_ANCHORS:
+            raise ValueError(f"rpn.padding_anchors: expected {', '.join(PADDING_ANCHORS)}, got '{padding_anchors}'.")
         self.anchors = anchors(strides=strides)
         self.head = head(channels=channels, num_anchors=self.anchors.num_per_cell)
         self.matcher = matcher or Matcher(0.7, 0.3, rescue=True)
@@ -158,7 +178,7 @@ class RPN(nn.Module):
         self.canvas_stride = canvas_stride
         self.box_beta = box_beta
         self.normalizer = check_normalizer(normalizer)
-        self.excludes_padding = padding_anchors == "exclude"
+        self.padding_anchors = padding_anchors
         self.samples_loss = sampled_loss and self.head.is_local
         self.log_scales = {"min_log_scale": min_log_scale, "max_log_scale": MAX_LOG_SCALE}
 
@@ -183,7 +203,7 @@ class RPN(nn.Module):
         goals = encode_deltas(gt_boxes, output.anchors[sample.idxs], DELTA_WEIGHTS)
         errors = F.binary_cross_entropy_with_logits(logits, sample.positive.float(), reduction="none")
         distances = box_distance(deltas, goals, self.box_beta)
-        count = normalizer(self.normalizer, self.sampler.num_samples, sample.valid)
+        count = normalizer(self.normalizer, self.sampler.num_samples, sample)
         return Losses(
             {
                 "rpn_objectness": masked_sum(errors, sample.valid) / count,
@@ -195,29 +215,34 @@ class RPN(nn.Module):
     @torch.no_grad()
     def propose(self, output: RPNOutput, batch: Batch, keep: ProposalFilter) -> Proposals:
         """The best boxes of each image, after suppression within each level."""
-        # a non-finite logit is never proposed
-        scores = output.logits.detach().masked_fill(~(output.allowed & output.logits.isfinite()), -torch.inf)
+        logits = output.logits.detach()
+        eligible = logits.isfinite()  # a non-finite logit is never proposed
+        if self.padding_anchors == "exclude":
+            eligible = eligible & output.allowed
+        scores = logits.sigmoid() if keep.ranking == "probabilities" else logits
+        scores = scores.masked_fill(~eligible, -torch.inf)
         start, widest = 0, min(keep.pre_nms, max(output.level_sizes))
         level_scores, level_idxs = [], []
         for size in output.level_sizes:
-            best, idxs = scores[:, start : start + size].topk(min(keep.pre_nms, size))
+            best, idxs = keep.best(scores[:, start : start + size])
             level_scores.append(F.pad(best, (0, widest - best.shape[1]), value=-torch.inf))
             level_idxs.append(F.pad(idxs + start, (0, widest - idxs.shape[1])))
             start += size
-        logits, idxs = torch.stack(level_scores, dim=1), torch.stack(level_idxs, dim=1).flatten(1)  # [B, L, K], [B, L*K]
+        scores, idxs = torch.stack(level_scores, dim=1), torch.stack(level_idxs, dim=1).flatten(1)  # [B, L, K], [B, L*K]
+        valid = scores.isfinite()
+        if keep.ranking == "logits_then_probabilities":
+            scores = scores.sigmoid()
         deltas = output.deltas.detach().gather(1, idxs[..., None].expand(-1, -1, 4))
         boxes = clip_boxes(decode_deltas(deltas, output.anchors[idxs], DELTA_WEIGHTS, **self.log_scales), batch.sizes)
-        width, height = box_sides(boxes)
-        valid = logits.isfinite().flatten(1) & (width > keep.min_side) & (height > keep.min_side)  # NaN sides fail too
-        groups = (len(batch) * len(output.level_sizes), widest)
-        survives = nms_keep(
-            boxes.view(*groups, 4), logits.view(groups), valid.view(groups), keep.nms_iou, method=keep.nms_method
-        )
-        logits = logits.flatten(1).masked_fill(~survives.view_as(valid), -torch.inf)
-        logits, order = logits.topk(min(keep.post_nms, logits.shape[1]))
-        valid = logits.isfinite()
+        sides = torch.stack(box_sides(boxes)).amin(dim=0).view_as(valid)
+        valid = valid & (sides >= keep.min_side) & (sides > 0)  # NaN fails too
+        valid = nms_keep_levels(boxes.view(*valid.shape, 4), scores, valid, keep.nms_iou, keep.nms_method)
+        scores = scores.masked_fill(~valid, -torch.inf).flatten(1)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        valid, order = scores[:, : keep.post_nms].isfinite(), order[:, : keep.post_nms]
         boxes = torch.where(valid[..., None], boxes.gather(1, order[..., None].expand(-1, -1, 4)), 0.0)
-        return Proposals(boxes, logits.masked_fill(~valid, 0.0), valid)
+        logits = torch.where(valid, logits.gather(1, idxs.gather(1, order)), 0.0)
+        return Proposals(boxes, logits, valid)
 
     def _at(self, output: RPNOutput, pyramid: Pyramid, sample: Sample) -> tuple[Tensor, Tensor]:
         if not self.samples_loss:
@@ -227,7 +252,7 @@ class RPN(nn.Module):
 
     def _allowed(self, pyramid: Pyramid) -> Tensor:
         """Anchors [B, M] centered within their image's own size, rounded up to the canvas stride."""
-        if not self.excludes_padding:
+        if self.padding_anchors == "keep":
             num_anchors = sum(height * width for height, width in pyramid.shapes) * self.anchors.num_per_cell
             return pyramid.sizes.new_ones(len(pyramid.sizes), num_anchors, dtype=torch.bool)
         centers = torch.cat(self.anchors.centers(pyramid.shapes))  # [N, 2] (x, y)
