@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import glob
 import json
 import math
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -105,21 +106,12 @@ def picture_size(path: Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def _without_crowd(pictures: Iterable[Picture], target: str) -> None:
-    for picture in pictures:
-        kept = [item for item in picture.objects if not item.crowd]
-        if len(kept) < len(picture.objects):
-            print(f"{picture.file}: {len(picture.objects) - len(kept)} crowd region(s), which {target} cannot say; left out.")
-            picture.objects = kept
-
-
-def _refuse_same_stem(pictures: Iterable[Picture], target: str) -> None:
-    seen: dict[str, str] = {}
-    for picture in pictures:
-        stem = Path(picture.file).stem
-        if stem in seen:
-            raise ValueError(f"{target}: expected pictures of different names, got {seen[stem]} and {picture.file}. Rename one.")
-        seen[stem] = picture.file
+def _without_crowd(pictures: Sequence[Picture], target: str) -> list[Picture]:
+    kept = [replace(picture, objects=[item for item in picture.objects if not item.crowd]) for picture in pictures]
+    for picture, rest in zip(pictures, kept, strict=True):
+        if lost := len(picture.objects) - len(rest.objects):
+            print(f"{picture.file}: {lost} crowd region(s), which {target} cannot say; left out.")
+    return kept
 
 
 def read_coco(path: Path) -> tuple[list[Picture], tuple[str, ...]]:
@@ -169,7 +161,9 @@ def write_coco(pictures: Sequence[Picture], class_names: Sequence[str], path: Pa
 
 def _voc_root(path: Path) -> ElementTree.Element:
     try:
-        return ElementTree.fromstring(_read_text(path))
+        return ElementTree.parse(path).getroot()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: expected a file, got none. Correct the list of the split or add it.") from None
     except ElementTree.ParseError as error:
         raise ValueError(f"{path}: expected XML, got {error}. Correct or remove the file.") from error
 
@@ -178,7 +172,7 @@ def _voc_picture(path: Path, images: Path, pixel_offset: int) -> Picture:
     """One XML file's annotations. The size is that of the picture; another one in the file is refused."""
     root = _voc_root(path)
     named = images / (root.findtext("filename") or "")
-    candidates = [named] if named.is_file() else sorted(images.glob(f"{path.stem}.*"))
+    candidates = [named] if named.is_file() else sorted(images.glob(f"{glob.escape(path.stem)}.*"))
     if not candidates:
         raise ValueError(f"{path}: expected its picture in {images}, got none named {named.name} or {path.stem}.*. Check the folder.")
     height, width = picture_size(candidates[0])
@@ -189,9 +183,11 @@ def _voc_picture(path: Path, images: Path, pixel_offset: int) -> Picture:
     for number, item in enumerate(root.iter("object"), start=1):
         where = f"{path}: object {number}"
         x1, y1, x2, y2 = (_number(item.findtext(f"bndbox/{side}"), where) for side in ("xmin", "ymin", "xmax", "ymax"))
+        if not (name := (item.findtext("name") or "").strip()):
+            raise ValueError(f"{where}: expected a name, got none. Correct it.")
         if x1 < x2 and y1 < y2:  # equal corners are a slip of the mouse, not an object one pixel wide
             x1, y1 = x1 - pixel_offset, y1 - pixel_offset
-        picture.add(where, (item.findtext("name") or "").strip(), (x1, y1, x2, y2), item.findtext("difficult") == "1")
+        picture.add(where, name, (x1, y1, x2, y2), item.findtext("difficult") == "1")
     return picture
 
 
@@ -213,8 +209,11 @@ def read_voc(folder: Path, split: str, images: Path, pixel_offset: int = 1) -> t
 
 def write_voc(pictures: Sequence[Picture], folder: Path, split: str, pixel_offset: int = 1) -> None:
     """XML files and the list of a split; fractions of a pixel are kept."""
-    _refuse_same_stem(pictures, "VOC")
-    for picture in pictures:
+    stems = [Path(picture.file).stem for picture in pictures]
+    if len(set(stems)) < len(stems):
+        twice = max(stems, key=stems.count)
+        raise ValueError(f"{folder}: expected a name of its own for each picture, got '{twice}' more than once. VOC knows no folders: rename some.")
+    for stem, picture in zip(stems, pictures, strict=True):
         root = ElementTree.Element("annotation")
         ElementTree.SubElement(root, "filename").text = Path(picture.file).name
         size = ElementTree.SubElement(root, "size")
@@ -229,9 +228,8 @@ def write_voc(pictures: Sequence[Picture], folder: Path, split: str, pixel_offse
             for tag, side in zip(("xmin", "ymin", "xmax", "ymax"), (x1 + pixel_offset, y1 + pixel_offset, x2, y2), strict=True):
                 ElementTree.SubElement(corners, tag).text = f"{side:.12g}"
         ElementTree.indent(root)
-        _write_text(folder / "Annotations" / f"{Path(picture.file).stem}.xml", ElementTree.tostring(root, encoding="unicode") + "\n")
-    stems = "".join(f"{Path(picture.file).stem}\n" for picture in pictures)
-    _write_text(folder / "ImageSets" / "Main" / f"{split}.txt", stems)
+        _write_text(folder / "Annotations" / f"{stem}.xml", ElementTree.tostring(root, encoding="unicode") + "\n")
+    _write_text(folder / "ImageSets" / "Main" / f"{split}.txt", "".join(f"{stem}\n" for stem in stems))
 
 
 def _yolo_names(folder: Path) -> tuple[str, ...]:
@@ -288,7 +286,6 @@ def read_yolo(folder: Path, images: Path) -> tuple[list[Picture], tuple[str, ...
 
 def write_yolo(pictures: Sequence[Picture], class_names: Sequence[str], folder: Path, split: str) -> None:
     """A label file per picture, and data.yaml, which a second split extends."""
-    _without_crowd(pictures, "YOLO")
     labels = {name: number for number, name in enumerate(class_names)}
     described = folder / "data.yaml"
     content: dict[str, Any] = {"path": "."}
@@ -296,7 +293,7 @@ def write_yolo(pictures: Sequence[Picture], class_names: Sequence[str], folder: 
         if _yolo_names(folder) != tuple(class_names):
             raise ValueError(f"{described}: expected the classes {', '.join(class_names)}, got others. Give --classes or another --output.")
         content = yaml.safe_load(_read_text(described))
-    for picture in pictures:
+    for picture in _without_crowd(pictures, "YOLO"):
         height, width = picture.size
         rows = []
         for item in picture.objects:
@@ -332,12 +329,11 @@ def read_csv(path: Path) -> tuple[list[Picture], tuple[str, ...]]:
 
 def write_csv(pictures: Sequence[Picture], path: Path) -> None:
     """One table, with a line of column names."""
-    _without_crowd(pictures, "CSV")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(CSV_COLUMNS)
-        for picture in pictures:
+        for picture in _without_crowd(pictures, "CSV"):
             start = (picture.file, picture.size[1], picture.size[0])
             writer.writerows((*start, *item.box, item.class_name) for item in picture.objects)
             if not picture.objects:

@@ -172,6 +172,11 @@ def test_crowd_is_left_out_where_it_cannot_be_said(tmp_path, capsys):
     assert "1 crowd region(s), which CSV cannot say; left out" in capsys.readouterr().out
 
 
+def test_voc_refuses_two_pictures_of_one_name(tmp_path):
+    with pytest.raises(ValueError, match="got 'a' more than once"):
+        write_voc([Picture("x/a.jpg", (9, 9)), Picture("b.jpg", (9, 9)), Picture("y/a.png", (9, 9))], tmp_path, "train")
+
+
 @pytest.fixture
 def refusal(tmp_path, capsys):
     """What the command says when it refuses `source`, read from `path`."""
