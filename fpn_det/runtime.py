@@ -6,6 +6,7 @@ One process is the same code as many: without a launcher there is one rank, 0 of
 from __future__ import annotations
 
 import datetime
+import inspect
 import os
 import random
 from collections.abc import Iterator
@@ -105,7 +106,10 @@ def wrap_for_ranks(model: nn.Module) -> nn.Module:
     """
     if current_ranks().world_size == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # newer versions of torch warn about the old name of the same setting
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{name: False})
 
 
 def broadcast_object(value: Any) -> Any:

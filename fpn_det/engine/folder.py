@@ -82,7 +82,7 @@ def choose_folder(
         elif resume == "auto":
             unfinished = None if run_dir is not None else _newest_unfinished(experiment_folder)
             path = Path(run_dir) if run_dir is not None else unfinished or _new_folder(experiment_folder)
-            folder = RunFolder(path, resume=True)
+            folder = RunFolder(path, resume=bool(RunFolder(path).checkpoints().files()))
         else:
             folder = _folder_of(Path(resume), run_dir)
         folder.path.mkdir(parents=True, exist_ok=True)

@@ -31,28 +31,27 @@ def describe(optimization: Optimization, batches: Sequence[Batch], annotations: 
         annotations: names the files.
         step: counted from 0.
     """
-    found = [f"weight {name}" for name in _not_finite(dict(optimization.model.named_parameters()))]
-    files: list[str] = []
+    culprits = [f"weight {name}" for name in _not_finite(dict(optimization.model.named_parameters()))]
+    images: list[str] = []
+    suspects: list[str] = []
     optimization.optimizer.zero_grad()
     for batch in batches:
         with optimization.autocast():
             losses = optimization.model(batch, step)
-        terms = {name: float(term) for name, term in losses.terms.items()}
+        terms = {name: term.item() for name, term in losses.terms.items()}
         bad_terms = [f"{name}={term}" for name, term in terms.items() if not math.isfinite(term)]
-        found += bad_terms
-        if bad_terms:
-            files += [str(annotations.path(index)) for index in batch.indices.tolist()]
+        files = [str(annotations.path(index)) for index in batch.indices.tolist()]
+        culprits += bad_terms
+        images += files if bad_terms else []
+        suspects += files
         (losses.total() * optimization.scale.value).backward()
-    if not found:
-        gradients = {name: weight.grad for name, weight in optimization.parameters.items() if weight.grad is not None}
-        found = [f"gradient of {name}" for name in _not_finite(gradients)]
-        files = [str(annotations.path(index)) for batch in batches for index in batch.indices.tolist()]
-    gathered = gather_objects((found, files))
-    everything = None
-    if gathered is not None:
-        everything = tuple(list(dict.fromkeys(name for rank in part for name in rank)) for part in zip(*gathered, strict=True))
-    found, files = broadcast_object(everything)
-    return f"not finite: {_listed(found) or 'the gradient'}. Images of that batch: {_listed(files)}."
+    gradients = {name: weight.grad for name, weight in optimization.parameters.items() if weight.grad is not None}
+    steep = [f"gradient of {name}" for name in _not_finite(gradients)]
+
+    gathered = gather_objects((culprits, steep, images, suspects))
+    merged = gathered and [list(dict.fromkeys(name for part in parts for name in part)) for parts in zip(*gathered, strict=True)]
+    culprits, steep, images, suspects = broadcast_object(merged)
+    return f"not finite: {_listed(culprits or steep)}. Images of that batch: {_listed(images or suspects)}."
 
 
 def _not_finite(tensors: dict[str, Tensor]) -> list[str]:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
 from fpn_det.runtime import agree_on_max
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PATIENCE_S = 5.0  # launchers pass on what the whole process group got already: repeats within this time are the same request
 
 
 class StopRequest:
-    """Within this context a signal is noted instead of obeyed, so that the run can save first. A second one is obeyed."""
+    """Within this context a signal is noted, not obeyed, so that the run can save first. A later, second Ctrl-C is obeyed."""
 
     def __init__(self) -> None:
         self._noted = 0
+        self._noted_at = 0.0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -23,14 +26,18 @@ class StopRequest:
             self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted = number
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if not self._noted:
+            self._noted, self._noted_at = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._noted_at > PATIENCE_S:
+            raise KeyboardInterrupt
 
     def agreed(self) -> int:
-        """The signal that some rank got, 0 if none did; the same on all ranks, which must all ask after the same step."""
+        """The signal that some rank got, 0 if none did; the same on all ranks, which all ask after the same step."""
         return agree_on_max(self._noted)

@@ -1,0 +1,148 @@
+"""Two processes do the same job as one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from parts import TinyDetector, TinyLoader, make_annotations, make_batch, make_optimization, snapshot
+from rich.console import Console
+
+from fpn_det.engine.folder import choose_folder, on_main
+from fpn_det.engine.log import RunLog
+from fpn_det.engine.nonfinite import describe, first_bad_step
+from fpn_det.engine.run import Parts, Run
+from fpn_det.evaluation.coco import EvaluationSettings
+from fpn_det.models.layers import SyncBatchNorm2d
+from fpn_det.runtime import Ranks, current_ranks, process_group
+
+
+def spawn(work, folder: Path) -> list[dict]:
+    """What `work(ranks, folder)` returns on two ranks."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(_join, (work, folder, port), nprocs=2, start_method="fork")
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def _join(rank: int, work, folder: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with process_group("cpu", timeout_minutes=1) as (ranks, _):
+        torch.save(work(ranks, folder), folder / f"{rank}.pt")
+
+
+def train(ranks: Ranks, folder: Path) -> dict[str, torch.Tensor]:
+    """Once with a norm that sees the images of all ranks, once with accumulation."""
+    trained = {}
+    for name, norm, accumulate in (("norm", SyncBatchNorm2d(4), 1), ("accumulate", torch.nn.Identity(), 2)):
+        torch.manual_seed(0)
+        model = TinyDetector(norm=False)
+        model.norm = norm
+        optimization = make_optimization(model, clip_norm=1.0, ema_decay=0.9)
+        batches = TinyLoader(batch_size=8, accumulate=accumulate, ranks=ranks).iterate(0)
+        for step in range(4):
+            optimization.step([next(batches) for _ in range(accumulate)], step)
+        trained |= {f"{name}.{key}": tensor for key, tensor in snapshot(optimization).items()}
+    return trained
+
+
+def one_bad_rank(ranks: Ranks, folder: Path) -> dict:
+    optimization = make_optimization(TinyDetector(norm=False), ema_decay=0.9, precision="fp16")
+    before = snapshot(optimization)
+    batch = make_batch([2 * ranks.rank, 2 * ranks.rank + 1])
+    bad = dataclasses.replace(batch, pixels=batch.pixels.float() * float("nan")) if ranks.rank == 1 else batch
+    optimization.step([bad], 0)
+    for step in (1, 2):
+        optimization.step([batch], step)
+    step = first_bad_step(optimization)
+    return {"before": before, "after": snapshot(optimization), "step": step, "text": describe(optimization, [bad], make_annotations(4), step)}
+
+
+def stopped_run(ranks: Ranks, folder: Path) -> dict:
+    """Rank 1 alone is asked to stop in the sixth step; then both go on."""
+    from test_run import RECIPE, TRAINER, Cosine
+
+    def touch(step, batch):
+        if step == 5 and ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
+    def run(name: str, resume: str | None, touch) -> tuple[int, Run]:
+        torch.manual_seed(0)
+        loader = TinyLoader(ranks=ranks, touch=touch)
+        val = [make_batch([0, 1, 2])] if ranks.is_main else [make_batch([3])]
+        meaning = {"class_names": ["thing"], "category_ids": [7], "preprocessing": {}, "config": ""}
+        parts = Parts(
+            TinyDetector(dropout=0.3, norm=False), RECIPE, Cosine, loader, make_annotations(16),
+            val, make_annotations(4), EvaluationSettings(), meaning, lambda step, model: None,
+        )  # fmt: skip
+        place = choose_folder(None, str(folder / name), resume)
+        made = Run(parts, TRAINER, "fp32", 3, ranks, place, RunLog(place.path, ranks, Console(quiet=True)))
+        return made.train(), made
+
+    codes = [run("straight", None, lambda step, batch: batch)]
+    codes.append(run("stopped", None, touch))
+    codes.append(run("stopped", "auto", lambda step, batch: batch))
+    return {
+        "codes": [code for code, _ in codes],
+        "first_step": codes[-1][1].first_step,
+        "straight": snapshot(codes[0][1].optimization),
+        "resumed": snapshot(codes[-1][1].optimization),
+        "best": [(run.best.value, run.best.step) for _, run in codes],
+    }
+
+
+def failing_choice(ranks: Ranks, folder: Path) -> dict:
+    def choose() -> str:
+        raise ValueError("only rank 0 knows")
+
+    with pytest.raises(ValueError, match="only rank 0 knows"):
+        on_main(choose)
+    return {"same": on_main(lambda: f"chosen by {current_ranks().rank}")}
+
+
+def everything(ranks: Ranks, folder: Path) -> dict:
+    """All in one pair of processes, because starting them takes longest."""
+    return {work.__name__: work(ranks, folder) for work in (train, one_bad_rank, stopped_run, failing_choice)}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> list[dict]:
+    return spawn(everything, tmp_path_factory.mktemp("ranks"))
+
+
+def test_two_ranks_train_as_one(two_ranks, tmp_path):
+    one = train(Ranks(), tmp_path)
+    for result in two_ranks:
+        for name, tensor in result["train"].items():
+            torch.testing.assert_close(tensor, one[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_bad_loss_on_one_rank_stops_all(two_ranks):
+    for rank, result in enumerate(two_ranks):
+        found = result["one_bad_rank"]
+        assert all(torch.equal(found["before"][name], found["after"][name]) for name in found["before"]), rank
+        assert found["step"] == 0
+        assert found["text"] == "not finite: roi_class=nan, roi_box=nan. Images of that batch: image_2.jpg, image_3.jpg."
+
+
+def test_signal_to_one_rank_stops_all_and_the_run_goes_on_to_the_bit(two_ranks):
+    for result in two_ranks:
+        found = result["stopped_run"]
+        assert found["codes"] == [0, 143, 0]
+        assert found["first_step"] == 6
+        assert found["best"][0] == found["best"][2]
+        assert all(torch.equal(tensor, found["resumed"][name]) for name, tensor in found["straight"].items())
+
+
+def test_rank_0_decides_for_all(two_ranks):
+    assert [result["failing_choice"]["same"] for result in two_ranks] == ["chosen by 0"] * 2

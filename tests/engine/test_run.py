@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from parts import TinyDetector, TinyLoader, differences, make_annotations, make_batch, snapshot
+from rich.console import Console
+
+from fpn_det.engine.folder import choose_folder
+from fpn_det.engine.log import RunLog
+from fpn_det.engine.optimizers import SGD, AdamW
+from fpn_det.engine.run import Parts, Run
+from fpn_det.engine.schedule import Cosine
+from fpn_det.engine.settings import EarlyStop, Trainer
+from fpn_det.evaluation.coco import EvaluationSettings
+from fpn_det.runtime import Ranks
+
+TRAINER = Trainer(
+    epochs=None,
+    max_steps=12,
+    batch_size=4,
+    accumulate=1,
+    eval_every=4,
+    save_every=3,
+    log_every=5,
+    clip_norm=1.0,
+    ema=0.9,
+    compile=False,
+    keep_last=2,
+    best_metric="AP",
+    early_stop=None,
+    timeout_minutes=1.0,
+)
+RECIPE = SGD(lr=0.5, base_batch_size=None)
+
+
+def make_run(path: Path, resume: str | None = None, precision: str = "fp32", recipe=RECIPE, schedule=Cosine, touch=None, **changes):
+    """A run in `path`; `changes` are settings of the trainer."""
+    trainer = dataclasses.replace(TRAINER, **changes)
+    torch.manual_seed(0)
+    parts = Parts(
+        model=TinyDetector(dropout=0.3),
+        recipe=recipe,
+        schedule=schedule,
+        train_loader=TinyLoader(accumulate=trainer.accumulate, **({"touch": touch} if touch else {})),
+        train_annotations=make_annotations(16),
+        val_loader=[make_batch([0, 1, 2]), make_batch([3])],
+        val_annotations=make_annotations(4),
+        evaluation=EvaluationSettings(),
+        meaning={"class_names": ["thing"], "category_ids": [7], "preprocessing": {}, "config": f"trainer: {changes}\n"},
+        show=lambda step, model: None,
+    )
+    folder = choose_folder(None, str(path), resume)
+    log = RunLog(folder.path, Ranks(), screen=Console(quiet=True))
+    return Run(parts, trainer, precision, 3, Ranks(), folder, log)
+
+
+def result(run: Run) -> dict[str, torch.Tensor]:
+    """All that training left behind, as tensors."""
+    best = run.best
+    history = (run.folder / "metrics.jsonl").read_bytes()
+    return {
+        **snapshot(run.optimization),
+        "best": torch.tensor([best.value or -1.0, best.step, best.misses]),
+        "history": torch.frombuffer(bytearray(history), dtype=torch.uint8),
+    }
+
+
+def stop_before(stop_step: int, number: int):
+    """A look at the batches that sends this process a signal when those of `stop_step` are handed out."""
+
+    def touch(step, batch):
+        if step == stop_step:
+            os.kill(os.getpid(), number)
+        return batch
+
+    return touch
+
+
+def log_of(run: Run) -> str:
+    return (run.folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"precision": "bf16", "accumulate": 2},
+        {"recipe": AdamW(lr=0.01, base_batch_size=None), "clip_norm": None, "ema": None},
+        {"precision": "fp16"},
+    ],
+    ids=["sgd", "bf16-accumulate", "adamw", "fp16"],
+)
+@pytest.mark.parametrize("stop_step", [0, 6])
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, options, stop_step):
+    straight = make_run(tmp_path / "straight", **options)
+    assert straight.train() == 0
+    stopped = make_run(tmp_path / "stopped", touch=stop_before(stop_step, signal.SIGTERM), **options)
+    assert stopped.train() == 143
+    resumed = make_run(tmp_path / "stopped", resume="auto", **options)
+    assert resumed.first_step == stop_step + 1
+    assert resumed.train() == 0
+    assert differences(result(straight), result(resumed)) == []
+
+
+def test_interrupt_saves_and_has_its_own_exit_code(tmp_path):
+    run = make_run(tmp_path / "run", touch=stop_before(4, signal.SIGINT))
+    assert run.train() == 130
+    assert run.checkpoints.files()[1].name == "step_00000005.pt"
+    assert "Stopped by SIGINT and saved" in log_of(run)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_run_leaves_what_it_promises(tmp_path):
+    run = make_run(tmp_path / "run")
+    run.train()
+    left = {str(path.relative_to(run.folder)) for path in run.folder.rglob("*") if path.is_file()}
+    assert left >= {"log.txt", "metrics.json", "metrics.jsonl", "predictions.json", "checkpoints/last.pt", "checkpoints/best.pt"}
+    assert {"checkpoints/step_00000009.pt", "checkpoints/step_00000012.pt"} <= left
+    assert "checkpoints/step_00000006.pt" not in left
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    assert metrics["step"] == 12 and metrics["weights"] == "ema"
+    steps = [json.loads(line)["step"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [4, 8, 12]
+    keys = {"format", "model", "ema", "optimizer", "schedule", "scaler", "progress", "best", "rng", "class_names"}
+    keys |= {"category_ids", "preprocessing", "config", "versions"}
+    assert torch.load(run.folder / "checkpoints/last.pt", weights_only=True).keys() == keys
+
+
+def test_zero_means_only_at_the_end(tmp_path):
+    run = make_run(tmp_path / "run", eval_every=0, save_every=0, log_every=0)
+    run.train()
+    assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 1
+    assert [path.name for path in run.checkpoints.files()] == ["last.pt", "step_00000012.pt", "best.pt"]
+
+
+def test_length_in_epochs(tmp_path):
+    assert make_run(tmp_path / "run", max_steps=None, epochs=2.5).total_steps == 10  # 4 steps per epoch
+
+
+def test_finished_run_says_so(tmp_path):
+    make_run(tmp_path / "run").train()
+    again = make_run(tmp_path / "run", resume="auto")
+    before = result(again)
+    assert again.train() == 0
+    assert "run is complete: 12 of 12 steps are done" in log_of(again)
+    assert differences(before, result(again)) == []
+
+
+def test_longer_run_keeps_its_curve(tmp_path):
+    make_run(tmp_path / "run").train()
+    longer = make_run(tmp_path / "run", resume="auto", max_steps=15)
+    assert longer.train() == 0
+    assert longer.optimization.lr == pytest.approx(0.5 * Cosine(steps=12).factor(11))
+    assert "keeps its curve over 12 steps" in log_of(longer)
+    assert "setting now: trainer: {'max_steps': 15}" in log_of(longer)
+    given = make_run(tmp_path / "run", resume="auto", max_steps=18, schedule=functools.partial(Cosine, final_factor=0.5))
+    assert given.optimization.schedule.steps == 18
+
+
+def test_truncated_checkpoint_falls_back(tmp_path):
+    make_run(tmp_path / "run", touch=stop_before(7, signal.SIGTERM)).train()
+    os.truncate(tmp_path / "run" / "checkpoints" / "step_00000008.pt", 1000)
+    resumed = make_run(tmp_path / "run", resume="auto")
+    assert resumed.first_step == 6
+    assert "damaged or foreign file" in log_of(resumed)
+
+
+def test_early_stop_ends_the_run(tmp_path):
+    run = make_run(tmp_path / "run", max_steps=100, early_stop=EarlyStop(patience=2, min_delta=1.0))
+    assert run.train() == 0
+    assert run.checkpoints.is_finished()
+    assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 3  # the first is progress, two are not
+    again = make_run(tmp_path / "run", resume="auto", max_steps=100, early_stop=EarlyStop(patience=2, min_delta=1.0))
+    assert again.train() == 0 and "complete" in log_of(again)
+
+
+def test_bad_step_ends_the_run_and_is_explained(tmp_path):
+    def touch(step, batch):
+        if step == 7:
+            return dataclasses.replace(batch, pixels=batch.pixels.float() * float("nan"))
+        return batch
+
+    run = make_run(tmp_path / "run", touch=touch)
+    with pytest.raises(FloatingPointError) as error:
+        run.train()
+    message = str(error.value)
+    assert message.startswith("step 8: not finite: roi_class=nan, roi_box=nan. Images of that batch: image_12.jpg, image_13.jpg")
+    assert "last.pt" in message
+    assert torch.load(run.folder / "checkpoints/last.pt", weights_only=True)["progress"]["step"] == 6
+
+
+def test_bad_weight_is_named(tmp_path):
+    run = make_run(tmp_path / "run")
+    with torch.no_grad():
+        run.parts.model.head.weight[0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"step 1: not finite: weight head.weight, roi_box=nan"):
+        run.train()
+
+
+def test_resume_refuses_other_classes(tmp_path):
+    make_run(tmp_path / "run").train()
+    run = make_run(tmp_path / "other")
+    run.parts.meaning["class_names"][:] = ["other"]
+    with pytest.raises(ValueError, match="resume: expected the classes of the checkpoint, thing, got other"):
+        run._restore(torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=True))
