@@ -109,7 +109,8 @@ def wrap_for_ranks(model: nn.Module) -> nn.Module:
     # newer versions of torch warn about the old name of the same setting
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{name: False})
+    options: dict[str, Any] = {name: False, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(model, **options)
 
 
 def broadcast_object(value: Any) -> Any:

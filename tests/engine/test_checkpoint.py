@@ -37,7 +37,7 @@ def test_save_and_load_round_trip(tmp_path):
 
 def test_save_refuses_what_would_not_load(tmp_path):
     for value in (np.float64(0.5), Path("x"), {1.5: {"a": object()}}, [np.zeros(2)]):
-        with pytest.raises(AssertionError, match="checkpoint.value"):
+        with pytest.raises(AssertionError, match=r"checkpoint\.value"):
             save_checkpoint(tmp_path / "a.pt", {"value": value})
     assert_plain({"a": [1, 2.0, "x", None, True, (torch.zeros(1),)]})
     assert names(tmp_path) == []

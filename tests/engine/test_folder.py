@@ -68,7 +68,7 @@ def test_resume_takes_a_checkpoint_or_a_run_folder(tmp_path):
 
 
 def test_resume_names_what_is_missing(tmp_path):
-    with pytest.raises(ValueError, match="resume: expected auto, a checkpoint or a run folder, got .*none.pt, which does not exist"):
+    with pytest.raises(ValueError, match=r"resume: expected auto, a checkpoint or a run folder, got .*none.pt, which does not exist"):
         choose_folder("demo", None, str(tmp_path / "none.pt"), root=tmp_path)
     with pytest.raises(ValueError, match="resume: expected a run folder with checkpoints"):
         choose_folder("demo", None, str(tmp_path), root=tmp_path)
@@ -76,7 +76,7 @@ def test_resume_names_what_is_missing(tmp_path):
 
 def test_folder_must_be_writable(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="run_dir: expected a folder to write in, got .*Choose another one"):
+    with pytest.raises(ValueError, match=r"run_dir: expected a folder to write in, got .*Choose another one"):
         choose_folder(None, str(tmp_path / "file" / "run"), None)
 
 
