@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,8 +10,8 @@ import hydra.utils
 import torch
 from hydra.errors import InstantiationException
 
-from fpn_det.config import Data, Node, Settings, to_yaml
-from fpn_det.data.coco import drop_empty, read_coco, split_images
+from fpn_det.config import Data, Node, Settings, Split, to_yaml
+from fpn_det.data.coco import drop_empty, read_coco, select_images, split_images
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.loading import EvalLoader, TrainLoader
 from fpn_det.data.sampling import GlobalBatches
@@ -57,23 +58,32 @@ def build_transforms(transforms: dict[str, Node | None], data: Data, where: str)
 
 def read_training_data(data: Data, seed: int) -> tuple[Annotations, Annotations]:
     """What to train on and what to evaluate on. The classes are those of the training set."""
-    subset = data.classes is not None
-    train = read_coco(data.train.annotations, data.train.images, data.classes, subset, data.on_error)
+    train = read_split(data, "train", data.classes)
     if data.val_fraction is not None:
         train, val = split_images(train, data.val_fraction, seed)
     else:
-        val = read_evaluation_data(data, "val", train.class_names)
+        val = read_split(data, "val", train.class_names)
     if not data.keep_empty:
         train = drop_empty(train)
     return train.share_memory(), val.share_memory()
 
 
-def read_evaluation_data(data: Data, split: str, class_names: tuple[str, ...]) -> Annotations:
-    """The ground truth of `val` or `test`, its classes in the order of `class_names`."""
-    source = data.val if split == "val" else data.test
-    if source is None:
-        raise ValueError(f"data.{split}: expected images and annotations, got null. Set data.{split}.images and data.{split}.annotations.")
-    return read_coco(source.annotations, source.images, class_names, data.classes is not None, data.on_error)
+def read_evaluation_data(data: Data, split: Literal["val", "test"], class_names: Sequence[str], seed: int) -> Annotations:
+    """The ground truth to score against; its classes are those that the weights were trained for."""
+    if split == "val" and data.val_fraction is not None:
+        return split_images(read_split(data, "train", class_names), data.val_fraction, seed)[1]
+    return read_split(data, split, class_names)
+
+
+def read_split(data: Data, split: Literal["train", "val", "test"], class_names: Sequence[str] | None) -> Annotations:
+    """One part of the data; `class_names` are the classes and their order, None takes them from the file."""
+    source: Split = getattr(data, split)
+    if source.annotations is None or source.images is None:
+        raise ValueError(f"data.{split}: expected images and annotations, got none. Set data.{split}.images and data.{split}.annotations.")
+    annotations = read_coco(source.annotations, source.images, class_names, data.classes is not None, data.on_error)
+    if data.max_images is not None:
+        annotations = select_images(annotations, torch.arange(min(data.max_images, len(annotations))))
+    return annotations
 
 
 def build_eval_loader(settings: Settings, annotations: Annotations, stride: int, ranks: Ranks, device: torch.device) -> EvalLoader:

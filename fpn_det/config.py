@@ -44,8 +44,8 @@ S = TypeVar("S", bound="Settings")
 class Split:
     """One part of a data set."""
 
-    images: str  # folder
-    annotations: str  # COCO JSON
+    images: str | None  # folder
+    annotations: str | None  # COCO JSON
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,10 @@ class Data:
 
     root: str  # sets all paths, in COCO's layout
     train: Split
-    val: Split | None
-    test: Split | None
+    val: Split
+    test: Split  # read on demand
     val_fraction: Fraction | None  # take this part of the training images instead of `val`
+    max_images: Count | None  # only the first of each part, for trials
     classes: list[str] | None  # a subset by name; null = all
     on_error: Literal["fail", "fix", "skip"]  # what to do about broken annotations and files
     keep_empty: bool  # train on images without objects too
@@ -83,6 +84,7 @@ class Settings:
     run: str | None  # folder of the run whose settings these are
     run_dir: str | None  # null = runs/<experiment>/<date>_<time>
     set_aside: bool  # move a run_dir that is in the way to a name with a date, instead of refusing it
+    profile: bool  # record every operator of the run
     allow_targets: list[str]  # packages whose classes a `_target_` may name besides ours; on the command line only
     model: Node
     data: Data
@@ -148,19 +150,27 @@ def check(tree: DictConfig, overrides: Sequence[str], schema: type[S]) -> S:
 
 def _choose(tree: DictConfig, one: str, other: str, named: set[str]) -> None:
     """Set to null what the command line replaced by its alternative."""
-    said = [any(name == key or name.startswith(key + ".") for name in named) for key in (one, other)]
-    values = [OmegaConf.select(tree, key, throw_on_missing=False) for key in (one, other)]
-    if None in values:
+    if not (_is_set(tree, one) and _is_set(tree, other)):
         return
+    said = [any(name == key or name.startswith(f"{key}.") for name in named) for key in (one, other)]
     if said[0] == said[1]:
-        raise ValueError(f"{one}: expected this or {other}, got both. Set one of them to null.")
-    OmegaConf.update(tree, other if said[0] else one, None)
+        raise ValueError(f"{one}: expected this or {other}, got both. Leave one of them out, or set it to null.")
+    replaced = other if said[0] else one
+    value = OmegaConf.select(tree, replaced)
+    OmegaConf.update(tree, replaced, dict.fromkeys(value) if isinstance(value, DictConfig) else None)
+
+
+def _is_set(tree: DictConfig, key: str) -> bool:
+    value = OmegaConf.select(tree, key)
+    return any(item is not None for item in value.values()) if isinstance(value, DictConfig) else value is not None
 
 
 def _check_combinations(settings: Settings) -> None:
     trainer = settings.trainer
     if trainer.epochs is None and trainer.max_steps is None:
         raise ValueError("trainer: expected a length, got none. Set trainer.epochs or trainer.max_steps.")
+    if settings.data.val_fraction is None and settings.data.val.annotations is None:
+        raise ValueError("data.val: expected images to evaluate on, got none. Set data.val.images and data.val.annotations, or data.val_fraction.")
     if settings.resume and settings.init_from:
         raise ValueError(
             "resume: expected this or init_from, got both. resume goes on with a run, init_from starts a new one with its weights."
@@ -185,9 +195,12 @@ def explain(error: Exception) -> str:
     if isinstance(cause, MissingMandatoryValue):
         return f"{cause.full_key}: expected a value, got none. Say {cause.full_key}=... on the command line."
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
+        where = str(cause.parent_node._get_full_key(None) or "")
+        known = [str(name) for name in cause.parent_node if name != "hydra"]
+        if not known:
+            return f"{where}: is null, so it has no {cause.key}. Set all of it: '{where}={{{cause.key}: value, ...}}'."
         try:
-            known = [str(name) for name in cause.parent_node if name != "hydra"]
-            check_names([str(cause.key)], known, str(cause.parent_node._get_full_key(None) or ""))
+            check_names([str(cause.key)], known, where)
         except ValueError as refusal:
             return str(refusal)
     return f"config: {str(error).splitlines()[0]}"

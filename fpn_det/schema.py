@@ -69,6 +69,8 @@ def fit(value: Any, hint: Any, where: str, packages: Sequence[str]) -> Any:
     if hint in SCALARS:
         if type(value) is int and hint is float:
             return float(value)
+        if value is None and hint is not type(None):
+            raise ValueError(f"{where}: expected {describe(hint)}, got null. Say {where}=... on the command line.")
         if type(value) is not hint:
             raise ValueError(f"{where}: expected {describe(hint)}, got {value!r}.")
         return value

@@ -34,19 +34,19 @@ def score(settings: EvalSettings) -> None:
     path, state = checkpoint()
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     folder = run / "eval" / (path.stem if settings.split == "val" else f"{path.stem}_{settings.split}")
-    with process_group(settings.device, settings.trainer.timeout_minutes) as (ranks, device), RunLog(folder, ranks) as log:
-        annotations = api.read_evaluation_data(settings.data, settings.split, tuple(state["class_names"]))
+    with process_group(settings.device, settings.trainer.timeout_minutes) as (ranks, device):
+        annotations = api.read_evaluation_data(settings.data, settings.split, state["class_names"], settings.seed)
         model = api.build_model(settings, annotations.num_classes)
         weights = api.load_weights(model, state, str(path), settings.weights)
         model.to(device)
         loader = api.build_eval_loader(settings, annotations, model.stride, ranks, device)
-        batches = log.track(loader, "evaluating")
-        evaluation = evaluate(model, batches, annotations, settings.evaluation, PRECISIONS[settings.precision])
-        step = state["progress"]["step"]
-        if ranks.is_main:
-            write_evaluation(folder, evaluation, annotations, step, path.name, weights)
-        log.evaluation(step, evaluation)
-        log.info(f"{weights} weights of {path}, results in {folder}")
+        with RunLog(folder, ranks) as log:
+            evaluation = evaluate(model, loader, annotations, settings.evaluation, PRECISIONS[settings.precision])
+            step = state["progress"]["step"]
+            if ranks.is_main:
+                write_evaluation(folder, evaluation, annotations, step, path.name, weights)
+            log.evaluation(step, evaluation)
+            log.info(f"{weights} weights of {path}, results in {folder}")
 
 
 if __name__ == "__main__":

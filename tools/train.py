@@ -15,6 +15,7 @@ from fpn_det import api
 from fpn_det.config import Settings, argument, launch, to_yaml
 from fpn_det.engine.folder import choose_folder, write_settings
 from fpn_det.engine.log import RunLog
+from fpn_det.engine.profile import profiled
 from fpn_det.engine.run import Run
 from fpn_det.runtime import process_group
 
@@ -29,7 +30,8 @@ def train(settings: Settings) -> None:
             if ranks.is_main:
                 write_settings(folder.path, to_yaml(settings), HydraConfig.get().overrides.task)
             run = Run(parts, trainer, settings.precision, settings.seed, ranks, folder, log)
-            exit_code = run.train()
+            with profiled(settings.profile, log):
+                exit_code = run.train()
     if exit_code:
         sys.exit(exit_code)
 
