@@ -256,7 +256,7 @@ def _read_objects(
     report("box_not_numbers", placed & ~finite, "four finite numbers are expected", "bbox")
     report("box_without_area", placed & finite & ~solid, "width and height must be positive", "bbox", tolerated=True)
     report("box_outside", placed & solid & ~inside, "the box lies outside of the image", "bbox", tolerated=True)
-    report("box_partly_outside", placed & inside & moved, "the box passes the border", "bbox", tolerated=True)
+    report("box_partly_outside", placed & solid & inside & moved, "the box passes the border", "bbox", tolerated=True)
 
     keep = placed & (labels != UNKNOWN) & solid & inside & ~(moved & skip)
     order = np.flatnonzero(keep)

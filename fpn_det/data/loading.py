@@ -1,25 +1,28 @@
 """Batches on the device, in time: worker processes read ahead, a side stream copies ahead.
 
-What is in a batch follows from the step alone, never from the number of workers or the time things take.
+What is in a batch follows from the step alone, never from the number of workers or from the time things take.
 """
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from itertools import chain
 from typing import Any
 
 import cv2
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from fpn_det.data.dataset import Canvas, DetectionDataset, Key, collate
+from fpn_det.data.collation import Canvas, Parcel, SharedBuffers, pack
+from fpn_det.data.dataset import DetectionDataset, Key
 from fpn_det.data.sampling import GlobalBatches, evaluation_batches, micro_batches
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Batch
+
+READ_AHEAD = 2  # batches that each worker may have ready or in the making
 
 
 class TrainLoader:
@@ -58,13 +61,13 @@ class TrainLoader:
         return self._batches.steps_per_epoch
 
     def iterate(self, first_step: int) -> Iterator[Batch]:
-        """The micro-batches of step `first_step` and of all that follow, on the device."""
-        keys = _TrainingKeys(self, first_step)
-        return _on_device(_loader(self._maker, keys, self._num_workers, self._device, self._start_method), self._device)
+        """The micro-batches of step `first_step` and of all that follow, on the device. Has its own workers."""
+        loader = _loader(self._maker, _TrainingKeys(self, first_step), self._num_workers, self._start_method)
+        return _on_device(loader, self._device)
 
     def rebuild(self, step: int) -> list[Batch]:
         """The micro-batches of one step, made again here and now, on the device."""
-        return [_checked(self._maker[keys]).to(self._device) for keys in self.keys(step)]
+        return list(_on_device(map(self._maker.__getitem__, self.keys(step)), self._device))
 
     def keys(self, step: int) -> list[list[Key]]:
         """Which images, of which epoch, this rank sees in each micro-batch of a step."""
@@ -88,9 +91,9 @@ class EvalLoader:
     ) -> None:
         batches = evaluation_batches(dataset.annotations.sizes, batch_size, ranks)
         keys = [[(index, 0) for index in batch.tolist()] for batch in batches]
-        self._device = device
         self._num_batches = len(keys)
-        self._loader = _loader(_BatchMaker(dataset, stride, canvas), keys, num_workers, device, start_method)
+        self._loader = _loader(_BatchMaker(dataset, stride, canvas), keys, num_workers, start_method)
+        self._device = device
 
     def __len__(self) -> int:
         return self._num_batches
@@ -100,7 +103,7 @@ class EvalLoader:
 
 
 class _BatchMaker(Dataset):
-    """Makes a whole batch from its keys, in a worker. What is wrong with the data travels back as a value.
+    """Makes whole batches from their keys, in a worker. What is wrong with the data travels back as a value.
 
     Raised in a worker, it would reach the user as a traceback of torch's loader.
     """
@@ -111,10 +114,17 @@ class _BatchMaker(Dataset):
         self._dataset = dataset
         self._stride = stride
         self._canvas = canvas
+        # one more than is read ahead: the main process copies out of one while the worker may fill the others
+        self._buffers = SharedBuffers(READ_AHEAD + 1)
 
-    def __getitem__(self, keys: list[Key]) -> Batch | ValueError:
+    def __getitem__(self, keys: list[Key]) -> Parcel | ValueError:
         try:
-            return collate([self._dataset[key] for key in keys], self._stride, self._canvas)
+            examples = [self._dataset[key] for key in keys]
+            worker = get_worker_info()
+            if worker is None:
+                return pack(examples, self._stride, self._canvas)
+            parcel = pack(examples, self._stride, self._canvas, self._buffers)
+            return replace(parcel, slot=(worker.id, self._buffers.slot))
         except ValueError as error:
             return error
 
@@ -133,20 +143,18 @@ class _TrainingKeys:
             step += 1
 
 
-def _loader(
-    maker: _BatchMaker, keys: Iterable[list[Key]], num_workers: int, device: torch.device, start_method: str | None
-) -> DataLoader:
+def _loader(maker: _BatchMaker, keys: Iterable[list[Key]], num_workers: int, start_method: str | None) -> DataLoader:
     return DataLoader(
         maker,
         sampler=keys,
         batch_size=None,  # an item is a batch already
         collate_fn=_as_it_is,
         num_workers=num_workers,
+        prefetch_factor=READ_AHEAD if num_workers else None,
         worker_init_fn=_set_up_worker,
         persistent_workers=num_workers > 0,
-        pin_memory=device.type == "cuda",
         multiprocessing_context=start_method if num_workers else None,
-        generator=torch.Generator(),  # the workers' seeds, which nobody uses, do not cost the global generator a draw
+        generator=torch.Generator(),  # it seeds workers, which draw nothing: the global generator is left alone
     )
 
 
@@ -155,36 +163,44 @@ def _as_it_is(item: Any) -> Any:
 
 
 def _set_up_worker(worker: int) -> None:
-    """A worker is one thread on one core, and lets the main process decide what an interrupt means."""
+    """A worker is one thread on one core, and leaves it to the main process what an interrupt means."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _checked(item: Batch | ValueError) -> Batch:
-    if isinstance(item, ValueError):
-        raise item
-    return item
+def _receive(items: Iterable[Parcel | ValueError], pinned: bool) -> Iterator[Batch]:
+    """Unpack what the workers send, into memory of its own."""
+    mapped = {}  # keeps the shared buffers in this process's address space from one use to the next
+    for item in items:
+        if isinstance(item, ValueError):
+            raise item
+        batch = item.unpack()
+        if item.slot is not None:
+            mapped[item.slot] = item.pixels.untyped_storage()
+        if pinned:
+            yield batch.pin_memory()
+        else:
+            yield batch if item.slot is None else replace(batch, pixels=batch.pixels.clone())
 
 
-def _on_device(items: Iterable[Batch | ValueError], device: torch.device) -> Iterator[Batch]:
+def _on_device(items: Iterable[Parcel | ValueError], device: torch.device) -> Iterator[Batch]:
     """Hand out batches on the device. With CUDA, the next one is copied while the model works on this one."""
     if device.type != "cuda":
-        for item in items:
-            yield _checked(item).to(device)
+        for batch in _receive(items, pinned=False):
+            yield batch.to(device)
         return
     side = torch.cuda.Stream(device)
     ready: Batch | None = None
-    end: list[Batch | ValueError | None] = [None]
-    for upcoming in chain(items, end):
-        torch.cuda.current_stream(device).wait_stream(side)  # `ready` has arrived; nothing else is on its way yet
-        coming = None
-        if upcoming is not None:
-            with torch.cuda.stream(side):
-                coming = _checked(upcoming).to(device)
+    end: list[Batch | None] = [None]
+    for upcoming in chain(_receive(items, pinned=True), end):
+        main = torch.cuda.current_stream(device)
+        main.wait_stream(side)  # `ready` has arrived; nothing else is on its way yet
+        with torch.cuda.stream(side):
+            coming = upcoming.to(device) if upcoming else None
         if ready is not None:
             for tensor in _tensors(ready):
-                tensor.record_stream(torch.cuda.current_stream(device))  # else the side stream may overwrite it in use
+                tensor.record_stream(main)  # else the side stream may overwrite it while it is in use
             yield ready
         ready = coming
 

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fpn_det.data.sampling import GlobalBatches, evaluation_batches, micro_batches
+from fpn_det.runtime import Ranks
+
+
+def sizes(landscape: int, portrait: int) -> torch.Tensor:
+    """Sizes of that many images of each shape, in turn as long as both last."""
+    rows = [[480, 640]] * landscape + [[640, 480]] * portrait
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(rows)[order]
+
+
+COUNTS = [(20, 12), (5, 30), (0, 16), (17, 0), (9, 7), (3, 2)]
+
+
+@pytest.mark.parametrize(("landscape", "portrait"), COUNTS)
+@pytest.mark.parametrize("batch_size", [1, 4, 8])
+def test_an_epoch_holds_each_image_at_most_once(landscape, portrait, batch_size):
+    batches = GlobalBatches(sizes(landscape, portrait), batch_size, seed=0)
+    for epoch in range(3):
+        steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
+        seen = []
+        for step in steps:
+            found, indices = batches.slice(step)
+            assert found == epoch
+            assert len(indices) == batches.batch_size
+            seen += indices.tolist()
+        assert len(set(seen)) == len(seen) > landscape + portrait - batches.batch_size
+
+
+def test_batches_are_of_one_shape_but_for_what_is_left_over():
+    shapes = sizes(21, 14)
+    batches = GlobalBatches(shapes, 4, seed=0)
+    for epoch in range(5):
+        mixed = 0
+        for step in range(batches.steps_per_epoch):
+            _, indices = batches.slice(epoch * batches.steps_per_epoch + step)
+            mixed += len(shapes[indices].unique(dim=0)) > 1
+        assert mixed <= 1  # 21 = 5 * 4 + 1 and 14 = 3 * 4 + 2: nothing whole is left over
+    ungrouped = GlobalBatches(shapes, 4, seed=0, group_by_aspect=False)
+    assert sum(len(shapes[ungrouped.slice(step)[1]].unique(dim=0)) > 1 for step in range(8)) > 1
+
+
+def test_every_image_is_left_out_at_times_when_the_last_batch_is_incomplete():
+    batches = GlobalBatches(sizes(9, 6), 4, seed=0)  # 3 steps hold 12 of the 15
+    seen = torch.zeros(15, dtype=torch.int64)
+    for step in range(3 * 200):
+        seen[batches.slice(step)[1]] += 1
+    assert seen.min() > 120
+    assert seen.max() < 200
+
+
+def test_a_step_is_a_pure_function_of_its_number():
+    shapes = sizes(20, 12)
+    straight = GlobalBatches(shapes, 4, seed=3)
+    expected = [straight.slice(step) for step in range(40)]
+    jumping = GlobalBatches(shapes, 4, seed=3)
+    for step in (39, 0, 17, 18, 5):
+        epoch, indices = jumping.slice(step)
+        assert epoch == expected[step][0]
+        assert torch.equal(indices, expected[step][1])
+    other = GlobalBatches(shapes, 4, seed=4)
+    assert not torch.equal(other.slice(0)[1], expected[0][1])
+    assert not torch.equal(straight.slice(straight.steps_per_epoch)[1], expected[0][1])  # the next epoch
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (1, 4), (2, 4), (8, 1)])
+def test_ranks_and_micro_batches_are_contiguous_slices(world_size, accumulate):
+    indices = torch.arange(100, 116)
+    parts = [micro_batches(indices, Ranks(rank, world_size), accumulate) for rank in range(world_size)]
+    assert torch.equal(torch.cat(parts).flatten(), indices)
+    assert all(part.shape == (accumulate, 16 // world_size // accumulate) for part in parts)
+
+
+def test_a_small_data_set_makes_one_smaller_batch_without_repeats():
+    batches = GlobalBatches(sizes(4, 3), batch_size=16, seed=0, parts=2)
+    assert (batches.batch_size, batches.steps_per_epoch) == (6, 1)  # 6 of the 7: two ranks get three each
+    assert len(set(batches.slice(0)[1].tolist())) == 6
+    with pytest.raises(ValueError, match=r"at least one image for each of 8 .*got 7"):
+        GlobalBatches(sizes(4, 3), batch_size=16, seed=0, parts=8)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused():
+    with pytest.raises(ValueError, match=r"trainer\.batch_size: expected a multiple of ranks x trainer\.accumulate = 4, got 6\. Use 4"):
+        GlobalBatches(sizes(20, 0), batch_size=6, seed=0, parts=4)
+
+
+@pytest.mark.parametrize(("images", "world_size", "batch_size"), [(5, 2, 1), (5, 2, 4), (1, 2, 1), (16, 3, 4), (0, 2, 2)])
+def test_evaluation_sees_every_image_once_over_all_ranks(images, world_size, batch_size):
+    shapes = sizes(images // 2, images - images // 2).view(-1, 2)
+    seen = []
+    for rank in range(world_size):
+        for batch in evaluation_batches(shapes, batch_size, Ranks(rank, world_size)):
+            assert 0 < len(batch) <= batch_size
+            seen += batch.tolist()
+    assert sorted(seen) == list(range(images))
