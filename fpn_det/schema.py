@@ -115,7 +115,7 @@ def _fit_node(node: Mapping[str, Any], where: str, packages: Sequence[str]) -> d
     required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
     if not node.get("_partial_"):
         _check_complete(given, required, where)
-    elif deduced := [name for name in required if name in given and not isinstance(given[name], Mapping)]:
+    elif deduced := [name for name in required if not isinstance(given.get(name), Mapping | None)]:
         raise ValueError(f"{join(where, deduced[0])}: follows from other settings and cannot be set. Leave it out.")
     hints = {name: Any if isinstance(parameter.annotation, str) else parameter.annotation for name, parameter in parameters.items()}
     fitted = {name: fit(item, hints.get(name, Any), join(where, name), packages) for name, item in given.items()}

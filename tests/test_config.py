@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from fpn_det.config import CONFIGS, PACKAGES, Settings, check, compose, read_yaml, to_yaml
+from fpn_det.schema import locate
+
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+NEEDED = {"bccd": ["data.root=somewhere"]}  # what an experiment leaves to the command line
+
+# Where a choice of ours is not the default of a class that serves several places.
+CHOSEN = {
+    "model.backbone.weights",
+    "model.rpn.matcher.rescue",
+    "model.roi_head.matcher.positive_iou",
+    "model.roi_head.matcher.negative_iou",
+    "optimizer.weight_decay",  # of AdamW
+}
+
+
+def nodes(tree: Any, where: str) -> list[tuple[str, dict]]:
+    """All nodes of a tree with their dotted names."""
+    if not isinstance(tree, dict):
+        return []
+    inner = [found for name, item in tree.items() for found in nodes(item, f"{where}.{name}")]
+    return [(where, tree), *inner] if "_target_" in tree else inner
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes(experiment):
+    settings = compose([f"experiment={experiment}", *NEEDED.get(experiment, [])])
+    assert settings.experiment == experiment
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_begins_with_what_it_costs(experiment):
+    lines = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1].startswith("# ") and lines[2].startswith("# ")
+
+
+@pytest.mark.parametrize("parts", [[], ["optimizer=adamw", "schedule=cosine"]])
+def test_yaml_states_every_choice_and_agrees_with_the_constructors(parts):
+    settings = compose(parts)
+    for section in ("model", "optimizer", "schedule"):
+        for where, node in nodes(getattr(settings, section), section):
+            parameters = inspect.signature(locate(node["_target_"], where, PACKAGES)).parameters
+            for name, parameter in parameters.items():
+                if parameter.default is parameter.empty:
+                    continue
+                assert name in node, f"{where}.{name} is a choice that configs/ does not show"
+                default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+                value = list(node[name]) if isinstance(node[name], tuple) else node[name]
+                if not isinstance(value, dict) and f"{where}.{name}" not in CHOSEN:
+                    assert value == default, f"{where}.{name}"
+
+
+def test_saved_settings_compose_to_themselves():
+    settings = compose(["experiment=demo", "trainer.max_steps=7"])
+    assert check(read_yaml(to_yaml(settings)), [], Settings) == settings
+
+
+def test_groups_change_parts_of_the_model():
+    assert compose(["model.backbone.depth=18"]).model["backbone"]["depth"] == 18
+    assert compose(["schedule=cosine"]).schedule["_target_"].endswith("Cosine")
+
+
+def test_data_root_sets_all_paths():
+    data = compose(["data.root=elsewhere"]).data
+    assert data.train.images == "elsewhere/train2017"
+    assert data.val.annotations == "elsewhere/annotations/instances_val2017.json"
+
+
+def test_one_of_two_ways_replaces_the_other_on_the_command_line():
+    trainer = compose(["trainer.max_steps=7"]).trainer
+    assert (trainer.epochs, trainer.max_steps) == (None, 7)
+    data = compose(["data.val_fraction=0.1"]).data
+    assert (data.val_fraction, data.val.images) == (0.1, None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        # names
+        ("trainer.epoch=3", "trainer.epoch: there is no setting of that name. Did you mean trainer.epochs?"),
+        ("+trainer.epoch=3", "Did you mean trainer.epochs?"),
+        ("++trainer.epoch=3", "Did you mean trainer.epochs?"),
+        ("trainr.epochs=3", "Did you mean trainer?"),
+        ("+typo=1", "typo: there is no setting of that name. Known here: experiment, seed, device"),
+        ("model.backbone.dept=18", "Did you mean model.backbone.depth?"),
+        ("+model.backbone.dept=18", "Did you mean model.backbone.depth?"),
+        ("+model.num_classes=3", "model.num_classes: follows from other settings and cannot be set."),
+        ("+model.neck.in_channels=[1]", "model.neck.in_channels: follows from other settings and cannot be set."),
+        ("experiment=dem", "experiment: expected one of bccd,"),
+        ("neck=pfn", "neck: expected one of fpn, got 'pfn'. Did you mean fpn?"),
+        ("optimizer.betas=[0.9,0.99]", "optimizer.betas: there is no setting of that name."),
+        ("+data.train_transforms.blur={_target_:albumentations.Blur,blurlimit:3}", "Did you mean data.train_transforms.blur.blur_limit?"),
+        ("~trainer.epochs", "trainer: expected a value for epochs, got none."),
+        # types and ranges
+        ("trainer.epochs=abc", "trainer.epochs: expected a number more than 0 or null, got 'abc'."),
+        ("trainer.batch_size=0", "trainer.batch_size: expected a whole number at least 1, got 0."),
+        ("trainer.compile=yes", "trainer.compile: expected true or false, got 'yes'."),
+        ("seed=1e3", "seed: expected a whole number, got 1000.0."),
+        ("precision=fp8", "precision: expected one of fp32, bf16 or fp16, got 'fp8'."),
+        ("data.canvas=[640]", "data.canvas: expected batch or a list of 2 values, got [640]."),
+        ("data.on_error=ignore", "data.on_error: expected one of fail, fix or skip, got 'ignore'."),
+        ("data.root=null", "data.root: expected a text, got null."),
+        ("model.rpn.sampler.num_samples=many", "model.rpn.sampler.num_samples: expected a whole number, got 'many'."),
+        ("evaluation.max_dets=[100,10]", "evaluation.max_dets: expected growing numbers"),
+        # what may be built
+        ("model._target_=os.system", "model._target_: expected a class of fpn_det, albumentations or torch.optim, got 'os.system'."),
+        ("model.backbone._target_=torch.hub.load", "model.backbone._target_: expected a class of"),
+        ("model.backbone=null", "model.backbone: expected ResNet, got null."),
+        # combinations
+        ("trainer.epochs=3 trainer.max_steps=3", "trainer.epochs: expected this or trainer.max_steps, got both."),
+        ("trainer.epochs=null", "trainer: expected a length, got none. Set trainer.epochs or trainer.max_steps."),
+        ("resume=auto init_from=x.pt", "resume: expected this or init_from, got both."),
+        ("data.val_fraction=0.1 data.val.images=x", "data.val_fraction: expected this or data.val, got both."),
+        ("trainer.accumulate=3", "trainer.batch_size: expected a multiple of trainer.accumulate=3, got 16."),
+        ("trainer.early_stop={patience:3,min_delta:0}", "trainer.early_stop: expected evaluations on the way, got none."),
+        # the form of the command line
+        ("trainer.early_stop.patience=3", "trainer.early_stop: is null, so it has no patience."),
+        ("resume", "command line: expected name=value, got 'resume'."),
+        ("data.root=a=b", "command line: expected name=value, got 'data.root=a=b'."),
+        ("data.train.images=???", "data.train.images: expected a value, got none."),
+        ("data.train.images=${data.rot}", "data.rot"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_in_one_sentence(overrides, words):
+    with pytest.raises(ValueError) as refusal:
+        compose(overrides.split(" "))
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert "+trainer" not in str(refusal.value)
+
+
+def test_own_classes_are_admitted_on_the_command_line_only():
+    node = "+data.train_transforms.own={_target_:json.JSONDecoder}"
+    with pytest.raises(ValueError, match="allow_targets="):
+        compose([node])
+    compose([node, "allow_targets=[json]"])
+    saved = OmegaConf.merge(read_yaml(to_yaml(compose())), {"allow_targets": ["json"]})
+    with pytest.raises(ValueError, match="allow_targets: expected on the command line only"):
+        check(saved, [], Settings)
+
+
+def test_configs_are_where_the_package_looks_for_them():
+    assert CONFIGS == Path(__file__).parent.parent / "configs"
