@@ -8,18 +8,15 @@ and never becomes a point of a curve.
 from __future__ import annotations
 
 import datetime
-import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich import box
 from rich.columns import Columns
@@ -27,119 +24,16 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from fpn_det.engine.meters import Pace
 from fpn_det.evaluation.coco import Evaluation
-from fpn_det.runtime import Ranks, all_reduce_mean
+from fpn_det.runtime import Ranks
 
 T = TypeVar("T")
 
 CLASSES_PER_COLUMN = 20
-FILE_WIDTH = 140  # of tables where there is no terminal to measure
-
-
-class Meters:
-    """Means of device scalars since the last read. They stay on the device until then."""
-
-    def __init__(self) -> None:
-        self._sums: dict[tuple[str, ...], Tensor] = {}
-        self._counts: dict[tuple[str, ...], int] = {}
-
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Count one value of each name. Names that are added together stay together: that is one sum, not one each."""
-        names = tuple(values)
-        row = torch.stack([value.detach().float() for value in values.values()])
-        self._sums[names] = self._sums[names] + row if names in self._sums else row
-        self._counts[names] = self._counts.get(names, 0) + 1
-
-    def read(self) -> dict[str, float]:
-        """The mean of each name over its values and over the ranks, in one transfer to the host; then start again.
-
-        A collective: every rank reads at the same step.
-        """
-        if not self._sums:
-            return {}
-        means = torch.cat([total / self._counts[names] for names, total in self._sums.items()])
-        names = [name for group in self._sums for name in group]
-        self._sums, self._counts = {}, {}
-        return dict(zip(names, all_reduce_mean(means).tolist(), strict=True))  # the one host read
-
-
-class Pace:
-    """How fast training goes and when it will be over. Evaluations are timed apart, and the rest of them foreseen.
-
-    Args:
-        step: the last one that is done; 0 at the start of a fresh run.
-        total_steps: the last one of the run.
-        batch_size: images per step, over all ranks.
-        eval_every: steps from one evaluation to the next; 0 is only at the end.
-        clock: seconds that only grow.
-    """
-
-    def __init__(
-        self, step: int, total_steps: int, batch_size: int, eval_every: int, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
-        self.first_step = step
-        self.total_steps = total_steps
-        self._batch_size = batch_size
-        self._eval_every = eval_every or total_steps
-        self._clock = clock
-        self._last_step = step
-        self._started = self._last_read = clock()
-        self._waited_s = self._evaluated_s = self._evaluated_since_read_s = 0.0
-        self._num_evaluations = 0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around the wait for the next batch."""
-        start = self._clock()
-        yield
-        self._waited_s += self._clock() - start
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Around everything that is not training."""
-        start = self._clock()
-        yield
-        seconds = self._clock() - start
-        self._evaluated_s += seconds
-        self._evaluated_since_read_s += seconds
-        self._num_evaluations += 1
-
-    def read(self, step: int) -> dict[str, float]:
-        """Throughput since the last read: images per second, and seconds per step spent waiting for data."""
-        now = self._clock()
-        steps = max(step - self._last_step, 1)
-        seconds = now - self._last_read - self._evaluated_since_read_s
-        speed = {"images_per_s": steps * self._batch_size / max(seconds, 1e-9), "data_s": self._waited_s / steps}
-        self._last_step, self._last_read = step, now
-        self._waited_s = self._evaluated_since_read_s = 0.0
-        return speed
-
-    def evaluations_after(self, step: int) -> int:
-        """How many evaluations follow the one of `step`, the last step's included."""
-        if step >= self.total_steps:
-            return 0
-        extra = self.total_steps % self._eval_every != 0
-        return self.total_steps // self._eval_every - step // self._eval_every + extra
-
-    def eta_s(self, step: int) -> float | None:
-        """Seconds to the end of the run, its evaluations included as soon as one has been seen. None before the first step."""
-        steps_done = step - self.first_step
-        if steps_done <= 0:
-            return None
-        step_s = (self._clock() - self._started - self._evaluated_s) / steps_done
-        evaluation_s = self._evaluated_s / max(self._num_evaluations, 1)
-        return (self.total_steps - step) * step_s + self.evaluations_after(step) * evaluation_s
-
-
-def memory_mib(device: torch.device) -> float:
-    """Peak memory until now: what torch held on the GPU, elsewhere what this process held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB on Linux
+PLAIN_WIDTH = 140  # of tables where there is no terminal to measure
 
 
 class RunLog:
@@ -156,13 +50,14 @@ class RunLog:
         self.folder = folder
         name = "log.txt" if ranks.is_main else f"rank{ranks.rank}.log"
         self._file = (folder / name).open("a", encoding="utf-8", buffering=1)
-        self._plain = Console(file=self._file, width=FILE_WIDTH, color_system=None, force_terminal=False)
+        self._plain = Console(file=self._file, width=PLAIN_WIDTH, color_system=None, force_terminal=False)
         # bound to the stream of now: whoever redirects sys.stdout for a while does not catch the progress bar
-        width = None if sys.stdout.isatty() else FILE_WIDTH
+        width = None if sys.stdout.isatty() else PLAIN_WIDTH
         self._screen = (screen or Console(file=sys.stdout, width=width)) if ranks.is_main else None
         self._writer: SummaryWriter | None = None
         columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-        self._bar = Progress(*columns, console=self._screen, transient=True, expand=True, disable=not (self._screen and self._screen.is_terminal))
+        without_bar = self._screen is None or not self._screen.is_terminal
+        self._bar = Progress(*columns, console=self._screen, transient=True, expand=True, disable=without_bar)
         self._training: TaskID | None = None
         self._opened = time.perf_counter()
 
@@ -232,16 +127,18 @@ class RunLog:
         self._show(classes_table(evaluation))
         for remark in evaluation.remarks():
             self.info(remark)
-        self.scalars(step, {f"val/{name}": value for name, value in evaluation.metrics.items()})
-        self.scalars(step, evaluation.statistics)
-        self.scalars(step, {f"val_class_AP/{name}": row["AP"] for name, row in evaluation.per_class.items()})
+        classes = {f"val_class_AP/{name}": row["AP"] for name, row in evaluation.per_class.items()}
+        metrics = {f"val/{name}": value for name, value in evaluation.metrics.items()}
+        self.scalars(step, metrics | classes | evaluation.statistics)
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Points for TensorBoard; undefined values make none."""
-        if self._writer is not None:
-            for name, value in values.items():
-                if value is not None:
-                    self._writer.add_scalar(name, value, step)
+        """Points for TensorBoard, on the disk at once; undefined values make none."""
+        if self._writer is None:
+            return
+        for name, value in values.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # a killed run goes on from its last checkpoint, and so should its curves
 
     def picture(self, step: int, name: str, picture: NDArray[np.uint8]) -> None:
         """A picture for TensorBoard, [h, w, 3] RGB."""

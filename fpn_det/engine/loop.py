@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fpn_det.data.loading import TrainLoader
-from fpn_det.engine.log import Meters, Pace, RunLog
+from fpn_det.engine.log import RunLog
+from fpn_det.engine.meters import Meters, Pace, memory_mib
 from fpn_det.engine.optimization import Optimization
 from fpn_det.engine.settings import Trainer
 from fpn_det.engine.signals import StopRequest
@@ -66,7 +67,8 @@ class Loop:
             values = meters.read()  # the one host read
             if values.pop("alarm"):
                 raise self.explain()
-            self.log.train(step, {"lr": self.optimization.lr, **values}, pace)
+            host_values = {"lr": self.optimization.lr, "memory_mib": memory_mib(self.optimization.device)}
+            self.log.train(step, values | host_values, pace)
             if evaluating:
                 with pace.evaluating():
                     going_on = self.evaluate(step) and going_on

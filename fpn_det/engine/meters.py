@@ -1,0 +1,117 @@
+"""What is measured while training goes on: means on the device, speed, memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fpn_det.runtime import all_reduce_mean
+
+
+class Meters:
+    """Means of device scalars since the last read. They stay on the device until then."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, ...], Tensor] = {}
+        self._counts: dict[tuple[str, ...], int] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Count one value of each name. Names that are added together stay together: that is one sum, not one each."""
+        names = tuple(values)
+        row = torch.stack([value.detach().float() for value in values.values()])
+        self._sums[names] = self._sums[names] + row if names in self._sums else row
+        self._counts[names] = self._counts.get(names, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        """The mean of each name over its values and over the ranks, in one transfer to the host; then start again.
+
+        A collective: every rank reads at the same step.
+        """
+        if not self._sums:
+            return {}
+        means = torch.cat([total / self._counts[names] for names, total in self._sums.items()])
+        names = [name for group in self._sums for name in group]
+        self._sums, self._counts = {}, {}
+        return dict(zip(names, all_reduce_mean(means).tolist(), strict=True))  # the one host read
+
+
+class Pace:
+    """How fast training goes and when it will be over. Evaluations are timed apart, and the rest of them foreseen.
+
+    Args:
+        step: the last one that is done; 0 at the start of a fresh run.
+        total_steps: the last one of the run.
+        batch_size: images per step, over all ranks.
+        eval_every: steps from one evaluation to the next; 0 is only at the end.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self, step: int, total_steps: int, batch_size: int, eval_every: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.first_step = step
+        self.total_steps = total_steps
+        self._batch_size = batch_size
+        self._eval_every = eval_every or total_steps
+        self._clock = clock
+        self._last_step = step
+        self._started = self._last_read = clock()
+        self._waited_s = self._evaluated_s = self._evaluated_since_read_s = 0.0
+        self._num_evaluations = 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for the next batch."""
+        start = self._clock()
+        yield
+        self._waited_s += self._clock() - start
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around an evaluation and what belongs to it."""
+        start = self._clock()
+        yield
+        seconds = self._clock() - start
+        self._evaluated_s += seconds
+        self._evaluated_since_read_s += seconds
+        self._num_evaluations += 1
+
+    def read(self, step: int) -> dict[str, float]:
+        """Throughput since the last read: images per second, and seconds per step spent waiting for data."""
+        now = self._clock()
+        steps = max(step - self._last_step, 1)
+        seconds = now - self._last_read - self._evaluated_since_read_s
+        speed = {"images_per_s": steps * self._batch_size / max(seconds, 1e-9), "data_s": self._waited_s / steps}
+        self._last_step, self._last_read = step, now
+        self._waited_s = self._evaluated_since_read_s = 0.0
+        return speed
+
+    def evaluations_after(self, step: int) -> int:
+        """How many evaluations follow the one of `step`, the last step's included."""
+        if step >= self.total_steps:
+            return 0
+        extra = self.total_steps % self._eval_every != 0
+        return self.total_steps // self._eval_every - step // self._eval_every + extra
+
+    def eta_s(self, step: int) -> float | None:
+        """Seconds to the end of the run, its evaluations included as soon as one has been seen. None before the first step."""
+        steps_done = step - self.first_step
+        if steps_done <= 0:
+            return None
+        step_s = (self._clock() - self._started - self._evaluated_s) / steps_done
+        evaluation_s = self._evaluated_s / max(self._num_evaluations, 1)
+        return (self.total_steps - step) * step_s + self.evaluations_after(step) * evaluation_s
+
+
+def memory_mib(device: torch.device) -> float:
+    """Peak memory until now: what torch held on the GPU, elsewhere what this process held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB on Linux
