@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -25,7 +25,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from fpn_det.engine.settings import Trainer
 from fpn_det.evaluation.coco import EvaluationSettings
-from fpn_det.schema import Range, check_names, did_you_mean, fit, listed
+from fpn_det.schema import Amount, Count, CountOrZero, Fraction, check_names, did_you_mean, fit, listed
 
 PACKAGE = Path(__file__).parent
 HYDRA = Path(hydra.__file__).parent
@@ -34,9 +34,6 @@ PACKAGES = ("fpn_det", "albumentations", "torch.optim")  # whose classes a `_tar
 WRONG_COMMAND_LINE = 2  # exit code
 
 Node = dict[str, Any]  # a class by name (`_target_`) and its arguments
-Count = Annotated[int, Range(1)]
-Amount = Annotated[float, Range(0)]
-Fraction = Annotated[float, Range(0, 1)]
 S = TypeVar("S", bound="Settings")
 
 
@@ -61,7 +58,7 @@ class Data:
     classes: list[str] | None  # a subset by name; null = all
     on_error: Literal["fail", "fix", "skip"]  # what to do about broken annotations and files
     keep_empty: bool  # train on images without objects too
-    num_workers: Annotated[int, Range(0)]  # processes that read and transform
+    num_workers: CountOrZero  # processes that read and transform
     canvas: Literal["batch"] | tuple[Count, Count]  # size of a batch: its largest image's, or [H, W] always
     group_by_aspect: bool  # batches of landscape or of portrait images
     eval_batch_size: Count  # images per rank
@@ -76,7 +73,7 @@ class Settings:
     """All of a run."""
 
     experiment: str | None  # name of the file in configs/experiment
-    seed: Annotated[int, Range(0)]
+    seed: CountOrZero
     device: str  # auto, cpu, cuda, cuda:<number>, mps
     precision: Literal["fp32", "bf16", "fp16"]
     init_from: str | None  # checkpoint whose weights a new run starts with

@@ -36,6 +36,13 @@ class Range:
         return f"more than {self.low:g}" if self.above else f"at least {self.low:g}"
 
 
+Count = Annotated[int, Range(1)]
+CountOrZero = Annotated[int, Range(0)]
+Amount = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
+Fraction = Annotated[float, Range(0, 1)]
+
+
 def fit(value: Any, hint: Any, where: str, packages: Sequence[str]) -> Any:
     """`value` as the type that `hint` asks for: mappings become dataclasses, whole numbers floats where those are asked for.
 

@@ -101,7 +101,7 @@ def test_locate_admits_classes_of_the_packages_only(name):
 
 
 def test_locate_suggests_a_class():
-    with pytest.raises(ValueError, match="fpn_det.models.neck has no class 'PFN'. Did you mean FPN"):
+    with pytest.raises(ValueError, match=r"fpn_det.models.neck has no class 'PFN'. Did you mean FPN"):
         locate("fpn_det.models.neck.PFN", "here", ("fpn_det",))
 
 

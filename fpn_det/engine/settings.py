@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
-from fpn_det.schema import Range
-
-Count = Annotated[int, Range(1)]
-CountOrZero = Annotated[int, Range(0)]
-Positive = Annotated[float, Range(0, above=True)]
+from fpn_det.schema import Amount, Count, CountOrZero, Fraction, Positive
 
 
 @dataclass(frozen=True)
@@ -17,7 +12,7 @@ class EarlyStop:
     """When to give up."""
 
     patience: Count  # evaluations without progress of the best metric
-    min_delta: Annotated[float, Range(0)]  # how much more counts as progress
+    min_delta: Amount  # how much more counts as progress
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,7 @@ class Trainer:
     save_every: CountOrZero  # steps; 0 = only at the end
     log_every: Count  # steps
     clip_norm: Positive | None  # upper bound of the gradient's norm
-    ema: Annotated[float, Range(0, 1)] | None  # decay of the moving average of the weights, e.g. 0.999
+    ema: Fraction | None  # decay of the moving average of the weights, e.g. 0.999
     compile: bool  # compile backbone and neck
     keep_last: CountOrZero  # numbered checkpoints that stay; 0 = all
     best_metric: str  # decides which checkpoint is `best`
