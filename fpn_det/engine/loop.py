@@ -54,7 +54,7 @@ class Loop:
             with pace.waiting():
                 micro_batches = [next(batches) for _ in range(self.trainer.accumulate)]
             for losses in self.optimization.step(micro_batches, step):
-                meters.add({**losses.terms, **losses.statistics})
+                meters.add({"loss": losses.total(), **losses.terms, **losses.statistics})
             meters.add(self.optimization.measures())
             step += 1
             self.log.advance(step)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from fpn_det.data.coco import read_coco
 from fpn_det.evaluation.coco import DetectionTable, EvaluationSettings, precision_and_recall, score
 from fpn_det.structures import Annotations
 
@@ -270,3 +273,37 @@ def test_detection_table_joins_in_the_order_of_images():
 def test_settings_refuse_nonsense(arguments, words):
     with pytest.raises(ValueError, match=words):
         EvaluationSettings(**arguments)
+
+
+@pytest.fixture
+def coco128() -> tuple[Annotations, Path]:
+    folder = Path(os.environ.get("FPN_DET_DATA", "nowhere")) / "coco128"
+    if not folder.is_dir():
+        pytest.skip("FPN_DET_DATA names no folder with coco128")
+    file = folder / "annotations" / "instances_val2017.json"
+    return read_coco(file, folder / "val2017"), file
+
+
+def test_score_of_the_ground_truth_of_real_images_is_one(coco128):
+    annotations, _ = coco128
+    metrics = score(annotations, perfect(annotations), np.arange(len(annotations)), DEFAULT).metrics
+    assert all(metrics[name] == pytest.approx(1) for name in COCO_METRICS if name not in ("AR1", "AR10"))
+
+
+def test_score_of_real_images_is_what_pycocotools_reads_from_the_files(coco128, tmp_path):
+    annotations, file = coco128
+    exact, rng = perfect(annotations), np.random.default_rng(0)
+    boxes = (exact.boxes + rng.normal(0, 5, exact.boxes.shape)).astype(np.float32)
+    labels = np.where(rng.random(len(exact)) < 0.8, exact.labels, rng.integers(80, size=len(exact)))
+    found = DetectionTable(exact.images, boxes, rng.random(len(exact)).astype(np.float32), labels)
+    predictions = tmp_path / "predictions.json"
+    predictions.write_text(json.dumps(list(found.results(annotations))))
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(file))
+        run = COCOeval(truth, truth.loadRes(str(predictions)), "bbox")
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    metrics = score(annotations, found, np.arange(len(annotations)), DEFAULT).metrics
+    assert list(metrics.values()) == pytest.approx(run.stats.tolist(), abs=1e-12)
+    assert 0.1 < metrics["AP"] < 0.9
