@@ -7,7 +7,6 @@ numbers travel back.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -154,7 +153,7 @@ def write_evaluation(
 @contextmanager
 def replaced(path: Path) -> Iterator[IO[str]]:
     """A file that takes the place of `path` when it is complete: a reader finds the old one or the new one."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         with unfinished.open("w") as file:
             yield file
