@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+import benchmark
+from _benchmark.contestants import Ours, Torchvision, make_contestants
+from _benchmark.measures import Counter, alternate, count, peak_memory_mib
+from _benchmark.setting import Setting, parse
+
+CPU = torch.device("cpu")
+FEW = [
+    "model.backbone.depth=18",
+    "model.rpn.train_filter.post_nms=50",
+    "model.rpn.test_filter.post_nms=50",
+    "model.roi_head.sampler.num_samples=16",
+]
+SMALL = Setting(size=(64, 96), repeats=1, overrides=tuple(FEW))
+
+
+@pytest.fixture(scope="module")
+def contestants() -> tuple[Ours, Torchvision]:
+    return make_contestants(SMALL, CPU)
+
+
+def test_setting_reads_the_command_line():
+    setting = parse(["only=train,inference", "size=[64,96]", "repeats=2", "nms=batched", "compile=true"])
+    assert setting.only == ("train", "inference") and setting.size == (64, 96) and setting.repeats == 2
+    assert setting.nms == "batched" and setting.compile and setting.batch_size == 2
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("repeat=3", "Did you mean repeats?"),
+        ("repeats=many", "repeats: expected a whole number, got 'many'"),
+        ("repeats=0", "repeats: expected a whole number at least 1, got 0"),
+        ("only=training", "Did you mean train?"),
+        ("nms=fast", "nms: expected one of auto, torchvision or batched"),
+        ("train", "expected name=value, got 'train'"),
+        ("model.rpn.sample_loss=false", "Did you mean model.rpn.sampled_loss?"),
+    ],
+)
+def test_setting_refuses(word, words):
+    with pytest.raises(ValueError) as refusal:
+        parse([word])
+    assert words in str(refusal.value)
+
+
+def test_contestants_compute_the_same_maps_and_scores(contestants):
+    ours, peer = (contestant.model.eval() for contestant in contestants)
+    with torch.no_grad():
+        levels = ours.pyramid(contestants[0].batch).levels
+        images, _ = peer.transform(contestants[1].images)
+        features = list(peer.backbone(images.tensors).values())
+        for level, feature in zip(levels, features, strict=True):
+            torch.testing.assert_close(level, feature, rtol=1e-4, atol=1e-4)
+        logits, deltas = ours.rpn.head(levels)
+        peer_logits, peer_deltas = peer.rpn.head(features)
+        # [B, A, H, W] -> [B, H*W*A]
+        torch.testing.assert_close(logits, torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in peer_logits], 1), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(
+            deltas.flatten(1), torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in peer_deltas], 1), rtol=1e-4, atol=1e-3
+        )
+        pooled = torch.rand(4, 256, 7, 7)
+        logits, deltas = ours.roi_head.predictor(ours.roi_head.box_head(pooled))
+        peer_logits, peer_deltas = peer.roi_heads.box_predictor(peer.roi_heads.box_head(pooled))
+        torch.testing.assert_close(logits.roll(1, dims=1), peer_logits, rtol=1e-4, atol=1e-3)  # background is theirs first
+        torch.testing.assert_close(deltas.flatten(1), peer_deltas[:, 4:], rtol=1e-4, atol=1e-3)
+
+
+def test_contestants_have_as_much_to_do(contestants):
+    losses, detections = [], []
+    for contestant in contestants:
+        contestant.model.train()
+        losses.append(contestant.loss().item())
+        contestant.model.eval()
+        with torch.no_grad():
+            detections.append(sum(contestant.detect()))
+    # anchors differ by rounding and samples by chance
+    assert losses[0] == pytest.approx(losses[1], rel=0.25)
+    assert detections[0] > 10 and detections[0] == pytest.approx(detections[1], rel=0.25)
+
+
+def test_contestants_train_the_same_parameters(contestants):
+    for contestant in contestants:
+        contestant.train()()
+    numbers = [sum(p.grad.numel() for p in contestant.model.parameters() if p.grad is not None) for contestant in contestants]
+    background = 4 * 1024 + 4  # torchvision keeps box deltas of the background
+    assert numbers[0] == numbers[1] - background
+
+
+@pytest.mark.parametrize("part", ["train", "inference", "roi_align", "rpn_loss"])
+def test_contestants_run_every_part(contestants, part):
+    runs = [getattr(contestant, part)() for contestant in contestants]
+    assert all(seconds > 0 for seconds in alternate(runs, 1, CPU))
+
+
+def test_counter_counts_what_the_host_waits_for():
+    values, mask = torch.arange(6.0), torch.arange(6) % 2 == 0
+    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+
+    def reads(run) -> int:
+        with Counter() as counter:
+            run()
+        return counter.host_reads
+
+    assert reads(lambda: values.sum().item()) == 1
+    assert reads(lambda: bool(mask.any())) == 1
+    assert reads(lambda: mask.nonzero()) == 1
+    assert reads(lambda: torch.where(mask)) == 1
+    assert reads(lambda: values[mask]) == 1
+    assert reads(lambda: values.masked_select(mask)) == 1
+    assert reads(lambda: values.unique()) == 1
+    assert reads(lambda: torch.equal(values, values)) == 1
+    assert reads(lambda: values.repeat_interleave(mask.long())) == 1
+    assert reads(lambda: torchvision.ops.nms(boxes, values[:1], 0.5)) == 1
+    assert reads(lambda: values[mask.long()]) == 0
+    assert reads(lambda: values.repeat_interleave(2)) == 0
+    assert reads(lambda: torch.where(mask, values, 0.0)) == 0
+    assert reads(lambda: values.clone().__setitem__(mask, 0.0)) == 0  # a fill
+    assert reads(lambda: values.clone().__setitem__(mask, values[:3])) == 1
+
+
+def test_counter_sees_the_backward_pass():
+    weight = torch.ones(2, requires_grad=True)
+    loss = weight.exp().sum()
+    with Counter() as counter:
+        loss.backward()
+    assert counter.operators >= 2
+
+
+@pytest.mark.parametrize(("nms", "limit"), [("auto", 2 * 5), ("batched", 9)])
+def test_training_step_reads_little(contestants, nms, limit):
+    torchvision_reads = count(contestants[1].train()).host_reads
+    ours = contestants[0] if nms == "auto" else make_contestants(replace(SMALL, nms=nms), CPU)[0]
+    assert count(ours.train()).host_reads <= limit < torchvision_reads
+
+
+def test_benchmark_writes_what_it_shows(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "benchmark.json"
+    quick = ["size=[64,96]", "repeats=1", "num_workers=0", "data.train_transforms.resize.sides=[64]"]
+    words = ["only=inference,loader", *quick, *FEW, f"output={output}"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
+    benchmark.main()
+    shown, written = capsys.readouterr().out, json.loads(output.read_text())
+    assert written.keys() == {"inference_s", "loader_images_per_s", "setting"}
+    for measure in ("inference_s", "loader_images_per_s"):
+        row = written[measure]
+        assert row["ratio"] == pytest.approx(row["ours"] / row["torchvision"]) and measure in shown
+    assert written["setting"]["size"] == [64, 96] and written["setting"]["torch"] == torch.__version__
+
+
+@pytest.mark.slow
+def test_peak_memory_is_more_than_the_weights():
+    weights = 4 * 12544 * 1024 / 2**20
+    assert all(peak > weights for peak in peak_memory_mib(SMALL))

@@ -1,0 +1,323 @@
+"""The two detectors, with equal weights, on equal images.
+
+Random weights would make a strange race: activations that double from block to block, proposals that all cover the
+image, no detections. So torchvision's model is calibrated on the images, layer by layer, until its numbers are as
+spread out as a trained model's, and ours gets the same weights.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import FrozenBatchNorm2d
+
+from _benchmark.setting import Setting
+from fpn_det import api
+from fpn_det.config import Node
+from fpn_det.engine.optimization import PRECISIONS
+from fpn_det.models.detector import Detector
+from fpn_det.structures import Batch, Pyramid, Targets
+
+NUM_CLASSES = 80
+OBJECTS = 8  # per image, about as many as COCO has
+LEARNING_RATE = 1e-6  # the weights stay what they are calibrated to
+
+Run = Callable[[], object]
+
+
+class Contestant(ABC):
+    """A detector with its optimizer and a batch. Each part prepares what it needs and returns what is to be timed."""
+
+    def __init__(self, model: nn.Module, setting: Setting, device: torch.device) -> None:
+        memory_format = torch.channels_last if setting.channels_last else torch.contiguous_format
+        self.model: nn.Module = model.to(device).to(memory_format=memory_format)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
+        dtype = PRECISIONS[setting.precision]
+        self.autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
+
+    def train(self) -> Run:
+        """A training step, from zeroed gradients to moved weights."""
+        self.model.train()
+
+        def step() -> None:
+            self.optimizer.zero_grad()
+            with self.autocast():
+                loss = self.loss()
+            loss.backward()
+            self.optimizer.step()
+
+        return step
+
+    def inference(self) -> Run:
+        """Detections of the batch."""
+        self.model.eval()
+
+        @torch.no_grad()
+        def detect() -> None:
+            with self.autocast():
+                self.detect()
+
+        return detect
+
+    @abstractmethod
+    def loss(self) -> Tensor:
+        """The sum of the four losses."""
+
+    @abstractmethod
+    def detect(self) -> list[int]:
+        """Detect, and count the detections of each image."""
+
+    @abstractmethod
+    def roi_align(self) -> Run:
+        """Pool as many boxes as a training step, flatten the bins for the head, send a gradient back into the pyramid."""
+
+    @abstractmethod
+    def rpn_loss(self) -> Run:
+        """The RPN's head, its losses, and their gradient in head and pyramid."""
+
+
+class Ours(Contestant):
+    """fpn_det's detector."""
+
+    model: Detector
+
+    def __init__(self, model: Detector, batch: Batch, setting: Setting, device: torch.device) -> None:
+        super().__init__(model, setting, device)
+        if setting.compile:
+            model.backbone.compile(dynamic=True)
+            model.neck.compile(dynamic=True)
+        self.batch = batch.to(device)
+
+    def loss(self) -> Tensor:
+        return self.model(self.batch, 0).total()
+
+    def detect(self) -> list[int]:
+        return self.model.detect(self.batch).valid.sum(dim=1).tolist()
+
+    def roi_align(self) -> Run:
+        boxes = self.model.propose(self.batch).boxes[:, : self.model.roi_head.sampler.num_samples]
+        pyramid, pool = self._pyramid(), self.model.roi_head.pooler
+        gradient = torch.randn_like(pool(pyramid, boxes).flatten(1))
+        return lambda: pool(self._leaves(pyramid), boxes).flatten(1).backward(gradient)
+
+    def rpn_loss(self) -> Run:
+        pyramid, rpn = self._pyramid(), self.model.rpn
+
+        def step() -> None:
+            leaves = self._leaves(pyramid)
+            with self.autocast():
+                losses = rpn.losses(rpn(leaves), leaves, self.batch, 0)
+            losses.total().backward()
+
+        return step
+
+    @torch.no_grad()
+    def _pyramid(self) -> Pyramid:
+        return self.model.pyramid(self.batch)
+
+    @staticmethod
+    def _leaves(pyramid: Pyramid) -> Pyramid:
+        """The same maps as leaves of the graph, without the table that the pyramid may have made of them."""
+        levels = [level.detach().requires_grad_() for level in pyramid.levels]
+        return Pyramid(levels, pyramid.strides, pyramid.sizes)
+
+
+class Torchvision(Contestant):
+    """torchvision's Faster R-CNN. Its images arrive as floats of the right size: it neither converts nor resizes."""
+
+    model: FasterRCNN
+
+    def __init__(self, model: FasterRCNN, batch: Batch, setting: Setting, device: torch.device) -> None:
+        super().__init__(model, setting, device)
+        if setting.compile:
+            model.backbone.compile(dynamic=True)
+        self.images, self.targets = _to_torchvision(batch.to(device))
+
+    def loss(self) -> Tensor:
+        return torch.stack(list(self.model(self.images, self.targets).values())).sum()
+
+    def detect(self) -> list[int]:
+        return [len(detections["scores"]) for detections in self.model(self.images)]
+
+    def roi_align(self) -> Run:
+        self.model.eval()
+        images, features = self._features()
+        heads = self.model.roi_heads
+        with torch.no_grad():
+            proposals, _ = self.model.rpn(images, features)
+        boxes = [image_boxes[: heads.fg_bg_sampler.batch_size_per_image] for image_boxes in proposals]
+        pool = partial(heads.box_roi_pool, boxes=boxes, image_shapes=images.image_sizes)
+        gradient = torch.randn_like(pool(features).flatten(1))
+        return lambda: pool(self._leaves(features)).flatten(1).backward(gradient)
+
+    def rpn_loss(self) -> Run:
+        images, features = self._features()
+        rpn = self.model.rpn
+
+        def step() -> None:
+            leaves = list(self._leaves(features).values())
+            with self.autocast():
+                logits, deltas = rpn.head(leaves)
+                anchors = rpn.anchor_generator(images, leaves)
+                logits, deltas = _flatten_levels(logits, 1), _flatten_levels(deltas, 4)
+                labels, gt_boxes = rpn.assign_targets_to_anchors(anchors, self.targets)
+                goals = rpn.box_coder.encode(gt_boxes, anchors)
+                losses = rpn.compute_loss(logits, deltas, labels, goals)
+            torch.stack(losses).sum().backward()
+
+        return step
+
+    @torch.no_grad()
+    def _features(self) -> tuple[ImageList, dict[str, Tensor]]:
+        images, _ = self.model.transform(self.images)
+        return images, self.model.backbone(images.tensors)
+
+    @staticmethod
+    def _leaves(features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: level.detach().requires_grad_() for name, level in features.items()}
+
+
+def make_contestants(setting: Setting, device: torch.device) -> tuple[Ours, Torchvision]:
+    """Both detectors with the same weights, on the same batch."""
+    torch.manual_seed(0)
+    settings = setting.compose()
+    batch = make_batch(setting.batch_size, setting.size)
+    peer = _make_torchvision(settings.model)
+    _calibrate(peer, batch)
+    model = api.build_model(settings, NUM_CLASSES)
+    model.load_state_dict(_from_torchvision(peer.state_dict()))
+    return Ours(model, batch, setting, device), Torchvision(peer, batch, setting, device)
+
+
+def make_batch(batch_size: int, size: tuple[int, int]) -> Batch:
+    """Smooth noise with a few plain rectangles on it, which are the objects."""
+    height, width = size
+    coarse = torch.rand(batch_size, 3, height // 16 + 1, width // 16 + 1)
+    pixels = F.interpolate(coarse, size, mode="bilinear").mul_(255).to(torch.uint8)
+    boxes = _scatter_boxes(batch_size * OBJECTS, height, width).view(batch_size, OBJECTS, 4)
+    for image, image_boxes in zip(pixels, boxes.long().tolist(), strict=True):
+        for x1, y1, x2, y2 in image_boxes:
+            image[:, y1:y2, x1:x2] = torch.randint(256, (3, 1, 1))
+    labels = torch.randint(NUM_CLASSES, (batch_size, OBJECTS))
+    sizes = torch.tensor([size]).expand(batch_size, 2)
+    return Batch(pixels, sizes, sizes, Targets.pad(list(boxes), list(labels)), torch.arange(batch_size))
+
+
+def _scatter_boxes(count: int, height: int, width: int) -> Tensor:
+    """Boxes [count, 4] inside an image, of whole px, with sides from 1/16 of the image's to half of them."""
+    limits = torch.tensor([width, height])
+    sides = (limits * 2.0 ** -(1 + 3 * torch.rand(count, 2))).ceil()
+    corners = (torch.rand(count, 2) * (limits - sides)).floor()
+    return torch.cat([corners, corners + sides], dim=1)
+
+
+def _to_torchvision(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Images 0..1 and targets whose labels start at 1."""
+    targets = batch.targets
+    rows = zip(targets.boxes, targets.labels, targets.valid, strict=True)
+    return list(batch.pixels.float() / 255), [{"boxes": b[valid], "labels": i[valid] + 1} for b, i, valid in rows]
+
+
+def _make_torchvision(ours: Node) -> FasterRCNN:
+    """Its detector with our counts of proposals and RoIs."""
+    backbone = resnet_fpn_backbone(
+        backbone_name=f"resnet{ours['backbone']['depth']}",
+        weights=None,
+        norm_layer=FrozenBatchNorm2d,
+        trainable_layers=5 - ours["backbone"]["frozen_stages"],
+    )
+    train, test = ours["rpn"]["train_filter"], ours["rpn"]["test_filter"]
+    model = FasterRCNN(
+        backbone,
+        NUM_CLASSES + 1,
+        rpn_pre_nms_top_n_train=train["pre_nms"],
+        rpn_post_nms_top_n_train=train["post_nms"],
+        rpn_pre_nms_top_n_test=test["pre_nms"],
+        rpn_post_nms_top_n_test=test["post_nms"],
+        rpn_batch_size_per_image=ours["rpn"]["sampler"]["num_samples"],
+        box_batch_size_per_image=ours["roi_head"]["sampler"]["num_samples"],
+    )
+    model.transform.resize = lambda image, target: (image, target)
+    return model
+
+
+@torch.no_grad()
+def _calibrate(model: FasterRCNN, batch: Batch) -> None:
+    """Give every layer outputs of a trained model's spread on these images."""
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.register_forward_pre_hook(_take_statistics)
+    head, box_head, predictor = model.rpn.head, model.roi_heads.box_head, model.roi_heads.box_predictor
+    maps = [block[0] for block in model.backbone.fpn.layer_blocks]
+    spreads = dict.fromkeys([*maps, head.conv[0][0], box_head.fc6, box_head.fc7], 1.0)
+    spreads |= {head.cls_logits: 2.0, head.bbox_pred: 0.2, predictor.cls_score: 2.0, predictor.bbox_pred: 1.0}
+    for layer, spread in spreads.items():
+        _spread_outputs(layer, spread)
+    model.eval()
+    model(_to_torchvision(batch)[0])
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+    predictor.cls_score.bias[0] += 8.0  # most proposals show background
+
+
+def _take_statistics(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+    variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3))
+    norm.running_mean, norm.running_var = mean, variance
+
+
+def _spread_outputs(layer: nn.Conv2d | nn.Linear, spread: float) -> None:
+    """At its next call, rescale a layer so that each output channel has mean 0 and this standard deviation."""
+
+    def rescale(layer: nn.Conv2d | nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        handle.remove()
+        deviation, mean = torch.std_mean(output, dim=[axis for axis in range(output.dim()) if axis != 1])
+        scale = spread / deviation
+        # [C_out] -> [C_out, 1, 1, 1] or [C_out, 1]
+        layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.dim() - 1)))
+        assert layer.bias is not None
+        layer.bias.sub_(mean).mul_(scale)
+        return layer(*inputs)
+
+    handle = layer.register_forward_hook(rescale)
+
+
+def _flatten_levels(levels: list[Tensor], width: int) -> Tensor:
+    # [B, A*width, H, W] per level -> [B*M, width]
+    flat = [level.unflatten(1, (-1, width)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in levels]
+    return torch.cat(flat, dim=1).flatten(0, 1)
+
+
+_NAMES = {
+    "backbone.body.": "backbone.",
+    **{f"backbone.fpn.inner_blocks.{level}.0.": f"neck.lateral.{level}." for level in range(4)},
+    **{f"backbone.fpn.layer_blocks.{level}.0.": f"neck.output.{level}." for level in range(4)},
+    "rpn.head.conv.0.0.": "rpn.head.convs.0.",
+    "rpn.head.cls_logits.": "rpn.head.objectness.",
+    "rpn.head.bbox_pred.": "rpn.head.deltas.",
+    "roi_heads.box_head.fc6.": "roi_head.box_head.fc1.",
+    "roi_heads.box_head.fc7.": "roi_head.box_head.fc2.",
+    "roi_heads.box_predictor.cls_score.": "roi_head.predictor.class_logits.",
+    "roi_heads.box_predictor.bbox_pred.": "roi_head.predictor.box_deltas.",
+}
+
+
+def _from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's weights under our names; the background moves from the first row to the last."""
+    renamed = {}
+    for name, value in state.items():
+        prefix = next(prefix for prefix in _NAMES if name.startswith(prefix))
+        if "cls_score" in name:
+            value = value.roll(-1, dims=0)
+        elif "box_predictor.bbox_pred" in name:
+            value = value[4:]
+        renamed[_NAMES[prefix] + name.removeprefix(prefix)] = value
+    return renamed

@@ -1,0 +1,117 @@
+"""The two ways to read training images: resized to a random scale, flipped half of the time, on the device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from itertools import islice
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+from torchvision.transforms import v2
+
+from _benchmark.contestants import NUM_CLASSES, make_batch
+from _benchmark.setting import Setting
+from fpn_det import api
+from fpn_det.boxes import xyxy_to_xywh
+from fpn_det.config import Settings
+from fpn_det.runtime import Ranks
+
+IMAGES = 64  # generated if there are no others
+
+Stream = Callable[[], Iterator[int]]  # starts its workers, then gives the number of images of each batch
+
+
+def make_streams(setting: Setting, folder: Path, device: torch.device) -> tuple[Stream, Stream]:
+    """Ours and torchvision's, one epoch each, of the training images in a folder of COCO's layout."""
+    settings = setting.compose(
+        f"data.root={folder}", f"data.num_workers={setting.num_workers}", f"trainer.batch_size={setting.batch_size}"
+    )
+    return _ours(settings, device), _torchvision(settings, device)
+
+
+def _ours(settings: Settings, device: torch.device) -> Stream:
+    annotations, _ = api.read_training_data(settings.data, settings.seed)
+    stride = api.build_model(settings, annotations.num_classes).stride
+    loader = api.build_train_loader(settings, annotations, stride, Ranks(), device)
+    return lambda: map(len, islice(loader.iterate(0), loader.steps_per_epoch))
+
+
+def _torchvision(settings: Settings, device: torch.device) -> Stream:
+    """The multi-scale recipe of its references, with our scales."""
+    data = settings.data
+    resize, flip = data.train_transforms["resize"], data.train_transforms["flip"]
+    assert resize and flip and data.train.images and data.train.annotations
+    transforms = v2.Compose(
+        [
+            v2.RandomShortestSize(resize["sides"], resize["max_side"]),
+            v2.RandomHorizontalFlip(flip["p"]),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float, scale=True),
+            v2.ConvertBoundingBoxFormat(tv_tensors.BoundingBoxFormat.XYXY),
+            v2.SanitizeBoundingBoxes(),
+            v2.ToPureTensor(),
+        ]
+    )
+    with redirect_stdout(None):  # pycocotools tells its progress
+        dataset = CocoDetection(data.train.images, data.train.annotations, transforms=transforms)
+    dataset.ids = [image for image in dataset.ids if any(not row["iscrowd"] for row in dataset.coco.imgToAnns[image])]
+    loader = DataLoader(
+        wrap_dataset_for_transforms_v2(dataset, target_keys=("boxes", "labels", "image_id")),
+        settings.trainer.batch_size,
+        shuffle=True,
+        num_workers=data.num_workers,
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+        drop_last=True,
+    )
+
+    def stream() -> Iterator[int]:
+        for images, _ in loader:
+            images = [image.to(device, non_blocking=True) for image in images]
+            yield len(images)
+
+    return stream
+
+
+def _collate(examples: list) -> tuple:
+    return tuple(zip(*examples, strict=True))
+
+
+def write_images(folder: Path, size: tuple[int, int]) -> None:
+    """A small data set in COCO's layout: JPEG files of about the size of photographs."""
+    torch.manual_seed(0)
+    batch = make_batch(IMAGES, size)
+    height, width = size
+    names = [f"{row:03}.jpg" for row in range(IMAGES)]
+    for part in ("train2017", "val2017"):
+        (folder / part).mkdir(parents=True)
+        for name, pixels in zip(names, batch.pixels, strict=True):
+            grain = torch.randn(height, width, 1) * 8
+            picture = (pixels.permute(1, 2, 0) + grain).clamp(0, 255).to(torch.uint8)
+            Image.fromarray(picture.numpy()).save(folder / part / name, quality=90)
+    boxes, labels = xyxy_to_xywh(batch.targets.boxes), batch.targets.labels
+    objects = [(image, object) for image, object in batch.targets.valid.nonzero().tolist()]
+    document = {
+        "images": [{"id": row, "file_name": name, "height": height, "width": width} for row, name in enumerate(names)],
+        "categories": [{"id": label + 1, "name": f"class {label}"} for label in range(NUM_CLASSES)],
+        "annotations": [
+            {
+                "id": number,
+                "image_id": image,
+                "category_id": labels[image, object].item() + 1,
+                "bbox": boxes[image, object].tolist(),
+                "area": boxes[image, object, 2:].prod().item(),
+                "iscrowd": 0,
+            }
+            for number, (image, object) in enumerate(objects, start=1)
+        ],
+    }
+    (folder / "annotations").mkdir()
+    for part in ("train2017", "val2017"):
+        (folder / "annotations" / f"instances_{part}.json").write_text(json.dumps(document))
