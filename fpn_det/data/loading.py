@@ -163,10 +163,11 @@ def _as_it_is(item: Any) -> Any:
 
 
 def _set_up_worker(worker: int) -> None:
-    """A worker is one thread on one core, and leaves it to the main process what an interrupt means."""
+    """A worker is one thread on one core, and leaves it to the main process what a signal to all processes means."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _receive(items: Iterable[Parcel | ValueError], pinned: bool) -> Iterator[Batch]:
