@@ -26,7 +26,7 @@ Size = tuple[int, int]
 class Parcel:
     """A batch before it is put together. `slot` names the shared buffer of its pixels, if they lie in one."""
 
-    pixels: Tensor  # u8 [B, H, W, 3]
+    pixels: Tensor  # u8 or f32 [B, H, W, 3]
     sizes: list[Size]
     original_sizes: list[Size]
     boxes: list[np.ndarray]
@@ -85,9 +85,10 @@ def canvas_size(sizes: Sequence[Size], stride: int, canvas: Canvas) -> Size:
 def pack(
     examples: Sequence[Example], stride: int, canvas: Canvas, memory: Callable[..., Tensor] = _private_memory
 ) -> Parcel:
-    """Lay the images on one canvas, padded with zeros right and bottom, in pixels from `memory(B, H, W, 3)`."""
+    """Lay the images on one canvas, padded with zeros right and bottom, in bytes from `memory(B, H, W, bytes per pixel)`."""
     sizes = [example.pixels.shape[:2] for example in examples]
-    pixels = memory(len(examples), *canvas_size(sizes, stride, canvas), 3)
+    kind = torch.from_numpy(examples[0].pixels).dtype
+    pixels = memory(len(examples), *canvas_size(sizes, stride, canvas), 3 * kind.itemsize).view(kind)
     for image, example, (height, width) in zip(pixels.numpy(), examples, sizes, strict=True):
         image[:height, :width] = example.pixels
         image[:height, width:] = 0

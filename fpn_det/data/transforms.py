@@ -1,7 +1,7 @@
 """Augmentation: albumentations behind one adapter, and the geometry that it lacks. The only importer of albumentations.
 
 Here the frame changes, once: what goes in is in the original frame, what comes out in the input frame. Pixels are uint8
-all the way; the model normalizes them on the device.
+all the way (float32 after a resize by `torch_float`), in 0..255; the model normalizes them on the device.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else the import asks the network for a newer version
 import albumentations as A
 
-Backend = Literal["cv2", "pil"]
+Backend = Literal["cv2", "pil", "torch_float"]
 Rounding = Literal["round", "floor"]
 
 
@@ -36,6 +38,8 @@ class Pipeline:
     def __init__(self, transforms: Sequence[Any], min_visibility: float = 0.0, min_area: float = 1.0) -> None:
         self.min_visibility = min_visibility
         self.min_area = min_area
+        in_float = any(isinstance(step, _Resizing) and step.backend == "torch_float" for step in transforms)
+        self.dtype = np.dtype(np.float32 if in_float else np.uint8)
         # the no-op takes boxes, which albumentations asks of at least one transform
         chain = [*transforms, A.NoOp(p=0)]
         self.compose = A.Compose(chain, bbox_params=A.BboxParams(format="albumentations"), is_check_shapes=False, strict=True)
@@ -65,9 +69,9 @@ class Pipeline:
         table = np.column_stack([boxes / (width, height, width, height), np.arange(len(boxes)), np.ones(len(boxes))])
         result = self.compose(image=pixels, bboxes=self._keep_visible(table))
         pixels, table = result["image"], result["bboxes"]
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        if pixels.dtype != self.dtype or pixels.ndim != 3 or pixels.shape[2] != 3:
             found = f"{pixels.dtype} {list(pixels.shape)}"
-            raise ValueError(f"transforms: expected uint8 [h, w, 3] at the end, got {found}. Leave normalizing to the model.")
+            raise ValueError(f"transforms: expected {self.dtype} [h, w, 3] at the end, got {found}. Leave normalizing to the model.")
         height, width = pixels.shape[:2]
         boxes = (table[:, :4] * (width, height, width, height)).astype(np.float32)
         sides = boxes[:, 2:] - boxes[:, :2]
@@ -107,6 +111,10 @@ def resized_size(size: tuple[int, int], side: int, max_side: int, rounding: Roun
 def resize(pixels: np.ndarray, size: tuple[int, int], backend: Backend, antialias: bool) -> np.ndarray:
     """Bilinear resizing to (h, w). With `antialias`, a smaller image averages the pixels it stands for."""
     height, width = size
+    if backend == "torch_float":
+        planes = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+        planes = F.interpolate(planes, size, mode="bilinear", antialias=antialias)
+        return np.ascontiguousarray(planes[0].permute(1, 2, 0).numpy())
     if pixels.shape[:2] == size:
         return pixels
     if backend == "pil":
@@ -121,8 +129,8 @@ class _Resizing(A.DualTransform):
     def __init__(self, backend: Backend, antialias: bool | None, p: float) -> None:
         super().__init__(p=p)
         name = type(self).__name__
-        if backend not in ("cv2", "pil"):
-            raise ValueError(f"{name}: expected backend cv2 or pil, got {backend!r}.")
+        if backend not in ("cv2", "pil", "torch_float"):
+            raise ValueError(f"{name}: expected backend cv2, pil or torch_float, got {backend!r}.")
         if backend == "pil" and antialias is False:
             raise ValueError(f"{name}: pil always antialiases, got antialias=False. Use backend=cv2, or leave antialias out.")
         self.backend = backend
@@ -134,8 +142,8 @@ class ResizeShortestSide(_Resizing):
 
     Args:
         rounding: of the other side; torchvision's way is `floor`.
-        backend: `cv2` or `pil`.
-        antialias: average when shrinking; pil always does, cv2 by default does not.
+        backend: `cv2` or `pil`; `torch_float` does not round to whole values, as torchvision.
+        antialias: average when shrinking; pil always does, the others by default do not.
     """
 
     def __init__(

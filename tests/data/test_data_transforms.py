@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torchvision.models.detection.transform import _resize_image_and_masks
 
+from fpn_det.data.collation import collate
+from fpn_det.data.dataset import Example
 from fpn_det.data.transforms import LargeScaleJitter, Pipeline, ResizeShortestSide, resize, resized_size
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
@@ -94,7 +96,7 @@ def test_resize_backends_are_opencv_and_pillow():
         (lambda: ResizeShortestSide([], 100), "expected sides in 1..max_side=100"),
         (lambda: ResizeShortestSide([200], 100), "expected sides in 1..max_side=100"),
         (lambda: ResizeShortestSide([10], 100, rounding="up"), "expected rounding round or floor, got 'up'"),  # type: ignore[arg-type]
-        (lambda: ResizeShortestSide([10], 100, backend="gpu"), "expected backend cv2 or pil, got 'gpu'"),  # type: ignore[arg-type]
+        (lambda: ResizeShortestSide([10], 100, backend="gpu"), "expected backend cv2, pil or torch_float, got 'gpu'"),  # type: ignore[arg-type]
         (lambda: ResizeShortestSide([10], 100, backend="pil", antialias=False), "pil always antialiases"),
         (lambda: LargeScaleJitter((100,)), r"expected size \(h, w\)"),
         (lambda: LargeScaleJitter((100, 100), (2, 1)), "expected scale_range"),
@@ -103,6 +105,19 @@ def test_resize_backends_are_opencv_and_pillow():
 def test_transform_refuses_arguments_that_make_no_sense(build, words):
     with pytest.raises(ValueError, match=words):
         build()
+
+
+@pytest.mark.parametrize("side", [20, 48, 75])
+def test_resizing_in_float_is_what_torchvision_does(side: int):
+    image = torch.from_numpy(PIXELS).permute(2, 0, 1).float()
+    expected = _resize_image_and_masks(image, side, 133)[0]
+    pipeline = Pipeline([ResizeShortestSide([side], 133, "floor", "torch_float")])
+    pixels, _, _ = pipeline(PIXELS, *NO_BOXES, (0,))
+    assert pixels.dtype == np.float32
+    assert torch.allclose(torch.from_numpy(pixels).permute(2, 0, 1), expected, atol=1e-4)
+    batch = collate([Example(pixels, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), (48, 64), 0)], 32, "batch")
+    assert torch.equal(batch.pixels[0, :, : pixels.shape[0], : pixels.shape[1]], torch.from_numpy(pixels).permute(2, 0, 1))
+    assert batch.pixels[0, :, pixels.shape[0] :].abs().sum() == 0
 
 
 def test_large_scale_jitter_keeps_boxes_on_their_pixels():
