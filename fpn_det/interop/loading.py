@@ -1,0 +1,181 @@
+"""Fill a model with the weights of any file we can read, and say what became of each of its tensors.
+
+Classes are matched by name. If they differ, the last layer stays as it was made, and the rows of the classes that both
+know are copied into it. Everything else has to fit exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from fpn_det.interop.coco_classes import assumed_class_names
+from fpn_det.interop.conversion import EPS, convert, recognize
+from fpn_det.interop.naming import COUNTER, DELTAS, LOGITS, Project
+from fpn_det.interop.reading import read_weights
+
+LEAST_SHARE = 0.5  # of a model's numbers that a file has to fill
+# Files trained without the norms' epsilon, by the start of their SHA-256: fasterrcnn_resnet50_fpn_coco-258fb6c6.pth.
+WITHOUT_EPS = ("258fb6c6",)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights in our names, and the classes of their rows, if anybody knows them."""
+
+    state: dict[str, Tensor]
+    class_names: tuple[str, ...] | None
+    source: str
+    project: Project
+    dropped: dict[str, str] = field(default_factory=dict)  # key or part of the file -> reason
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.state[f"{LOGITS}.bias"]) - 1
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every tensor of a model, and of every key of the file."""
+
+    source: str
+    project: Project
+    loaded: tuple[str, ...]
+    copied: tuple[str, ...]  # classes whose rows of the last layer were copied
+    replaced: tuple[str, ...]  # tensors that stay as they were made, but for copied rows
+    fresh_classes: tuple[str, ...]  # classes that the file does not know
+    dropped: dict[str, str]
+    remarks: tuple[str, ...]
+    share: float  # of the model's numbers, that came from the file
+
+    def table(self) -> str:
+        """The report in lines, for a log."""
+        rows = [("loaded", f"{len(self.loaded)} tensors, {self.share:.1%} of the model")]
+        if self.replaced:
+            rows.append(("replaced", f"{', '.join(self.replaced)}: other classes"))
+            rows.append(("copied", f"{len(self.copied)} classes by name: {_some(self.copied)}"))
+            rows.append(("fresh", f"{len(self.fresh_classes)} classes that the file does not know: {_some(self.fresh_classes)}"))
+        reasons: dict[str, list[str]] = {}
+        for key, reason in self.dropped.items():
+            reasons.setdefault(reason, []).append(key)
+        rows += [("dropped", f"{_some(keys)}: {reason}") for reason, keys in reasons.items()]
+        rows += [("note", remark) for remark in self.remarks]
+        return "\n".join([f"weights of {self.source} ({self.project})", *(f"  {name:<9} {text}" for name, text in rows)])
+
+
+def read_as_ours(
+    path: str | Path, class_names: Sequence[str] | None = None, project: Project | None = None, norm_eps: float | None = None
+) -> Weights:
+    """Read a file of any project and bring its weights to our names.
+
+    Args:
+        path: the file.
+        class_names: of its rows, if the file does not say and they are not COCO's 80 classes or 90 ids.
+        project: who wrote it; None = found out.
+        norm_eps: what the norms of its backbone add to the variance; None = known from the file.
+
+    Raises:
+        ValueError: it cannot be read, or holds other things than a whole Faster R-CNN with FPN.
+    """
+    file = read_weights(path)
+    project = project or recognize(file.state)
+    if norm_eps is None:
+        norm_eps = 0.0 if project == "torchvision" and _start_of_hash(file.path) in WITHOUT_EPS else EPS
+    conversion = convert(file.state, project, "fpn_det", norm_eps)
+    if conversion.missing:
+        raise ValueError(f"{path}: expected a whole Faster R-CNN with FPN, got one without {_some(conversion.missing)}.")
+    num_classes = len(conversion.state[f"{LOGITS}.bias"]) - 1
+    names = tuple(class_names or file.class_names or assumed_class_names(num_classes) or ())
+    if names and len(names) != num_classes:
+        raise ValueError(f"{path}: expected names for its {num_classes} classes, got {len(names)}.")
+    return Weights(conversion.state, names or None, str(path), project, file.dropped | conversion.dropped)
+
+
+def load_weights(model: nn.Module, weights: Weights | str | Path, class_names: Sequence[str] | None = None) -> LoadReport:
+    """Fill a detector, in place.
+
+    Args:
+        model: the detector.
+        weights: where from; a path is read by `read_as_ours`.
+        class_names: of the model's rows; None = those of the weights.
+
+    Raises:
+        ValueError: the weights are of another model, with what does not fit.
+    """
+    if not isinstance(weights, Weights):
+        weights = read_as_ours(weights)
+    own = model.state_dict()
+    state, remarks = dict(weights.state), []
+    counters = [key for key in {*own, *state} if key.endswith(COUNTER)]
+    dropped = weights.dropped | {key: "the model's norms do not count batches" for key in counters if key not in own}
+    state = {key: value for key, value in state.items() if key not in dropped}
+    state |= {key: own[key] for key in counters if key in own and key not in state}
+
+    wanted = tuple(class_names or weights.class_names or ())
+    rows: list[tuple[int, int]] = []
+    replaced: tuple[str, ...] = ()
+    if weights.class_names is None and (not wanted or len(wanted) == weights.num_classes):
+        remarks.append("the file does not name its classes: rows are taken in their order")
+    elif wanted != weights.class_names:
+        there = {name: row for row, name in enumerate(weights.class_names or ())}
+        rows = [(row, there[name]) for row, name in enumerate(wanted) if name in there]
+        replaced = tuple(f"{module}.{leaf}" for module in (LOGITS, DELTAS) for leaf in ("weight", "bias"))
+        for key in replaced:
+            state[key] = _copy_rows(own[key], state[key], rows, len(wanted), weights.num_classes)
+
+    fitting = [key for key, value in own.items() if key in state and state[key].shape == value.shape]
+    loaded = tuple(key for key in fitting if key not in replaced)
+    total = sum(value.numel() for value in own.values())
+    share = sum(own[key].numel() for key in loaded) / total
+    if share < LEAST_SHARE:
+        raise ValueError(f"{weights.source}: expected weights of this model, got a file that fills {share:.0%} of it. Is it the right file?")
+    if wrong := _differences(own, state):
+        raise ValueError(f"{weights.source}: expected weights of this model, got others: {wrong}.")
+    model.load_state_dict(state)
+    return LoadReport(
+        source=weights.source,
+        project=weights.project,
+        loaded=loaded,
+        copied=tuple(wanted[row] for row, _ in rows),
+        replaced=replaced,
+        fresh_classes=tuple(name for name in wanted if replaced and name not in (weights.class_names or ())),
+        dropped=dropped,
+        remarks=tuple(remarks),
+        share=share,
+    )
+
+
+def _copy_rows(own: Tensor, other: Tensor, rows: list[tuple[int, int]], num_classes: int, other_classes: int) -> Tensor:
+    """`own` [K * n (+ background), ...] with the rows of the same classes, and of the background, out of `other`."""
+    if len(own) == len(other) == 4:
+        return other  # one set of deltas for all classes
+    per_class = len(own) // num_classes
+    result = own.clone()
+    for row, there in rows:
+        result[row * per_class : (row + 1) * per_class] = other[there * per_class : (there + 1) * per_class]
+    result[num_classes * per_class :] = other[other_classes * per_class :]
+    return result
+
+
+def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    shapes = [
+        f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    found = (("without", missing), ("with", unexpected), ("of other shape:", shapes))
+    return "; ".join(f"{len(keys)} {what} {_some(keys)}" for what, keys in found if keys)
+
+
+def _start_of_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+
+
+def _some(names: Sequence[str], shown: int = 5) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

@@ -1,0 +1,190 @@
+"""Read weight files of strangers without running a line of what is in them.
+
+A pickle is a program. torch's `weights_only` and the unpickler below execute only what builds tensors, arrays and plain
+containers. Training files also hold other things (settings, histories, numpy scalars): each of their names is bound to
+one class that does nothing, and what contains it is dropped and listed.
+"""
+
+from __future__ import annotations
+
+import collections
+import pickle
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TORCH_MAGIC = bytes.fromhex("80028a0a6cfc9c46f920")  # how torch's files began before they were zip archives
+# Modules of the standard library whose names may stand in a file of weights; all others have no business there.
+DATA_MODULES = {"argparse", "builtins", "collections", "copyreg", "datetime", "decimal", "enum", "pathlib", "uuid"}
+DATA_BUILTINS = {"complex", "frozenset", "getattr", "object", "range", "set", "slice"}
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """The tensors of a file under the names they have there, and what it says about them."""
+
+    path: Path
+    state: dict[str, Tensor]
+    class_names: tuple[str, ...] | None = None
+    dropped: dict[str, str] = field(default_factory=dict)  # part of the file -> why it was left out
+
+
+class Inert(list):
+    """Stands for an object of a class that we do not load: takes whatever it is given and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+def read_weights(path: str | Path) -> WeightFile:
+    """Read a file that torchvision, detectron2, mmdetection or fpn_det wrote.
+
+    Raises:
+        ValueError: there is no such file, it cannot be read, it holds code, or no weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a file of weights, got no such file.")
+    with path.open("rb") as file:
+        start = file.read(len(TORCH_MAGIC))
+    is_torch = zipfile.is_zipfile(path) or start == TORCH_MAGIC
+    try:
+        content, foreign = _read_torch(path) if is_torch else (_read_pickle(path), [])
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, IndexError, KeyError, TypeError) as error:
+        reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: expected a file of weights, got one that is damaged or holds more than that ({reason}).") from None
+    dropped = {where: f"not plain data (the file names {', '.join(foreign)})" for where in _inert_parts(content)}
+    return _find_weights(path, content, dropped)
+
+
+def _read_torch(path: Path) -> tuple[Any, list[str]]:
+    """The content of a file made by torch.save, and the names of the classes that it asks for and does not get."""
+    foreign: list[str] = []
+    if zipfile.is_zipfile(path):
+        foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    for name in foreign:
+        _refuse_code(path, name)
+    with torch.serialization.safe_globals([(Inert, name) for name in foreign]):
+        return torch.load(path, map_location="cpu", weights_only=True), foreign
+
+
+def _refuse_code(path: Path, name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    package = module.split(".")[0]
+    is_data = package in DATA_MODULES and (package != "builtins" or attribute in DATA_BUILTINS)
+    if package in sys.stdlib_module_names and not is_data:
+        raise ValueError(f"{path}: expected weights, got a file that wants to call {name}. Nothing of it was run; do not trust it.")
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """What pickles of old protocols call to write bytes; nothing but that."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes encoded as {encoding}")
+    return text.encode("latin1")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Admits numpy arrays, numpy scalars and plain containers."""
+
+    def __init__(self, path: Path, file: Any) -> None:
+        super().__init__(file, encoding="latin1")
+        self.path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        package, _, rest = module.partition(".")
+        if package == "numpy" and rest in ("core.multiarray", "_core.multiarray") and name in ("_reconstruct", "scalar"):
+            example = np.empty(0) if name == "_reconstruct" else np.float64(0)
+            return example.__reduce__()[0]  # wherever this numpy keeps it
+        admitted = {
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+            ("collections", "OrderedDict"): collections.OrderedDict,
+            ("_codecs", "encode"): _latin1,
+        }
+        if (module, name) in admitted:
+            return admitted[module, name]
+        raise ValueError(
+            f"{self.path}: expected arrays and plain containers, got a pickle that asks for {module}.{name}. "
+            f"Nothing of it was run; do not trust it."
+        )
+
+
+def _read_pickle(path: Path) -> Any:
+    with path.open("rb") as file:
+        return _ArrayUnpickler(path, file).load()
+
+
+def _inert_parts(content: Any, where: str = "") -> Iterator[str]:
+    """Remove what holds an Inert from nested dictionaries, and name it: `meta.config`. Lists and tuples go as a whole."""
+    if not isinstance(content, dict):
+        return
+    for key in list(content):
+        name = f"{where}.{key}" if where else str(key)
+        if isinstance(content[key], dict) and not isinstance(key, Inert):
+            yield from _inert_parts(content[key], name)
+        elif isinstance(key, Inert) or _holds_inert(content[key]):
+            del content[key]
+            yield name
+
+
+def _holds_inert(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_holds_inert(item) for pair in value.items() for item in pair)
+    if isinstance(value, Inert):
+        return True
+    return isinstance(value, list | tuple | set | frozenset) and any(map(_holds_inert, value))
+
+
+def _find_weights(path: Path, content: Any, dropped: dict[str, str]) -> WeightFile:
+    """Unwrap what each project wraps around its state dict."""
+    if not isinstance(content, dict):
+        what = "an object of a foreign class" if isinstance(content, Inert) else f"a {type(content).__name__}"
+        raise ValueError(f"{path}: expected a state dict or a checkpoint, got {what}.")
+    keys: tuple[str, ...] = ("model", "state_dict", "model_state", "blobs")
+    class_names = None
+    if str(content.get("format", "")).startswith("fpn_det checkpoint"):
+        keys = ("ema", "model") if content.get("ema") else ("model",)
+        class_names = tuple(content["class_names"])
+    elif isinstance(content.get("meta"), dict):  # mmdetection
+        described = content["meta"].get("dataset_meta") or content["meta"]
+        names = described.get("classes") or described.get("CLASSES")
+        class_names = tuple(map(str, names)) if isinstance(names, list | tuple) else None
+    chosen = next((key for key in keys if isinstance(content.get(key), dict)), None)
+    if chosen is not None:
+        dropped = dropped | {str(key): _reason(str(key), chosen) for key in content if key != chosen}
+        content = content[chosen]
+    state = {}
+    for key, value in content.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+            value = torch.from_numpy(value.copy())
+        if isinstance(value, Tensor):
+            state[str(key).removeprefix("module.")] = value  # `module.` is what DataParallel puts in front
+        else:
+            dropped = dropped | {str(key): f"a {type(value).__name__}, not a tensor"}
+    if not state:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
+        raise ValueError(f"{path}: expected weights, got none ({listed or 'the file is empty'}).")
+    return WeightFile(path, state, class_names, dropped)
+
+
+def _reason(key: str, chosen: str) -> str:
+    if key == "ema_state_dict":
+        return "the weights of the last step; state_dict holds their moving average"
+    if key == "model" and chosen == "ema":
+        return "the weights of the last step; ema holds their moving average"
+    return "not weights of the model"
