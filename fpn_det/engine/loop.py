@@ -42,7 +42,7 @@ class Loop:
     explain: Callable[[], Exception]
 
     def run(self, step: int, stop: StopRequest) -> int:
-        """Train on after `step`, to the end or until asked to stop. Returns the signal that asked, or 0."""
+        """Train on after `step`, to the end or until asked to stop. Returns the signal that cut it short, or 0."""
         pace = Pace(step, self.total_steps, self.trainer.batch_size, self.trainer.eval_every)
         self.log.begin(pace)
         meters = Meters()
@@ -73,7 +73,7 @@ class Loop:
                 with pace.evaluating():
                     going_on = self.evaluate(step) and going_on
             self.save(step, saving or not going_on)
-        return signal
+        return signal if going_on else 0
 
     def _is_due(self, every: int, step: int) -> bool:
         return step == self.total_steps or (every > 0 and step % every == 0)

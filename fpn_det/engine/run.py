@@ -64,6 +64,9 @@ class Run:
     def __init__(
         self, parts: Parts, trainer: Trainer, precision: str, seed: int, ranks: Ranks, folder: RunFolder, log: RunLog
     ) -> None:
+        if trainer.best_metric not in parts.evaluation.metric_names:
+            names = ", ".join(parts.evaluation.metric_names)
+            raise ValueError(f"trainer.best_metric: expected one of {names}, got '{trainer.best_metric}'.")
         self.parts = parts
         self.trainer = trainer
         self.seed = seed

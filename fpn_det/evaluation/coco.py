@@ -48,6 +48,12 @@ class EvaluationSettings:
             if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1]:
                 raise ValueError(f"evaluation.area_ranges.{name}: expected [smallest, largest] in px^2, got {list(bounds)}.")
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """What an evaluation with these settings gives."""
+        precision, recall = [f"AP{name}" for name in self.area_ranges], [f"AR{name}" for name in self.area_ranges]
+        return ("AP", "AP50", "AP75", *precision, *(f"AR{limit}" for limit in self.max_dets), *recall)
+
 
 @dataclass(frozen=True)
 class DetectionTable:

@@ -117,6 +117,12 @@ def test_interrupt_saves_and_has_its_own_exit_code(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_signal_in_the_last_step_changes_nothing(tmp_path):
+    run = make_run(tmp_path / "run", touch=stop_before(11, signal.SIGTERM))
+    assert run.train() == 0
+    assert run.checkpoints.is_finished()
+
+
 def test_run_leaves_what_it_promises(tmp_path):
     run = make_run(tmp_path / "run")
     run.train()
@@ -202,6 +208,18 @@ def test_bad_weight_is_named(tmp_path):
         run.parts.model.head.weight[0, 0] = float("inf")
     with pytest.raises(FloatingPointError, match=r"step 1: not finite: weight head.weight, roi_box=nan"):
         run.train()
+
+
+def test_run_refuses_an_unknown_metric(tmp_path):
+    with pytest.raises(ValueError, match=r"trainer.best_metric: expected one of AP, AP50, AP75, APs, .*, got 'mAP'"):
+        make_run(tmp_path / "run", best_metric="mAP")
+
+
+def test_metric_names_are_those_of_an_evaluation(tmp_path):
+    run = make_run(tmp_path / "run")
+    run.train()
+    assert run.evaluation is not None
+    assert tuple(run.evaluation.metrics) == run.parts.evaluation.metric_names
 
 
 def test_resume_refuses_other_classes(tmp_path):
