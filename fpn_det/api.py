@@ -10,7 +10,7 @@ import hydra.utils
 import torch
 from hydra.errors import InstantiationException
 
-from fpn_det.config import Data, Node, Settings, Split, to_yaml
+from fpn_det.config import Data, Node, Settings, Split, is_for_people, to_yaml
 from fpn_det.data.coco import drop_empty, read_coco, select_images, split_images
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.loading import EvalLoader, TrainLoader
@@ -40,7 +40,7 @@ def build(node: Node, where: str) -> Any:
         return hydra.utils.instantiate(node, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__ or error
-        if type(cause) is ValueError:  # one of ours says all there is to say
+        if isinstance(cause, ValueError) and is_for_people(cause):
             raise ValueError(str(cause)) from None
         raise ValueError(f"{where}: {node['_target_']} refuses its arguments: {' '.join(str(cause).split())}.") from None
 

@@ -253,11 +253,16 @@ def launch(task: Callable[[S], None], schema: type[S], config_name: str, saved: 
         _refuse(error)
 
 
-def _refuse(error: ValueError) -> None:
-    """End with the sentence that an error of ours is; anything else deserves its trace."""
-    ours = (PACKAGE, HYDRA, Path(sys.argv[0]).resolve().parent)
+def is_for_people(error: BaseException) -> bool:
+    """Whether our own code (the package or the running tool) or Hydra raised this: then its message says it all."""
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    if not any(raised_in.is_relative_to(place) for place in ours):
+    tool = getattr(sys.modules["__main__"], "__file__", None)
+    return raised_in.is_relative_to(PACKAGE) or raised_in.is_relative_to(HYDRA) or str(raised_in) == tool
+
+
+def _refuse(error: ValueError) -> None:
+    """End with one sentence; an error that is not meant for people deserves its trace."""
+    if not is_for_people(error):
         raise error
     rank = os.environ.get("RANK", "0")
     print(str(error) if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)

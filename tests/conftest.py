@@ -6,9 +6,11 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when it is imported, which comes after this line
 
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -37,12 +39,29 @@ def shapes_dataset(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def run_tool(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
-    """Run a tool in a folder of its own, as a person would, and give what it printed and its exit code."""
+@dataclass
+class Result:
+    """What a program printed, and its exit code."""
 
-    def run(tool: str, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-        command = [sys.executable, *launcher, str(ROOT / "tools" / tool), *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run_tool(tmp_path, monkeypatch, capsys) -> Callable[..., Result]:
+    """Run a tool with these arguments in the folder of the test, in this process: starting Python takes longer than the test."""
+
+    def run(tool: str, *arguments: str) -> Result:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # restores it afterwards
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "tools" / tool), *arguments])
+        code = 0
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        printed = capsys.readouterr()
+        return Result(code, printed.out, printed.err)
 
     return run

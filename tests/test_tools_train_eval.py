@@ -1,0 +1,99 @@
+"""The command line, as a person uses it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, TINY
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_train_then_eval_then_train_again_with_the_same_settings(run_tool, shapes_dataset, tmp_path):
+    trained = run_tool("train.py", *TINY, f"data.root={shapes_dataset}", "trainer.ema=0.9")
+    assert trained.returncode == 0, trained.stderr
+    run = tmp_path / "runs" / "demo"
+    assert {"config.yaml", "metrics.json", "metrics.jsonl", "predictions.json", "log.txt"} <= {item.name for item in run.iterdir()}
+    assert {"last.pt", "best.pt", "step_00000002.pt"} <= {item.name for item in (run / "checkpoints").iterdir()}
+    assert list((run / "tensorboard").iterdir())
+    assert "\r" not in trained.stdout + (run / "log.txt").read_text()
+    assert "runs/demo" in trained.stdout and "tensorboard" in trained.stdout
+
+    before = (run / "metrics.json").read_text()
+    scored = run_tool("eval.py", "run=runs/demo")
+    assert scored.returncode == 0, scored.stderr
+    found, expected = read(run / "eval" / "best"), read(run)
+    for name in ("AP", "AP50", "AR100", "per_class", "weights", "step"):
+        assert found[name] == expected[name], name
+    assert found["weights"] == "ema"
+    assert (run / "metrics.json").read_text() == before
+
+    other = run_tool(
+        "eval.py",
+        "checkpoint=runs/demo/checkpoints/last.pt",
+        "weights=raw",
+        "split=test",
+        f"data.test.images={shapes_dataset}/val2017",
+        f"data.test.annotations={shapes_dataset}/annotations/instances_val2017.json",
+    )
+    assert other.returncode == 0, other.stderr
+    assert read(run / "eval" / "last_test")["weights"] == "raw"
+
+    again = run_tool("train.py", "run=runs/demo", "run_dir=again", "trainer.ema=null", "trainer.max_steps=1")
+    assert again.returncode == 0, again.stderr
+    old, new = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (run, tmp_path / "again"))
+    assert new["run"] == "runs/demo" and new["trainer"]["ema"] is None
+    assert old["model"] == new["model"] and old["data"] == new["data"]
+
+    refused = run_tool("train.py", "run=runs/demo", "run_dir=again")
+    assert refused.returncode == 2 and "again" in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "words"),
+    [
+        ("train.py", ["experiment=demo", "trainer.epoch=3"], "Did you mean trainer.epochs?"),
+        ("train.py", ["experiment=demo", "data.root=nowhere"], "nowhere"),
+        ("train.py", ["run=nowhere"], "run: expected the folder of a run, got nowhere"),
+        ("eval.py", [], "expected run=<folder> or checkpoint=<file>"),
+        ("eval.py", ["checkpoint=nowhere.pt"], "nowhere.pt: expected a checkpoint, got no such file."),
+    ],
+)
+def test_a_mistake_ends_in_one_sentence_and_exit_code_2(run_tool, tmp_path, tool, arguments, words):
+    result = run_tool(tool, *arguments)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_leave_one_run_folder_and_score_like_one_process(run_tool, shapes_dataset, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "tools" / "train.py")]
+    subprocess.run([*command, *TINY, f"data.root={shapes_dataset}", "run_dir=null"], cwd=tmp_path, check=True)
+    (run,) = (tmp_path / "runs" / "demo").iterdir()
+    scored = run_tool("eval.py", f"run={run}")
+    assert scored.returncode == 0, scored.stderr
+    assert read(run / "eval" / "best")["per_class"] == read(run)["per_class"]
+
+
+@pytest.mark.slow
+def test_a_sweep_gives_every_job_a_folder(run_tool, shapes_dataset, tmp_path):
+    settings = [f"data.root={shapes_dataset}", "trainer.max_steps=1", "run_dir=null", "optimizer.lr=0.01,0.02"]
+    assert run_tool("train.py", "-m", *TINY, *settings).returncode == 0
+    configs = [yaml.safe_load((run / "config.yaml").read_text()) for run in (tmp_path / "runs" / "demo").iterdir()]
+    assert sorted(config["optimizer"]["lr"] for config in configs) == [0.01, 0.02]
+
+
+@pytest.mark.slow
+def test_one_batch_can_be_learned_by_heart(run_tool, tmp_path, shapes_dataset):
+    trained = run_tool("train.py", "experiment=debug_overfit", f"data.root={shapes_dataset}", "run_dir=run")
+    assert trained.returncode == 0, trained.stderr
+    assert read(tmp_path / "run")["AP50"] > 0.9
