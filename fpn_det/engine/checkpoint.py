@@ -153,7 +153,7 @@ class CheckpointFolder:
             os.link(path, unfinished)
         except OSError:  # the file system has no hard links
             shutil.copyfile(path, unfinished)
-        _publish(unfinished, name)
+        unfinished.replace(name)
 
     def _read_index(self) -> dict[str, Any]:
         if not self._index.is_file():
@@ -178,8 +178,3 @@ def _publish(unfinished: Path, path: Path) -> None:
     with unfinished.open("rb") as file:
         os.fsync(file.fileno())
     unfinished.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too
-    finally:
-        os.close(folder)
