@@ -12,7 +12,6 @@ help: ## show this list
 
 demo: $(READY) ## draw a data set, train a small detector on it, show its metrics (minutes, CPU is enough)
 	$(BIN)/python datasets/make_shapes.py --out datasets/shapes
-	@test ! -e runs/demo || mv -v runs/demo runs/demo_until_$$(date +%Y-%m-%d_%H-%M-%S)
 	$(BIN)/python tools/train.py experiment=demo
 
 test: lint types tests ## what CI runs: lint, types and the tests that take seconds

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from fpn_det.config import CONFIGS, PACKAGES, Settings, check, compose, read_yaml, to_yaml
 from fpn_det.schema import locate
 
-EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+FILES = {str(path.relative_to(CONFIGS / "experiment").with_suffix("")): path for path in (CONFIGS / "experiment").rglob("*.yaml")}
+EXPERIMENTS = sorted(FILES)
 NEEDED = {"bccd": ["data.root=somewhere"]}  # what an experiment leaves to the command line
 
 # Where a choice of ours is not the default of a class that serves several places.
@@ -39,7 +40,7 @@ def test_every_experiment_composes(experiment):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_begins_with_what_it_costs(experiment):
-    lines = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text().splitlines()
+    lines = FILES[experiment].read_text().splitlines()
     assert lines[0] == "# @package _global_"
     assert lines[1].startswith("# ") and lines[2].startswith("# ")
 
