@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fpn_det.models.backbone import ResNet
+from fpn_det.models.layers import set_foldable
 from fpn_det.models.neck import FPN
 from fpn_det.models.roi_head import ROIHead
 from fpn_det.models.rpn import RPN
@@ -21,8 +22,10 @@ class Detector(nn.Module):
         num_classes: K, foreground only.
         backbone: gives maps, and declares their channels and strides.
         neck, rpn, roi_head: make the parts, from what the part before declares.
-        pixel_mean, pixel_std: of the three channels, on 0..255, in the order that `channel_order` names.
+        pixel_mean, pixel_std: of the three channels, in the order that `channel_order` names; on 0..255.
+        pixel_divisor: by which pixels are divided before that; with 255, mean and deviation are those of 0..1.
         channel_order: what the backbone's weights expect, `rgb` or `bgr`; batches are always RGB.
+        fold_norms: let convolutions take in norms that are fixed. Faster, and equal but for rounding; the peers do not.
         channels_last: memory format of all maps; no effect on values.
 
     Attributes:
@@ -38,7 +41,9 @@ class Detector(nn.Module):
         roi_head: Callable[..., ROIHead] = ROIHead,
         pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
+        pixel_divisor: float = 1.0,
         channel_order: str = "rgb",
+        fold_norms: bool = True,
         channels_last: bool = False,
     ) -> None:
         super().__init__()
@@ -53,7 +58,9 @@ class Detector(nn.Module):
         self.rpn = rpn(channels=self.neck.channels, strides=self.neck.strides, canvas_stride=self.stride)
         roi_strides = [stride for stride in self.neck.strides if stride <= self.stride]  # P6 serves the RPN only
         self.roi_head = roi_head(channels=self.neck.channels, strides=roi_strides, num_classes=num_classes)
+        self.pixel_divisor = pixel_divisor
         self.flips_channels = channel_order == "bgr"
+        set_foldable(self, fold_norms)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
@@ -99,6 +106,7 @@ class Detector(nn.Module):
         assert height % self.stride == 0 and width % self.stride == 0, "the canvas must divide by the stride"
         pixels = batch.pixels.flip(1) if self.flips_channels else batch.pixels
         pixels = pixels.to(torch.float32, memory_format=self.memory_format)
+        pixels = pixels if self.pixel_divisor == 1 else pixels / self.pixel_divisor
         pixels = (pixels - self.pixel_mean) / self.pixel_std
         y = torch.arange(height, device=pixels.device)[:, None] < batch.sizes[:, 0, None, None]  # [B, H, 1]
         x = torch.arange(width, device=pixels.device) < batch.sizes[:, 1, None, None]  # [B, 1, W]

@@ -75,12 +75,21 @@ def make_norm(name: str, channels: int, eps: float = 1e-5) -> nn.Module:
 
 
 def folded(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """(scale, shift) [C] of a norm whose statistics do not move now; None for any other."""
+    """(scale, shift) [C] of a norm whose statistics do not move now; None for any other, or if it is not `foldable`."""
+    if not getattr(norm, "foldable", True):
+        return None
     if not isinstance(norm, FrozenBatchNorm2d) and (not isinstance(norm, nn.BatchNorm2d) or norm.training):
         return None
     assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     return scale, norm.bias - norm.running_mean * scale
+
+
+def set_foldable(model: nn.Module, foldable: bool) -> None:
+    """Decide for all norms of a model whether convolutions may take them in."""
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d | nn.BatchNorm2d):
+            module.foldable = foldable
 
 
 def conv_norm(input: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:

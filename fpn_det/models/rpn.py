@@ -33,11 +33,13 @@ class RPNHead(nn.Module):
         channels: of the pyramid.
         num_anchors: per cell.
         num_convs: how many 3x3 convolutions.
+        join_siblings: evaluate the last two as one convolution. Faster, and equal but for rounding; the peers do not.
     """
 
-    def __init__(self, channels: int, num_anchors: int, num_convs: int = 1) -> None:
+    def __init__(self, channels: int, num_anchors: int, num_convs: int = 1, join_siblings: bool = True) -> None:
         super().__init__()
         self.num_anchors = num_anchors
+        self.join_siblings = join_siblings
         self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(num_convs))
         self.objectness = nn.Conv2d(channels, num_anchors, 1)
         self.deltas = nn.Conv2d(channels, num_anchors * 4, 1)
@@ -48,14 +50,18 @@ class RPNHead(nn.Module):
     def forward(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits [B, M] and deltas [B, M, 4] of every anchor."""
         siblings = (self.objectness, self.deltas)
-        weight = torch.cat([layer.weight for layer in siblings])  # one pass for both
+        weight = torch.cat([layer.weight for layer in siblings])
         bias = torch.cat([layer.bias for layer in siblings])  # type: ignore[misc]
         outputs = []
         for level in levels:
             for conv in self.convs:
                 level = conv(level).relu_()
+            if self.join_siblings:
+                output = F.conv2d(level, weight, bias)
+            else:
+                output = torch.cat([layer(level) for layer in siblings], dim=1)
             # [B, A*5, H, W] -> [B, H*W, A*5]
-            outputs.append(F.conv2d(level, weight, bias).flatten(2).transpose(1, 2).float())
+            outputs.append(output.flatten(2).transpose(1, 2).float())
         logits, deltas = torch.cat(outputs, dim=1).split([self.num_anchors, self.num_anchors * 4], dim=2)
         return logits.flatten(1), deltas.reshape(len(deltas), -1, 4)
 
