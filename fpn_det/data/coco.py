@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fpn_det.data.classes import LEFT_OUT, UNKNOWN, Classes, match_classes
-from fpn_det.data.findings import Finding, describe_findings, existing_path
+from fpn_det.data.findings import SHOWN_PER_KIND, Finding, describe_findings, existing_path, near_matches
 from fpn_det.data.images import image_size
 from fpn_det.structures import Annotations
 
@@ -157,13 +157,13 @@ def _load(source: Path) -> dict[str, list[Record]]:
 
 def _integer(value: Any) -> int | None:
     """An id as JSON may write it (7 or 7.0), or None."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value if type(value) is int and abs(value) < 2**63 else None
+    whole = int(value) if isinstance(value, float) and value.is_integer() else value
+    return whole if type(whole) is int and abs(whole) < 2**63 else None
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    """A number as JSON may write it, or NaN; numbers beyond all reason are none."""
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e100 else math.nan
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,7 @@ def _read_pictures(records: list[Record], folder: Path | None, skip: bool, findi
         files_of.setdefault(_integer(record.get("id")), set()).add(str(record.get("file_name")))
     listings: dict[str, set[str]] = {}  # one look into each folder instead of one at each file
     pictures = _Pictures([], [], [], [], set(files_of))
+    missing = 0
     for record in records:
         image_id, file_name = _integer(record.get("id")), record.get("file_name")
         path = os.path.join(folder or "", str(file_name))
@@ -197,7 +198,8 @@ def _read_pictures(records: list[Record], folder: Path | None, skip: bool, findi
         elif not isinstance(file_name, str) or not file_name:
             fault = "image_file_unnamed", "no file_name"
         elif folder is not None and not _is_listed(path, listings):
-            fault = "image_file_missing", f"no file {path}"
+            missing += 1
+            fault = "image_file_missing", f"no file {path}{_similar(path, listings) if missing <= SHOWN_PER_KIND else ''}"
         elif height < 1 or width < 1:
             fault = "image_size_missing", f"width {record.get('width')!r}, height {record.get('height')!r}"
             height, width = (0, 0) if skip or folder is None else image_size(Path(path)) or (0, 0)
@@ -222,6 +224,12 @@ def _is_listed(path: str, listings: dict[str, set[str]]) -> bool:
     return name in listings[parent]
 
 
+def _similar(path: str, listings: dict[str, set[str]]) -> str:
+    parent, name = os.path.split(path)
+    similar = near_matches(name, sorted(listings[parent]))
+    return f", but {' and '.join(similar)}" if similar else ""
+
+
 def _read_objects(
     records: list[Record], pictures: _Pictures, classes: Classes, skip: bool, findings: list[Finding]
 ) -> Annotations:
@@ -233,56 +241,54 @@ def _read_objects(
     wanted = np.array([image_id not in pictures.left_out for image_id in image_ids], dtype=bool) & (labels != LEFT_OUT)
     placed = wanted & (rows >= 0)
 
+    def report(kind: str, faulty: np.ndarray, message: str, key: str, tolerated: bool = False) -> None:
+        found = np.flatnonzero(faulty).tolist()
+        rare = tolerated and len(found) <= TOLERATED_SHARE * len(records)
+        for index in found:
+            file_name = pictures.file_names[rows[index]] if rows[index] >= 0 else None
+            text = f"{message}, got {key} {records[index].get(key)!r}"
+            findings.append(Finding(kind, text, "warning" if rare else "error", image_ids[index], file_name, ids[index]))
+
+    report("image_unknown", wanted & (rows < 0), "expected the id of an image", "image_id")
+    report("class_unknown", placed & (labels == UNKNOWN), "expected the id of a category", "category_id")
+
     boxes = np.array([_corners(record.get("bbox")) for record in records], dtype=np.float64).reshape(-1, 4)
     sizes = np.array(pictures.sizes, dtype=np.int64).reshape(-1, 2)
-    limits = np.vstack([sizes, [[0, 0]]])[rows][:, [1, 0, 1, 0]]  # (w, h, w, h)
+    limits = np.vstack([sizes, [[0, 0]]])[rows][:, [1, 0, 1, 0]]  # (w, h, w, h); row -1 is the last
     clipped = np.clip(boxes, 0, limits)
     finite = np.isfinite(boxes).all(axis=1)
     solid = finite & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-    inside = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
-    moved = np.abs(clipped - boxes).max(axis=1, initial=0) > BORDER_TOLERANCE
+    inside = solid & (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
+    cut = inside & (np.abs(clipped - boxes).max(axis=1, initial=0) > BORDER_TOLERANCE)
+    report("box_not_numbers", placed & ~finite, "expected four finite numbers", "bbox")
+    report("box_without_area", placed & finite & ~solid, "expected a positive width and height", "bbox", tolerated=True)
+    report("box_outside", placed & solid & ~inside, "expected a box that touches the image", "bbox", tolerated=True)
+    report("box_partly_outside", placed & cut, "expected a box within the image", "bbox", tolerated=True)
 
-    def report(kind: str, faulty: np.ndarray, message: str, *keys: str, tolerated: bool = False) -> None:
-        found = np.flatnonzero(faulty)
-        rare = tolerated and len(found) <= TOLERATED_SHARE * len(records)
-        for index in found.tolist():
-            record, row = records[index], rows[index]
-            values = ", ".join(f"{key} {record.get(key)!r}" for key in keys)
-            name = pictures.file_names[row] if row >= 0 else "no such image"
-            findings.append(Finding(kind, f"{message}: {values}", "warning" if rare else "error", image_ids[index], name, ids[index]))
-
-    report("image_unknown", wanted & (rows < 0), "no image has this id", "image_id")
-    report("class_unknown", placed & (labels == UNKNOWN), "no category has this id", "category_id")
-    report("box_not_numbers", placed & ~finite, "four finite numbers are expected", "bbox")
-    report("box_without_area", placed & finite & ~solid, "width and height must be positive", "bbox", tolerated=True)
-    report("box_outside", placed & solid & ~inside, "the box lies outside of the image", "bbox", tolerated=True)
-    report("box_partly_outside", placed & solid & inside & moved, "the box passes the border", "bbox", tolerated=True)
-
-    keep = placed & (labels != UNKNOWN) & solid & inside & ~(moved & skip)
-    order = np.flatnonzero(keep)
-    order = order[np.argsort(rows[order], kind="stable")]
-    area = np.array([_number(record.get("area")) for record in records])
-    no_area = ~(area >= 0) | np.isinf(area)
+    keep = placed & (labels != UNKNOWN) & inside & ~(cut & skip)
+    numbers = np.array([value or 0 for value in ids], dtype=np.int64)
+    misnumbered = (numbers < 1) | _repeats(numbers)
+    area = np.array([_number(record.get("area")) for record in records], dtype=np.float64)
+    no_area = ~(area >= 0)  # NaN too
     crowd = [record.get("iscrowd") for record in records]
     no_crowd = np.array([value not in (0, 1) for value in crowd], dtype=bool)
-    numbered = np.array([value or 0 for value in ids], dtype=np.int64)
-    bad_id = (numbered < 1) | _repeats(numbered)
-    report("annotation_id", keep & bad_id, "expected a positive integer that is used once, got", "id")
-    report("area_missing", keep & no_area, "expected a number", "area")
+    report("annotation_id", keep & misnumbered, "expected a positive integer that is used once", "id")
+    report("area_missing", keep & no_area, "expected a number that is not negative", "area")
     report("iscrowd_missing", keep & no_crowd, "expected 0 or 1", "iscrowd")
 
-    kept = torch.from_numpy(clipped[order])
-    side = kept[:, 2:] - kept[:, :2]
+    order = np.flatnonzero(keep)
+    order = order[np.argsort(rows[order], kind="stable")]
+    kept = clipped[order]
     return Annotations(
         image_ids=torch.tensor(pictures.image_ids, dtype=torch.int64),
         **_pack_paths(pictures.paths),
         sizes=torch.from_numpy(sizes),
         offsets=_offsets(np.bincount(rows[order], minlength=len(sizes))),
-        boxes=kept,
+        boxes=torch.from_numpy(kept),
         labels=torch.from_numpy(labels[order]),
         iscrowd=torch.tensor([crowd[index] == 1 for index in order.tolist()], dtype=torch.bool),
-        area=torch.where(torch.from_numpy(no_area[order]), side.prod(dim=1), torch.from_numpy(area[order])),
-        annotation_ids=torch.arange(1, len(order) + 1) if bad_id[order].any() else torch.from_numpy(numbered[order]),
+        area=torch.from_numpy(np.where(no_area[order], (kept[:, 2:] - kept[:, :2]).prod(axis=1), area[order])),
+        annotation_ids=torch.from_numpy(np.arange(1, len(order) + 1) if misnumbered[order].any() else numbers[order]),
         class_names=classes.names,
         category_ids=classes.category_ids,
     )

@@ -23,7 +23,9 @@ class Finding:
     annotation_id: int | None = None
 
     def __str__(self) -> str:
-        place = [f"image {self.image_id} ({self.file_name})"] if self.image_id is not None else []
+        place = []
+        if self.image_id is not None:
+            place.append(f"image {self.image_id}" + (f" ({self.file_name})" if self.file_name else ""))
         if self.annotation_id is not None:
             place.append(f"annotation {self.annotation_id}")
         return f"{', '.join(place)}: {self.message}" if place else self.message

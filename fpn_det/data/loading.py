@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import cv2
@@ -62,8 +62,8 @@ class TrainLoader:
 
     def iterate(self, first_step: int) -> Iterator[Batch]:
         """The micro-batches of step `first_step` and of all that follow, on the device. Has its own workers."""
-        loader = _loader(self._maker, _TrainingKeys(self, first_step), self._num_workers, self._start_method)
-        return _on_device(loader, self._device)
+        keys = chain.from_iterable(map(self.keys, count(first_step)))
+        return _on_device(_loader(self._maker, keys, self._num_workers, self._start_method), self._device)
 
     def rebuild(self, step: int) -> list[Batch]:
         """The micro-batches of one step, made again here and now, on the device."""
@@ -127,20 +127,6 @@ class _BatchMaker(Dataset):
             return replace(parcel, slot=(worker.id, self._buffers.slot))
         except ValueError as error:
             return error
-
-
-class _TrainingKeys:
-    """The keys of one micro-batch after the other, endless."""
-
-    def __init__(self, loader: TrainLoader, first_step: int) -> None:
-        self._loader = loader
-        self._first_step = first_step
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        step = self._first_step
-        while True:
-            yield from self._loader.keys(step)
-            step += 1
 
 
 def _loader(maker: _BatchMaker, keys: Iterable[list[Key]], num_workers: int, start_method: str | None) -> DataLoader:

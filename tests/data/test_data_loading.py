@@ -203,6 +203,7 @@ def test_eval_loader_of_a_rank_without_images_is_empty(document, write, pictures
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_batches_arrive_whole_on_the_gpu(dataset):
     device = torch.device("cuda")
     batches = GlobalBatches(dataset.annotations.sizes, 4, seed=1)
