@@ -22,6 +22,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fpn_det.engine.settings import Trainer
 from fpn_det.evaluation.coco import EvaluationSettings
@@ -31,7 +32,9 @@ PACKAGE = Path(__file__).parent
 HYDRA = Path(hydra.__file__).parent
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"  # installed, or a checkout
 PACKAGES = ("fpn_det", "albumentations", "torch.optim")  # whose classes a `_target_` may name
-WRONG_COMMAND_LINE = 2  # exit code
+COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)  # what goes wrong before there are settings
+FOR_PEOPLE = (ValueError, FloatingPointError)  # what a user did wrong, and training that diverged
+FAILED, WRONG_COMMAND_LINE = 1, 2  # exit codes
 
 Node = dict[str, Any]  # a class by name (`_target_`) and its arguments
 S = TypeVar("S", bound="Settings")
@@ -114,8 +117,8 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> Settin
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             tree = hydra.compose(config_name, list(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(tree)
-        del tree._content["hydra"]
-    except (HydraException, OmegaConfBaseException) as error:
+        tree = OmegaConf.masked_copy(tree, [str(name) for name in tree if name != "hydra"])
+    except COMPOSING as error:
         raise ValueError(explain(error)) from None
     return check(tree, overrides, Settings)
 
@@ -181,7 +184,7 @@ def _check_combinations(settings: Settings) -> None:
 
 
 def explain(error: Exception) -> str:
-    """What Hydra or OmegaConf refused, in one sentence, with the nearest name."""
+    """What Hydra, OmegaConf or YAML refused, in one sentence, with the nearest name."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
@@ -200,7 +203,7 @@ def explain(error: Exception) -> str:
             check_names([str(cause.key)], known, where)
         except ValueError as refusal:
             return str(refusal)
-    return f"config: {str(error).splitlines()[0]}"
+    return f"config: {' '.join(str(error).split())}" if isinstance(error, YAMLError) else f"config: {str(error).splitlines()[0]}"
 
 
 def to_yaml(settings: Settings) -> str:
@@ -224,7 +227,8 @@ def argument(name: str) -> str | None:
 def launch(task: Callable[[S], None], schema: type[S], config_name: str, saved: Callable[[], str] | None = None) -> None:
     """Compose the settings that the command line asks for and hand them to `task`; the one entry of all tools.
 
-    What a user did wrong (a ValueError of ours) ends in one sentence and exit code 2, everything else in its trace.
+    What a user did wrong (a ValueError of ours) ends in one sentence and exit code 2, training that is not finite in one
+    and exit code 1, anything else in its trace.
 
     Args:
         task: the work.
@@ -236,21 +240,30 @@ def launch(task: Callable[[S], None], schema: type[S], config_name: str, saved: 
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
     def main(tree: DictConfig) -> None:
+        join_cluster()
         try:
             task(check(tree, HydraConfig.get().overrides.task, schema))
-        except ValueError as error:
+        except FOR_PEOPLE as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # to the sweep, which tells its jobs apart
-            _refuse(error)
+            _end(error)
 
     try:
         if saved:
             ConfigStore.instance().store("saved", read_yaml(saved()))
         main()
-    except (HydraException, OmegaConfBaseException) as error:
-        _refuse(ValueError(explain(error)).with_traceback(error.__traceback__))
-    except ValueError as error:
-        _refuse(error)
+    except COMPOSING as error:
+        _end(ValueError(explain(error)).with_traceback(error.__traceback__))
+    except FOR_PEOPLE as error:
+        _end(error)
+
+
+def join_cluster() -> None:
+    """In a job of Hydra's submitit launcher: set the variables that torchrun would have set."""
+    if "SUBMITIT_EXECUTOR" in os.environ:
+        from submitit.helpers import TorchDistributedEnvironment  # an optional extra
+
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
 
 
 def is_for_people(error: BaseException) -> bool:
@@ -260,10 +273,10 @@ def is_for_people(error: BaseException) -> bool:
     return raised_in.is_relative_to(PACKAGE) or raised_in.is_relative_to(HYDRA) or str(raised_in) == tool
 
 
-def _refuse(error: ValueError) -> None:
+def _end(error: Exception) -> None:
     """End with one sentence; an error that is not meant for people deserves its trace."""
     if not is_for_people(error):
         raise error
     rank = os.environ.get("RANK", "0")
     print(str(error) if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)
-    sys.exit(WRONG_COMMAND_LINE)
+    sys.exit(WRONG_COMMAND_LINE if isinstance(error, ValueError) else FAILED)

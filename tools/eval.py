@@ -20,9 +20,8 @@ from fpn_det.runtime import process_group
 
 
 @cache
-def checkpoint() -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that the command line names: a file, or the best one of a run."""
-    run, file = argument("run"), argument("checkpoint")
+def checkpoint(run: str | None, file: str | None) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that is meant: a file, or the best one of a run."""
     if (run is None) == (file is None):
         raise ValueError("tools/eval.py: expected run=<folder> or checkpoint=<file>, one of the two.")
     path = Path(file) if file else Path(run or "") / "checkpoints" / "best.pt"
@@ -31,7 +30,7 @@ def checkpoint() -> tuple[Path, dict[str, Any]]:
 
 def score(settings: EvalSettings) -> None:
     """Detect on all images of a split, score, and leave the numbers in a folder."""
-    path, state = checkpoint()
+    path, state = checkpoint(settings.run, settings.checkpoint)
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     folder = run / "eval" / (path.stem if settings.split == "val" else f"{path.stem}_{settings.split}")
     with process_group(settings.device, settings.trainer.timeout_minutes) as (ranks, device):
@@ -50,4 +49,4 @@ def score(settings: EvalSettings) -> None:
 
 
 if __name__ == "__main__":
-    launch(score, EvalSettings, "eval", lambda: checkpoint()[1]["config"])
+    launch(score, EvalSettings, "eval", lambda: checkpoint(argument("run"), argument("checkpoint"))[1]["config"])
