@@ -1,7 +1,8 @@
-"""Asking a run to stop: SIGTERM (a cluster's notice, `kill`) and SIGINT (Ctrl-C)."""
+"""Asking a run to stop: SIGTERM (a cluster's notice, `kill`), SIGINT (Ctrl-C), and the death of the launcher."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -20,6 +21,8 @@ class StopRequest:
         self._noted = 0
         self._noted_at = 0.0
         self._previous: dict[int, object] = {}
+        # torchrun's processes outlive it if it is killed, and would go on beside those of the next launch
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # only there can signals be handled
@@ -40,4 +43,6 @@ class StopRequest:
 
     def agreed(self) -> int:
         """The signal that some rank got, 0 if none did; the same on all ranks, which all ask after the same step."""
+        if self._launcher not in (None, os.getppid()):
+            self._noted = self._noted or signal.SIGTERM
         return agree_on_max(self._noted)
