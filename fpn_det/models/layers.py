@@ -23,6 +23,15 @@ class FixedStatisticsBatchNorm2d(nn.BatchNorm2d):
         return super().train(False)
 
 
+class NativeFrozenBatchNorm2d(FrozenBatchNorm2d):
+    """Frozen batch norm by torch's own operator wherever no gradient passes; like detectron2's, to the last bit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the images of all ranks; on any device, unlike torch's.
 
@@ -56,6 +65,7 @@ def _group_norm(channels: int, eps: float) -> nn.GroupNorm:
 
 NORMS: dict[str, Callable[..., nn.Module]] = {
     "frozen": FrozenBatchNorm2d,
+    "frozen_native": NativeFrozenBatchNorm2d,
     "fixed_statistics": FixedStatisticsBatchNorm2d,
     "batch": nn.BatchNorm2d,
     "sync": SyncBatchNorm2d,
