@@ -22,8 +22,8 @@ setup(
     package_data={"fpn_det": ["py.typed"], "fpn_det.configs": ["**/*.yaml"]},
     # Lower bounds only: an upper one would make somebody's environment unsolvable.
     install_requires=[
-        "torch>=2.4",
-        "torchvision>=0.19",
+        "torch>=2.6",
+        "torchvision>=0.21",
         "pycocotools>=2.0.8",
         "hydra-core>=1.3.2",
         "tensorboard>=2.16",
