@@ -30,7 +30,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-VERSION = 1  # of the pictures; any change that draws other bytes raises it
+VERSION = 2  # of the pictures; any change that draws other bytes raises it
 SPLITS = ("train2017", "val2017")  # COCO's names, where data.root looks for them
 
 SUBSAMPLES = 4  # fine pixels per pixel, along each axis
@@ -40,15 +40,17 @@ EMPTY_IMAGES = 0.08  # share of images without objects
 MAX_OBJECTS = 8  # of an image
 MIN_SIDE = 8.0  # of an object's longer side, px
 MAX_SIDE = 5 / 6  # of an object's longer side, as a part of the image's shorter side
-OVERHANG = 0.25  # of an object's width and height, that may lie outside the image
-MIN_VISIBLE = 0.6  # of an object's area, inside the image and not under other objects
-MIN_CONTRAST = 40  # mean distance of an object's color from what it lies on, in gray levels of 255
+OVERHANG = 0.15  # of an object's width and height, that may lie outside the image
+MAX_TILT = 0.4  # radians, either way
+MAX_STRETCH = 0.15  # log of an object's stretch along one of its axes
+MIN_VISIBLE = 0.75  # of an object's area, inside the image and not under other objects
+MIN_CONTRAST = 60  # mean distance of an object's color from what it lies on, in gray levels of 255
 PLACES = 8  # that are tried before an object is left out
 
 
-def _spokes(corners: int, radii: Sequence[float] = (1.0,)) -> np.ndarray:
-    """Corners [corners, 2] at equal angles, their distances from the center taken from `radii` in turn."""
-    angles = np.arange(corners) * (2 * math.pi / corners)
+def _spokes(corners: int, radii: Sequence[float] = (1.0,), start: float = -math.pi / 2) -> np.ndarray:
+    """Corners [corners, 2] at equal angles, the first one up; their distances from the center are `radii` in turn."""
+    angles = start + np.arange(corners) * (2 * math.pi / corners)
     return np.resize(radii, corners)[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
@@ -57,7 +59,7 @@ _QUARTER_TURN = np.array([(0, 1), (-1, 0)])  # points are rows
 
 CONTOURS = {
     "disk": [_spokes(64)],
-    "square": [_spokes(4)],
+    "square": [_spokes(4, start=math.pi / 4)],
     "triangle": [_spokes(3)],
     "star": [_spokes(10, (1.0, 0.42))],
     "cross": [np.concatenate([_QUARTER_OF_CROSS @ np.linalg.matrix_power(_QUARTER_TURN, turns) for turns in range(4)])],
@@ -124,8 +126,8 @@ def draw_stamp(contours: list[np.ndarray], size: tuple[int, int]) -> Stamp:
 
 def pose(name: str, side: float, rng: np.random.Generator) -> list[np.ndarray]:
     """The contours of a class, stretched and turned at random; their box starts at (0, 0), its longer side is `side`."""
-    stretch = math.exp(rng.uniform(-0.25, 0.25))
-    angle = rng.uniform(0, 2 * math.pi)
+    stretch = math.exp(rng.uniform(-MAX_STRETCH, MAX_STRETCH))
+    angle = rng.uniform(-MAX_TILT, MAX_TILT)
     turn = np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))])
     contours = [contour * (stretch, 1 / stretch) @ turn for contour in CONTOURS[name]]
     low, high = contours[0].min(axis=0), contours[0].max(axis=0)  # the first contour is the outer one
@@ -146,22 +148,22 @@ def draw_ground(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     """A background without objects: a textured color, often striped, with soft blobs; u8 [h, w, 3]."""
     rough = (math.ceil(size[0] / 2), math.ceil(size[1] / 2))  # half as fine: all of it is smooth, and it costs a quarter
     rows, columns = np.arange(rough[0], dtype=np.float32)[:, None], np.arange(rough[1], dtype=np.float32)
-    ground = texture(rng, rough, strength=30) + rng.uniform(30, 225, 3).astype(np.float32)
+    ground = texture(rng, rough, strength=15) + rng.uniform(30, 225, 3).astype(np.float32)
     if rng.uniform() < 0.4:
         angle, period = rng.uniform(0, math.pi), math.exp(rng.uniform(math.log(3), math.log(24)))
         phase = (columns * math.cos(angle) + rows * math.sin(angle)) * (2 * math.pi / period)
-        ground += np.sin(phase)[..., None] * rng.uniform(-25, 25, 3).astype(np.float32)
+        ground += np.sin(phase)[..., None] * rng.uniform(-15, 15, 3).astype(np.float32)
     for _ in range(rng.integers(0, 4)):
         (y, x), (height, width) = rng.uniform(0, rough).tolist(), (rng.uniform(0.02, 0.15, 2) * min(rough)).tolist()
         blob = np.exp(-0.5 * ((rows - y) / height) ** 2) * np.exp(-0.5 * ((columns - x) / width) ** 2)
-        ground += blob[..., None] * rng.uniform(-80, 80, 3).astype(np.float32)
+        ground += blob[..., None] * rng.uniform(-50, 50, 3).astype(np.float32)
     return cv2.resize(np.clip(ground, 0, 255).astype(np.uint8), size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
 def draw_strokes(canvas: np.ndarray, rng: np.random.Generator) -> None:
     """Scribble lines and unclosed outlines of the classes on the canvas (u8), in place: things that are no objects."""
     size = np.array(canvas.shape[1::-1])
-    for _ in range(rng.integers(0, 6)):
+    for _ in range(rng.integers(0, 4)):
         if rng.uniform() < 0.5:
             points = rng.uniform(0, size, (rng.integers(2, 5), 2))
         else:
@@ -180,7 +182,7 @@ def paint(canvas: np.ndarray, stamp: Stamp, rng: np.random.Generator) -> None:
     color = rng.uniform(0, 255, 3)
     while np.abs(color - under).mean() < MIN_CONTRAST:
         color = rng.uniform(0, 255, 3)
-    fill = texture(rng, stamp.coverage.shape, strength=rng.uniform(0, 25)) + color.astype(np.float32)
+    fill = texture(rng, stamp.coverage.shape, strength=rng.uniform(0, 12)) + color.astype(np.float32)
     canvas[stamp.window] = cv2.blendLinear(np.clip(fill, 0, 255).astype(np.uint8), patch, stamp.coverage, 1 - stamp.coverage)
 
 
@@ -220,8 +222,8 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int], class_names: Seq
     objects = place_objects(rng, size, class_names)
     for _, stamp in objects:
         paint(canvas, stamp, rng)
-    light = cv2.resize(rng.integers(110, 230, (2, 2, 1), np.uint8).repeat(3, axis=2), size[::-1], interpolation=cv2.INTER_LINEAR)
-    noise, strength = rng.integers(0, 256, canvas.shape, np.uint8), rng.uniform(0, 0.1)
+    light = cv2.resize(rng.integers(140, 220, (2, 2, 1), np.uint8).repeat(3, axis=2), size[::-1], interpolation=cv2.INTER_LINEAR)
+    noise, strength = rng.integers(0, 256, canvas.shape, np.uint8), rng.uniform(0, 0.05)
     return cv2.addWeighted(cv2.multiply(canvas, light, scale=1 / 200), 1, noise, strength, -127.5 * strength), objects
 
 
