@@ -14,19 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-
-# Settings that make the demo small enough for a test: steps of a fraction of a second.
-TINY = (
-    "experiment=demo",
-    "device=cpu",
-    "data.num_workers=0",
-    "model.neck.channels=32",
-    "model.roi_head.box_head.width=64",
-    "trainer.max_steps=2",
-    "trainer.batch_size=4",
-)
+from tiny import ROOT
 
 
 @pytest.fixture(scope="session")

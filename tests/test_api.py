@@ -3,7 +3,7 @@ from __future__ import annotations
 import albumentations as A
 import pytest
 import torch
-from conftest import TINY
+from tiny import TINY
 
 from fpn_det import api
 from fpn_det.config import compose

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, TINY
+from tiny import ROOT, TINY
 
 
 def read(folder: Path) -> dict:
