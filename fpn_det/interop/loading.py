@@ -123,7 +123,9 @@ def load_weights(model: nn.Module, weights: Weights | str | Path, class_names: S
     elif wanted != weights.class_names:
         there = {name: row for row, name in enumerate(weights.class_names or ())}
         rows = [(row, there[name]) for row, name in enumerate(wanted) if name in there]
-        replaced = tuple(f"{module}.{leaf}" for module in (LOGITS, DELTAS) for leaf in ("weight", "bias"))
+        is_shared = len(state[f"{DELTAS}.bias"]) == len(own[f"{DELTAS}.bias"]) == 4  # one set of deltas for all classes
+        modules = (LOGITS,) if is_shared else (LOGITS, DELTAS)
+        replaced = tuple(f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias"))
         for key in replaced:
             state[key] = _copy_rows(own[key], state[key], rows, len(wanted), weights.num_classes)
 
@@ -151,8 +153,6 @@ def load_weights(model: nn.Module, weights: Weights | str | Path, class_names: S
 
 def _copy_rows(own: Tensor, other: Tensor, rows: list[tuple[int, int]], num_classes: int, other_classes: int) -> Tensor:
     """`own` [K * n (+ background), ...] with the rows of the same classes, and of the background, out of `other`."""
-    if len(own) == len(other) == 4:
-        return other  # one set of deltas for all classes
     per_class = len(own) // num_classes
     result = own.clone()
     for row, there in rows:

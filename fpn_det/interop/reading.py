@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import pickle
+import pickletools
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -22,8 +23,9 @@ from torch import Tensor
 
 TORCH_MAGIC = bytes.fromhex("80028a0a6cfc9c46f920")  # how torch's files began before they were zip archives
 # Modules of the standard library whose names may stand in a file of weights; all others have no business there.
-DATA_MODULES = {"argparse", "builtins", "collections", "copyreg", "datetime", "decimal", "enum", "pathlib", "uuid"}
-DATA_BUILTINS = {"complex", "frozenset", "getattr", "object", "range", "set", "slice"}
+DATA_MODULES = {"_codecs", "argparse", "builtins", "collections", "copyreg", "datetime", "decimal", "enum", "pathlib", "uuid"}
+OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # how Python 2 called them, and so do old pickles
+DATA_BUILTINS = {"bytearray", "complex", "frozenset", "getattr", "object", "range", "set", "slice"}
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,26 @@ def read_weights(path: str | Path) -> WeightFile:
 
 def _read_torch(path: Path) -> tuple[Any, list[str]]:
     """The content of a file made by torch.save, and the names of the classes that it asks for and does not get."""
-    foreign: list[str] = []
     if zipfile.is_zipfile(path):
         foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    else:
+        foreign = sorted(_old_foreign_names(path))
     for name in foreign:
         _refuse_code(path, name)
     with torch.serialization.safe_globals([(Inert, name) for name in foreign]):
         return torch.load(path, map_location="cpu", weights_only=True), foreign
+
+
+def _old_foreign_names(path: Path) -> set[str]:
+    """The names that a file from before the zip archives asks for, but for torch's own; by reading, not by executing."""
+    names = set()
+    with path.open("rb") as file:
+        for _ in range(4):  # magic number, version, machine, content
+            for code, argument, _ in pickletools.genops(file):
+                if code.name == "GLOBAL":
+                    module, name = str(argument).split(" ")
+                    names.add(f"{OLD_MODULES.get(module, module)}.{name}")
+    return {name for name in names if not name.startswith(("torch.", "collections.OrderedDict"))}
 
 
 def _refuse_code(path: Path, name: str) -> None:

@@ -23,8 +23,11 @@ class FixedStatisticsBatchNorm2d(nn.BatchNorm2d):
         return super().train(False)
 
 
-class NativeFrozenBatchNorm2d(FrozenBatchNorm2d):
-    """Frozen batch norm by torch's own operator wherever no gradient passes; like detectron2's, to the last bit."""
+class FixedBatchNorm2d(FrozenBatchNorm2d):
+    """Batch norm of which nothing is trained, by torch's own operator wherever no gradient passes.
+
+    So it equals `nn.BatchNorm2d` in eval mode to the last bit, and detectron2's frozen norm.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad:
@@ -64,8 +67,7 @@ def _group_norm(channels: int, eps: float) -> nn.GroupNorm:
 
 
 NORMS: dict[str, Callable[..., nn.Module]] = {
-    "frozen": FrozenBatchNorm2d,
-    "frozen_native": NativeFrozenBatchNorm2d,
+    "frozen": FixedBatchNorm2d,
     "fixed_statistics": FixedStatisticsBatchNorm2d,
     "batch": nn.BatchNorm2d,
     "sync": SyncBatchNorm2d,

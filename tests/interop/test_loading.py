@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fpn_det.interop.coco_classes import NAMES, assumed_class_names
+from fpn_det.interop.conversion import convert
+from fpn_det.interop.loading import Weights, load_weights, read_as_ours
+from fpn_det.interop.naming import DELTAS, LOGITS
+from fpn_det.models.detector import Detector
+
+CLASSES = ("square", "disk", "triangle")
+Maker = Callable[..., Detector]
+
+
+@pytest.fixture
+def weights(ours: dict[str, Tensor]) -> Weights:
+    return Weights(ours, CLASSES, "file.pth", "fpn_det")
+
+
+def test_the_same_classes_load_to_the_bit(make_detector: Maker, weights: Weights):
+    for class_names in (None, CLASSES):
+        model = make_detector()
+        report = load_weights(model, weights, class_names)
+        assert all(torch.equal(value, weights.state[name]) for name, value in model.state_dict().items())
+        assert len(report.loaded) == len(weights.state) and report.share == 1
+        assert not report.replaced and not report.dropped
+        assert report.table() == f"weights of file.pth (fpn_det)\n  loaded    {len(weights.state)} tensors, 100.0% of the model"
+
+
+def test_rows_of_other_classes_are_copied_by_name(make_detector: Maker, weights: Weights):
+    model = make_detector(num_classes=4)
+    fresh = {name: value.clone() for name, value in model.state_dict().items()}
+    report = load_weights(model, weights, ("ellipse", "triangle", "square", "cross"))
+    loaded = model.state_dict()
+    for leaf in ("weight", "bias"):
+        name = f"{LOGITS}.{leaf}"
+        # triangle is row 2 of the file, square row 0, the background its last
+        expected = torch.stack([fresh[name][0], weights.state[name][2], weights.state[name][0], fresh[name][3], weights.state[name][3]])
+        assert torch.equal(loaded[name], expected)
+        name = f"{DELTAS}.{leaf}"
+        expected = torch.cat([fresh[name][0:4], weights.state[name][8:12], weights.state[name][0:4], fresh[name][12:16]])
+        assert torch.equal(loaded[name], expected)
+    assert torch.equal(loaded["backbone.conv1.weight"], weights.state["backbone.conv1.weight"])
+    assert report.copied == ("triangle", "square") and report.fresh_classes == ("ellipse", "cross")
+    assert "copied    2 classes by name: triangle, square" in report.table()
+    assert f"replaced  {LOGITS}.weight, {LOGITS}.bias, {DELTAS}.weight, {DELTAS}.bias: other classes" in report.table()
+
+
+def test_the_same_classes_in_another_order_are_permuted(make_detector: Maker, weights: Weights):
+    model = make_detector()
+    report = load_weights(model, weights, ("triangle", "square", "disk"))
+    assert torch.equal(model.state_dict()[f"{LOGITS}.bias"], weights.state[f"{LOGITS}.bias"][[2, 0, 1, 3]])
+    assert report.fresh_classes == ()
+
+
+def test_one_set_of_deltas_for_all_classes_is_kept(make_detector: Maker):
+    state = make_detector(class_agnostic=True).state_dict()
+    model = make_detector(num_classes=5, class_agnostic=True)
+    load_weights(model, Weights(state, CLASSES, "file.pth", "fpn_det"), ("a", "b", "c", "d", "disk"))
+    assert torch.equal(model.state_dict()[f"{DELTAS}.weight"], state[f"{DELTAS}.weight"])
+
+
+def test_rows_without_names_keep_their_order(make_detector: Maker, weights: Weights):
+    model = make_detector()
+    report = load_weights(model, replace(weights, class_names=None), ("a", "b", "c"))
+    assert torch.equal(model.state_dict()[f"{LOGITS}.bias"], weights.state[f"{LOGITS}.bias"])
+    assert "note      the file does not name its classes: rows are taken in their order" in report.table()
+    report = load_weights(make_detector(num_classes=4), replace(weights, class_names=None), ("a", "b", "c", "d"))
+    assert report.copied == () and len(report.replaced) == 4
+
+
+def test_counters_of_norms_are_no_difference(make_detector: Maker, weights: Weights):
+    counting = make_detector(norm="batch")
+    assert len(load_weights(counting, weights).loaded) == len(counting.state_dict())
+    report = load_weights(make_detector(), replace(weights, state=counting.state_dict()))
+    assert set(report.dropped.values()) == {"the model's norms do not count batches"}
+
+
+def test_another_model_is_refused_with_what_does_not_fit(make_detector: Maker, weights: Weights):
+    with pytest.raises(ValueError, match=r"file.pth: expected weights of this model, got others: 80 without .*layer1.2.conv1.weight"):
+        load_weights(make_detector(depth=34), weights)
+    with pytest.raises(ValueError, match=r"1 of other shape: rpn.head.objectness.bias \[7\] instead of \[3\]"):
+        load_weights(make_detector(), replace(weights, state=weights.state | {"rpn.head.objectness.bias": torch.zeros(7)}))
+    with pytest.raises(ValueError, match="1 with extra"):
+        load_weights(make_detector(), replace(weights, state=weights.state | {"extra": torch.zeros(7)}))
+    with pytest.raises(ValueError, match="got a file that fills 0% of it. Is it the right file?"):
+        load_weights(make_detector(), replace(weights, state={"extra": torch.zeros(7)}, class_names=CLASSES))
+
+
+def test_names_of_coco_are_assumed_for_its_numbers_of_classes():
+    eighty, ninety = assumed_class_names(80), assumed_class_names(90)
+    assert eighty is not None and ninety is not None and assumed_class_names(3) is None
+    assert [name for name in ninety if not name.startswith("N/A")] == list(eighty) == list(NAMES.values())
+    # row i of 90 is category id i + 1
+    assert all(ninety[category_id - 1] == name for category_id, name in NAMES.items())
+    unused = [12, 26, 29, 30, 45, 66, 68, 69, 71, 83]
+    assert [ninety[category_id - 1] for category_id in unused] == [f"N/A {category_id}" for category_id in unused]
+
+
+def test_a_file_of_any_project_can_be_the_start_for_other_classes(tmp_path: Path, make_detector: Maker):
+    source = make_detector(num_classes=90)
+    torch.save(convert(source.state_dict(), "fpn_det", "torchvision").state, tmp_path / "coco.pth")
+    model = make_detector(num_classes=2)
+    report = load_weights(model, tmp_path / "coco.pth", ("zebra", "unicorn"))
+    assert (report.copied, report.fresh_classes, report.project) == (("zebra",), ("unicorn",), "torchvision")
+    zebra = 24 - 1
+    assert torch.equal(model.state_dict()[f"{LOGITS}.weight"][0], source.state_dict()[f"{LOGITS}.weight"][zebra])
+
+
+def test_names_for_rows_can_be_given_and_must_be_as_many(tmp_path: Path, ours: dict[str, Tensor]):
+    torch.save(convert(ours, "fpn_det", "detectron2").state, tmp_path / "model.pth")
+    assert read_as_ours(tmp_path / "model.pth", CLASSES).class_names == CLASSES
+    with pytest.raises(ValueError, match="expected names for its 3 classes, got 2"):
+        read_as_ours(tmp_path / "model.pth", CLASSES[:2])
+    torch.save({name: value for name, value in ours.items() if "fc1" not in name}, tmp_path / "part.pth")
+    with pytest.raises(ValueError, match=r"without roi_head.box_head.fc1.weight, roi_head.box_head.fc1.bias"):
+        read_as_ours(tmp_path / "part.pth")
