@@ -23,12 +23,14 @@ from _benchmark.setting import Setting
 from fpn_det import api
 from fpn_det.config import Node
 from fpn_det.engine.optimization import PRECISIONS
+from fpn_det.interop.conversion import convert
 from fpn_det.models.detector import Detector
 from fpn_det.structures import Batch, Pyramid, Targets
 
 NUM_CLASSES = 80
 OBJECTS = 8  # per image, about as many as COCO has
 LEARNING_RATE = 1e-6  # the weights stay what they are calibrated to
+PEER_NORMS: dict[str, type[nn.Module]] = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}  # for model.backbone.norm
 
 Run = Callable[[], object]
 
@@ -37,8 +39,7 @@ class Contestant(ABC):
     """A detector with its optimizer and a batch. Each part prepares what it needs and returns what is to be timed."""
 
     def __init__(self, model: nn.Module, setting: Setting, device: torch.device) -> None:
-        memory_format = torch.channels_last if setting.channels_last else torch.contiguous_format
-        self.model: nn.Module = model.to(device).to(memory_format=memory_format)
+        self.model: nn.Module = model.to(device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
         dtype = PRECISIONS[setting.precision]
@@ -138,6 +139,8 @@ class Torchvision(Contestant):
 
     def __init__(self, model: FasterRCNN, batch: Batch, setting: Setting, device: torch.device) -> None:
         super().__init__(model, setting, device)
+        if setting.channels_last:
+            model.to(memory_format=torch.channels_last)
         if setting.compile:
             model.backbone.compile(dynamic=True)
         self.images, self.targets = _to_torchvision(batch.to(device))
@@ -194,7 +197,7 @@ def make_contestants(setting: Setting, device: torch.device) -> tuple[Ours, Torc
     peer = _make_torchvision(settings.model)
     _calibrate(peer, batch)
     model = api.build_model(settings, NUM_CLASSES)
-    model.load_state_dict(_from_torchvision(peer.state_dict()))
+    model.load_state_dict(convert(peer.state_dict(), "torchvision", "fpn_det").state)
     return Ours(model, batch, setting, device), Torchvision(peer, batch, setting, device)
 
 
@@ -232,7 +235,7 @@ def _make_torchvision(ours: Node) -> FasterRCNN:
     backbone = resnet_fpn_backbone(
         backbone_name=f"resnet{ours['backbone']['depth']}",
         weights=None,
-        norm_layer=FrozenBatchNorm2d,
+        norm_layer=PEER_NORMS[ours["backbone"]["norm"]],
         trainable_layers=5 - ours["backbone"]["frozen_stages"],
     )
     train, test = ours["rpn"]["train_filter"], ours["rpn"]["test_filter"]
@@ -253,9 +256,8 @@ def _make_torchvision(ours: Node) -> FasterRCNN:
 @torch.no_grad()
 def _calibrate(model: FasterRCNN, batch: Batch) -> None:
     """Give every layer outputs of a trained model's spread on these images."""
-    for module in model.modules():
-        if isinstance(module, FrozenBatchNorm2d):
-            module.register_forward_pre_hook(_take_statistics)
+    norms = [module for module in model.modules() if type(module) in PEER_NORMS.values()]
+    hooks = [norm.register_forward_pre_hook(_take_statistics) for norm in norms]
     head, box_head, predictor = model.rpn.head, model.roi_heads.box_head, model.roi_heads.box_predictor
     maps = [block[0] for block in model.backbone.fpn.layer_blocks]
     spreads = dict.fromkeys([*maps, head.conv[0][0], box_head.fc6, box_head.fc7], 1.0)
@@ -264,8 +266,8 @@ def _calibrate(model: FasterRCNN, batch: Batch) -> None:
         _spread_outputs(layer, spread)
     model.eval()
     model(_to_torchvision(batch)[0])
-    for module in model.modules():
-        module._forward_pre_hooks.clear()
+    for hook in hooks:
+        hook.remove()
     predictor.cls_score.bias[0] += 8.0  # most proposals show background
 
 
@@ -294,30 +296,3 @@ def _flatten_levels(levels: list[Tensor], width: int) -> Tensor:
     # [B, A*width, H, W] per level -> [B*M, width]
     flat = [level.unflatten(1, (-1, width)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in levels]
     return torch.cat(flat, dim=1).flatten(0, 1)
-
-
-_NAMES = {
-    "backbone.body.": "backbone.",
-    **{f"backbone.fpn.inner_blocks.{level}.0.": f"neck.lateral.{level}." for level in range(4)},
-    **{f"backbone.fpn.layer_blocks.{level}.0.": f"neck.output.{level}." for level in range(4)},
-    "rpn.head.conv.0.0.": "rpn.head.convs.0.",
-    "rpn.head.cls_logits.": "rpn.head.objectness.",
-    "rpn.head.bbox_pred.": "rpn.head.deltas.",
-    "roi_heads.box_head.fc6.": "roi_head.box_head.fc1.",
-    "roi_heads.box_head.fc7.": "roi_head.box_head.fc2.",
-    "roi_heads.box_predictor.cls_score.": "roi_head.predictor.class_logits.",
-    "roi_heads.box_predictor.bbox_pred.": "roi_head.predictor.box_deltas.",
-}
-
-
-def _from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's weights under our names; the background moves from the first row to the last."""
-    renamed = {}
-    for name, value in state.items():
-        prefix = next(prefix for prefix in _NAMES if name.startswith(prefix))
-        if "cls_score" in name:
-            value = value.roll(-1, dims=0)
-        elif "box_predictor.bbox_pred" in name:
-            value = value[4:]
-        renamed[_NAMES[prefix] + name.removeprefix(prefix)] = value
-    return renamed

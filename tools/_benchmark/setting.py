@@ -22,7 +22,7 @@ class Setting:
     only: tuple[Part, ...] = ("train", "inference", "memory", "reads", "roi_align", "rpn_loss", "loader")  # what to measure
     device: str = "auto"  # auto, cpu, cuda, cuda:<number>, mps
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of convolutions and matrix products
-    channels_last: bool = False  # memory format of weights and maps
+    channels_last: bool = False  # memory format of weights and maps; model.channels_last for ours alone
     compile: bool = False  # backbone and neck
     nms: Literal["auto", "torchvision", "batched"] = "auto"  # ours; a GPU takes batched
     batch_size: Count = 2
