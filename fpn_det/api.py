@@ -10,22 +10,33 @@ import hydra.utils
 import torch
 from hydra.errors import InstantiationException
 
-from fpn_det.config import Data, Node, Settings, Split, is_for_people, to_yaml
+from fpn_det.config import Data, Node, Settings, Split, check, compose, is_for_people, read_yaml, to_yaml
 from fpn_det.data.coco import drop_empty, read_coco, select_images, split_images
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.loading import EvalLoader, TrainLoader
 from fpn_det.data.sampling import GlobalBatches
 from fpn_det.data.transforms import Pipeline
-from fpn_det.engine.checkpoint import load_checkpoint
+from fpn_det.engine.folder import versions
 from fpn_det.engine.log import RunLog
+from fpn_det.engine.optimization import PRECISIONS
 from fpn_det.engine.panels import draw_batch, draw_comparison, some_images
+from fpn_det.engine.predict import Predictor
 from fpn_det.engine.run import Parts
 from fpn_det.evaluation.coco import Evaluation
+from fpn_det.interop import loading
+from fpn_det.interop.coco_classes import category_ids
 from fpn_det.models.detector import Detector
-from fpn_det.runtime import Ranks, seed_everything
+from fpn_det.runtime import Ranks, pick_device, seed_everything
 from fpn_det.structures import Annotations
 
 SHOWN_IMAGES = 8  # of the validation set, with ground truth and detections
+
+# The experiment that gives the numbers of each project.
+COMPAT = {
+    "torchvision": "compat/torchvision_r50_fpn",
+    "detectron2": "compat/detectron2_r50_fpn",
+    "mmdet": "compat/mmdet_r50_fpn",
+}
 
 
 def build(node: Node, where: str) -> Any:
@@ -116,7 +127,7 @@ def build_parts(settings: Settings, ranks: Ranks, device: torch.device, log: Run
     train, val = read_training_data(settings.data, settings.seed)
     model = build_model(settings, train.num_classes)
     if fresh and settings.init_from:
-        start_from(model, settings.init_from, train.class_names)
+        log.info(loading.load_weights(model, settings.init_from, train.class_names).table())
     elif fresh:
         model.load_pretrained()
     model.to(device)
@@ -147,14 +158,6 @@ def build_parts(settings: Settings, ranks: Ranks, device: torch.device, log: Run
     )
 
 
-def start_from(model: Detector, file: str, class_names: tuple[str, ...]) -> None:
-    """Fill a fresh model with the weights of a checkpoint of the same classes."""
-    state = load_checkpoint(Path(file))
-    if tuple(state["class_names"]) != class_names:
-        raise ValueError(f"{file}: expected a checkpoint of the classes {', '.join(class_names)}, got {', '.join(state['class_names'])}.")
-    load_weights(model, state, file)
-
-
 def load_weights(model: Detector, state: dict[str, Any], where: str, weights: str = "auto") -> Literal["ema", "raw"]:
     """Fill a model with the weights of a checkpoint; returns which were taken.
 
@@ -174,3 +177,65 @@ def load_weights(model: Detector, state: dict[str, Any], where: str, weights: st
     except RuntimeError as error:
         raise ValueError(f"{where}: expected the weights of this model, got others: {' '.join(str(error).split())[:300]}.") from None
     return "ema" if average else "raw"
+
+
+def load(source: str | Path, weights: str | Path | None = None, device: str = "auto") -> Predictor:
+    """A detector that is ready to predict.
+
+    Args:
+        source: a checkpoint, the folder of a run (its best checkpoint), another project's file of weights, or the name of
+            an experiment.
+        weights: a file of any project; in place of the source's own. An experiment needs one.
+        device: see `pick_device`.
+
+    Raises:
+        ValueError: there is no such source, or the weights are of another model.
+    """
+    path = Path(source)
+    path = path / "checkpoints" / "best.pt" if path.is_dir() else path
+    if path.is_file():
+        described = loading.read_as_ours(path)
+        settings = settings_of(described)
+        found = loading.read_as_ours(weights) if weights else described
+    else:
+        settings = compose([f"experiment={source}"])
+        if weights is None:
+            raise ValueError(f"load: expected weights for the experiment {source}, got none. Say weights=<file>.")
+        found = loading.read_as_ours(weights)
+    model = build_model(settings, found.num_classes)
+    loading.load_weights(model, found)
+    chosen = pick_device(device)
+    data = settings.data
+    transform = build_transforms(data.eval_transforms, data, "data.eval_transforms")
+    dtype = PRECISIONS[settings.precision]
+    return Predictor(model.to(chosen), found.names, transform, data.eval_batch_size, data.canvas, chosen, dtype)
+
+
+def settings_of(weights: loading.Weights) -> Settings:
+    """The settings under which weights mean what they were trained to: their own, or those of the project they are from."""
+    if weights.config is not None:
+        return check(read_yaml(weights.config), (), Settings)
+    if weights.project == "fpn_det":
+        raise ValueError(f"{weights.source}: expected a checkpoint, got weights without settings. Name an experiment as well.")
+    experiment = COMPAT[weights.project] + ("_v2" if weights.layout.normed_neck else "")
+    return compose([f"experiment={experiment}", f"model.backbone.depth={weights.layout.depth}"])
+
+
+def as_checkpoint(weights: loading.Weights, settings: Settings) -> dict[str, Any]:
+    """Weights as a checkpoint of a run with these settings that has ended: it evaluates and predicts.
+
+    Raises:
+        ValueError: they are not of the model that the settings make.
+    """
+    model = build_model(settings, weights.num_classes)
+    loading.load_weights(model, weights)
+    return {
+        "versions": versions(),
+        "model": model.state_dict(),
+        "ema": None,
+        "progress": {"step": 0, "total_steps": 0},
+        "class_names": list(weights.names),
+        "category_ids": category_ids(weights.names),
+        "preprocessing": settings.data.eval_transforms,
+        "config": to_yaml(settings),
+    }

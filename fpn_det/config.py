@@ -212,9 +212,14 @@ def to_yaml(settings: Settings) -> str:
 
 
 def read_yaml(text: str) -> DictConfig:
-    """The tree of a saved `config.yaml`."""
+    """The tree of a saved `config.yaml`; its paths under `data.root` follow that setting again."""
     tree = OmegaConf.create(text)
     assert isinstance(tree, DictConfig)
+    root = OmegaConf.select(tree, "data.root")
+    for split in ("train", "val", "test") if root else ():
+        for name, path in (OmegaConf.select(tree, f"data.{split}") or {}).items():
+            if path is not None and path.startswith(f"{root}/"):
+                OmegaConf.update(tree, f"data.{split}.{name}", f"${{data.root}}{path.removeprefix(root)}")
     return tree
 
 

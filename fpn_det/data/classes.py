@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,8 @@ def match_classes(
             findings.append(Finding("class_spelling", f"class {name!r} of the training set is {other!r} here; they count as one"))
             ids_of[name] = ids_of.pop(other)
             extra.remove(other)
+        elif (unused := _unused_id(name)) is not None and unused not in {number for ids in ids_of.values() for number in ids}:
+            ids_of[name] = [unused]
         else:
             findings.append(Finding("class_missing", f"class {name!r} of the training set is missing{_near(name, extra)}"))
             ids_of[name] = [1 + max(max(ids) for ids in ids_of.values())]
@@ -68,6 +71,12 @@ def match_classes(
     label_of = {name: label for label, name in enumerate(names)}
     labels: dict[int | None, int] = {category_id: label_of.get(name, LEFT_OUT) for name, ids in ids_of.items() for category_id in ids}
     return Classes(names, tuple(ids_of[name][0] for name in names), labels), findings
+
+
+def _unused_id(name: str) -> int | None:
+    """The id in `N/A <id>`: an output of weights that count raw category ids, for an id that no data set uses."""
+    match = re.fullmatch(r"N/A (\d+)", name)
+    return int(match[1]) if match else None
 
 
 def _ids_by_name(categories: Sequence[dict[str, Any]], source: str) -> dict[str, list[int]]:

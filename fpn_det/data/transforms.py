@@ -112,7 +112,7 @@ def resize(pixels: np.ndarray, size: tuple[int, int], backend: Backend, antialia
     """Bilinear resizing to (h, w). With `antialias`, a smaller image averages the pixels it stands for."""
     height, width = size
     if backend == "torch_float":
-        planes = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+        planes = torch.tensor(pixels).permute(2, 0, 1)[None].float()  # copies, because PIL's pixels are read-only
         planes = F.interpolate(planes, size, mode="bilinear", antialias=antialias)
         return np.ascontiguousarray(planes[0].permute(1, 2, 0).numpy())
     if pixels.shape[:2] == size:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 # name of each category id; ten ids up to 90 were never used
 NAMES = {
     1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train", 8: "truck", 9: "boat",
@@ -28,3 +30,11 @@ def assumed_class_names(num_classes: int) -> tuple[str, ...] | None:
     if num_classes == max(NAMES):
         return tuple(NAMES.get(category_id, f"N/A {category_id}") for category_id in range(1, max(NAMES) + 1))
     return None
+
+
+def category_ids(class_names: Sequence[str]) -> list[int]:
+    """COCO's id of each class; if one of them is not COCO's, 1, 2, 3, ... for all."""
+    id_of = {name: category_id for category_id, name in enumerate(assumed_class_names(max(NAMES)) or (), start=1)}
+    if set(class_names) <= id_of.keys():
+        return [id_of[name] for name in class_names]
+    return list(range(1, len(class_names) + 1))

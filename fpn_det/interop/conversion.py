@@ -23,7 +23,7 @@ SIGNATURES: dict[Project, str] = {
     "fpn_det": "rpn.head.objectness.weight",
     "torchvision": "rpn.head.cls_logits.weight",
     "detectron2": "proposal_generator.rpn_head.objectness_logits.weight",
-    "mmdetection": "rpn_head.rpn_cls.weight",
+    "mmdet": "rpn_head.rpn_cls.weight",
 }
 CONSTANTS = re.compile(r"pixel_mean|pixel_std|proposal_generator\.anchor_generator\.cell_anchors\.\d+")
 
@@ -74,6 +74,8 @@ def convert(state: Mapping[str, Tensor], source: Project, target: Project, norm_
     Raises:
         ValueError: a tensor has a name that the source does not give, or a place that the target does not have.
     """
+    if source == target:
+        return Conversion(dict(state), {key: key for key in state})
     ours = _to_fpn_det(state, source, norm_eps)
     if target == "fpn_det":
         return ours
@@ -127,7 +129,7 @@ def _from_fpn_det(state: Mapping[str, Tensor], target: Project) -> Conversion:
         result.mapped[key] = name
         result.state[name] = value
         counter = f"{theirs_of[module]}.{COUNTER}"
-        if target == "mmdetection" and leaf == "running_var" and f"{module}.{COUNTER}" not in state:
+        if target == "mmdet" and leaf == "running_var" and f"{module}.{COUNTER}" not in state:
             result.state[counter] = torch.zeros((), dtype=torch.int64)
             result.added[counter] = "mmdetection's norms count their batches; 0"
     return replace(result, missing=_missing(result.state, layout, target))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fpn_det.interop.coco_classes import assumed_class_names
 from fpn_det.interop.conversion import EPS, convert, recognize
-from fpn_det.interop.naming import COUNTER, DELTAS, LOGITS, Project
+from fpn_det.interop.naming import COUNTER, DELTAS, LOGITS, Layout, Project
 from fpn_det.interop.reading import read_weights
 
 LEAST_SHARE = 0.5  # of a model's numbers that a file has to fill
@@ -32,10 +32,20 @@ class Weights:
     source: str
     project: Project
     dropped: dict[str, str] = field(default_factory=dict)  # key or part of the file -> reason
+    config: str | None = None  # YAML text of the settings, if the file is a checkpoint of ours
 
     @property
     def num_classes(self) -> int:
         return len(self.state[f"{LOGITS}.bias"]) - 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all classes, made up where nobody knows them."""
+        return self.class_names or tuple(f"class {label}" for label in range(self.num_classes))
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.of(self.state)
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,7 @@ def read_as_ours(
         ValueError: it cannot be read, or holds other things than a whole Faster R-CNN with FPN.
     """
     file = read_weights(path)
-    project = project or recognize(file.state)
+    project = project or ("fpn_det" if file.config else recognize(file.state))
     if norm_eps is None:
         norm_eps = 0.0 if project == "torchvision" and _start_of_hash(file.path) in WITHOUT_EPS else EPS
     conversion = convert(file.state, project, "fpn_det", norm_eps)
@@ -92,7 +102,7 @@ def read_as_ours(
     names = tuple(class_names or file.class_names or assumed_class_names(num_classes) or ())
     if names and len(names) != num_classes:
         raise ValueError(f"{path}: expected names for its {num_classes} classes, got {len(names)}.")
-    return Weights(conversion.state, names or None, str(path), project, file.dropped | conversion.dropped)
+    return Weights(conversion.state, names or None, str(path), project, file.dropped | conversion.dropped, file.config)
 
 
 def load_weights(model: nn.Module, weights: Weights | str | Path, class_names: Sequence[str] | None = None) -> LoadReport:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Project = Literal["fpn_det", "torchvision", "detectron2", "mmdetection"]
-PROJECTS: tuple[Project, ...] = ("fpn_det", "torchvision", "detectron2", "mmdetection")
+Project = Literal["fpn_det", "torchvision", "detectron2", "mmdet"]
+PROJECTS: tuple[Project, ...] = ("fpn_det", "torchvision", "detectron2", "mmdet")
 
 CONV = ("weight",)
 LAYER = ("weight", "bias")
@@ -47,6 +47,19 @@ class Layout:
             rpn_convs=len(set(re.findall(r"rpn\.head\.convs?\.(\d)\.", text))) or 1,
             head_convs=len(set(re.findall(r"box_head\.(?:convs\.)?(\d)\.0\.weight", text))),
         )
+
+    @property
+    def depth(self) -> int:
+        """Of the ResNet.
+
+        Raises:
+            ValueError: there is none with these blocks.
+        """
+        known = {(2, 2, 2, 2, 2): 18, (3, 4, 6, 3, 2): 34, (3, 4, 6, 3, 3): 50, (3, 4, 23, 3, 3): 101}
+        depth = next((depth for blocks, depth in known.items() if blocks == (*self.blocks, self.convs_per_block)), None)
+        if depth is None:
+            raise ValueError(f"weights: expected a ResNet of 18, 34, 50 or 101 layers, got stages of {list(self.blocks)} blocks.")
+        return depth
 
     def modules(self) -> dict[str, tuple[str, ...]]:
         """Our name of every module, and what its tensors are called."""
@@ -128,7 +141,7 @@ def _detectron2(layout: Layout) -> Rules:
     ]
 
 
-def _mmdetection(layout: Layout) -> Rules:
+def _mmdet(layout: Layout) -> Rules:
     return [
         (r"(backbone\..+)", r"\1"),
         (r"neck\.lateral\.(\d)", r"neck.lateral_convs.\1.conv"),
@@ -147,5 +160,5 @@ _RULES: dict[Project, Callable[[Layout], Rules]] = {
     "fpn_det": _fpn_det,
     "torchvision": _torchvision,
     "detectron2": _detectron2,
-    "mmdetection": _mmdetection,
+    "mmdet": _mmdet,
 }

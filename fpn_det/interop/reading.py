@@ -36,6 +36,7 @@ class WeightFile:
     state: dict[str, Tensor]
     class_names: tuple[str, ...] | None = None
     dropped: dict[str, str] = field(default_factory=dict)  # part of the file -> why it was left out
+    config: str | None = None  # YAML text of the settings; of our own checkpoints
 
 
 class Inert(list):
@@ -171,10 +172,10 @@ def _find_weights(path: Path, content: Any, dropped: dict[str, str]) -> WeightFi
         what = "an object of a foreign class" if isinstance(content, Inert) else f"a {type(content).__name__}"
         raise ValueError(f"{path}: expected a state dict or a checkpoint, got {what}.")
     keys: tuple[str, ...] = ("model", "state_dict", "model_state", "blobs")
-    class_names = None
+    class_names, config = None, None
     if str(content.get("format", "")).startswith("fpn_det checkpoint"):
         keys = ("ema", "model") if content.get("ema") else ("model",)
-        class_names = tuple(content["class_names"])
+        class_names, config = tuple(content["class_names"]), content["config"]
     elif isinstance(content.get("meta"), dict):  # mmdetection
         described = content["meta"].get("dataset_meta") or content["meta"]
         names = described.get("classes") or described.get("CLASSES")
@@ -194,7 +195,7 @@ def _find_weights(path: Path, content: Any, dropped: dict[str, str]) -> WeightFi
     if not state:
         listed = "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
         raise ValueError(f"{path}: expected weights, got none ({listed or 'the file is empty'}).")
-    return WeightFile(path, state, class_names, dropped)
+    return WeightFile(path, state, class_names, dropped, config)
 
 
 def _reason(key: str, chosen: str) -> str:

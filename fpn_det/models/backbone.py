@@ -125,9 +125,15 @@ class ResNet(torchvision_resnet.ResNet):
         """Fill in the weights that `weights` names; nothing to do for None.
 
         Raises:
-            ValueError: no such file and none to be fetched, or a file that does not fit.
+            ValueError: no such file and none to be fetched, or a file that does not fit; or random weights that would
+                stay as they are.
         """
         if self.weights is None:
+            if self.norm == "frozen" or self.frozen_stages:
+                raise ValueError(
+                    f"model.backbone: expected trained weights under norm={self.norm} and frozen_stages={self.frozen_stages}, got "
+                    f"random ones. Set model.backbone.weights or init_from, or norm=batch and frozen_stages=0."
+                )
             return
         state = self._imagenet_state() if self.weights == "imagenet" else self._file_state(Path(self.weights))
         state = {name: value for name, value in state.items() if not name.startswith("fc.")}

@@ -38,7 +38,7 @@ def test_every_project_converts_to_every_other(ours: dict[str, Tensor], source: 
     assert set(conversion.mapped) | set(conversion.dropped) == set(there)
     expected = convert(ours, "fpn_det", target).state
     counters = conversion.state.keys() - expected.keys()  # torchvision's frozen norms leave them out when they load
-    assert not counters or (source, target) == ("mmdetection", "torchvision")
+    assert not counters or (source, target) == ("mmdet", "torchvision")
     assert all(name.endswith("num_batches_tracked") for name in counters)
     assert all(torch.equal(conversion.state[name], value) for name, value in expected.items())
 
@@ -60,7 +60,7 @@ def test_every_project_converts_to_every_other(ours: dict[str, Tensor], source: 
             "roi_heads.box_head.fc2.bias roi_heads.box_predictor.cls_score.weight roi_heads.box_predictor.bbox_pred.bias",
         ),
         (
-            "mmdetection",
+            "mmdet",
             "backbone.layer3.5.bn2.running_var backbone.layer1.0.downsample.0.weight neck.lateral_convs.3.conv.bias "
             "neck.fpn_convs.0.conv.weight rpn_head.rpn_conv.weight rpn_head.rpn_cls.bias rpn_head.rpn_reg.weight "
             "roi_head.bbox_head.shared_fcs.1.weight roi_head.bbox_head.fc_cls.weight roi_head.bbox_head.fc_reg.bias",
@@ -114,10 +114,10 @@ def test_every_key_is_accounted_for(ours: dict[str, Tensor]):
 
 
 def test_counters_of_norms_are_dropped_or_made_where_a_project_has_none_or_some(ours: dict[str, Tensor]):
-    theirs = convert(ours, "fpn_det", "mmdetection")
+    theirs = convert(ours, "fpn_det", "mmdet")
     norms = sum(name.endswith("running_var") for name in ours)
     assert len(theirs.added) == norms and theirs.state["backbone.bn1.num_batches_tracked"] == 0
-    there = convert(theirs.state, "mmdetection", "detectron2")
+    there = convert(theirs.state, "mmdet", "detectron2")
     assert len(there.dropped) == norms and not any(name.endswith("num_batches_tracked") for name in there.state)
 
 

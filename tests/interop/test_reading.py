@@ -93,7 +93,7 @@ def test_a_training_checkpoint_of_detectron2_is_read(tmp_path: Path, ours: dict[
 
 @pytest.mark.parametrize("meta", [{"dataset_meta": {"classes": CLASSES, "palette": [(1, 2, 3)]}}, {"CLASSES": CLASSES}])
 def test_a_checkpoint_of_mmdetection_is_read_with_its_classes(tmp_path: Path, ours: dict[str, Tensor], foreign_class: type, meta: dict):
-    state = OrderedDict(convert(ours, "fpn_det", "mmdetection").state)
+    state = OrderedDict(convert(ours, "fpn_det", "mmdet").state)
     content = {
         "meta": {"epoch": 12, "iter": 90, "cfg": "model = dict()", "time": "20240101", **meta},
         "state_dict": state,
@@ -105,7 +105,7 @@ def test_a_checkpoint_of_mmdetection_is_read_with_its_classes(tmp_path: Path, ou
     torch.save(content, tmp_path / "epoch_12.pth")
     weights = read_as_ours(tmp_path / "epoch_12.pth")
     assert_same({name: value for name, value in weights.state.items() if name in ours}, ours)
-    assert (weights.project, weights.class_names) == ("mmdetection", CLASSES)
+    assert (weights.project, weights.class_names) == ("mmdet", CLASSES)
     assert "history_buffer.HistoryBuffer" in weights.dropped["message_hub.log_scalars.train/lr"]
     assert weights.dropped["ema_state_dict"] == "the weights of the last step; state_dict holds their moving average"
 
@@ -161,7 +161,7 @@ def test_malice_runs_nothing_and_ends_in_one_sentence(tmp_path: Path, ours: dict
         (pickle.dumps({"model": {"a": "text"}}), "expected weights, got none"),
         (pickle.dumps({}), "expected weights, got none (the file is empty)"),
         (pickle.dumps({"model": {"a": np.array([None])}}), "expected weights, got none (a: a ndarray, not a tensor)"),
-        (pickle.dumps({"model": {"a": np.zeros(3)}}), "expected a Faster R-CNN with FPN of fpn_det, torchvision, detectron2, mmdetection"),
+        (pickle.dumps({"model": {"a": np.zeros(3)}}), "expected a Faster R-CNN with FPN of fpn_det, torchvision, detectron2, mmdet"),
     ],
 )
 def test_other_files_are_refused_in_words(tmp_path: Path, content: bytes, words: str):
