@@ -175,7 +175,7 @@ def _find_weights(path: Path, content: Any, dropped: dict[str, str]) -> WeightFi
     class_names, config = None, None
     if str(content.get("format", "")).startswith("fpn_det checkpoint"):
         keys = ("ema", "model") if content.get("ema") else ("model",)
-        class_names, config = tuple(content["class_names"]), content["config"]
+        class_names, config = tuple(content["class_names"]), content.get("config")
     elif isinstance(content.get("meta"), dict):  # mmdetection
         described = content["meta"].get("dataset_meta") or content["meta"]
         names = described.get("classes") or described.get("CLASSES")

@@ -118,6 +118,7 @@ def test_names_for_rows_can_be_given_and_must_be_as_many(tmp_path: Path, ours: d
     assert read_as_ours(tmp_path / "model.pth", CLASSES).class_names == CLASSES
     with pytest.raises(ValueError, match="expected names for its 3 classes, got 2"):
         read_as_ours(tmp_path / "model.pth", CLASSES[:2])
-    torch.save({name: value for name, value in ours.items() if "fc1" not in name}, tmp_path / "part.pth")
+    theirs = convert(ours, "fpn_det", "torchvision").state
+    torch.save({name: value for name, value in theirs.items() if "fc6" not in name}, tmp_path / "part.pth")
     with pytest.raises(ValueError, match=r"without roi_head.box_head.fc1.weight, roi_head.box_head.fc1.bias"):
         read_as_ours(tmp_path / "part.pth")

@@ -111,11 +111,12 @@ def test_a_checkpoint_of_mmdetection_is_read_with_its_classes(tmp_path: Path, ou
 
 
 def test_an_own_checkpoint_gives_its_moving_average(tmp_path: Path, ours: dict[str, Tensor]):
-    content = {"format": "fpn_det checkpoint 1", "class_names": list(CLASSES), "model": {name: torch.zeros(1) for name in ours}, "ema": ours}
+    zeros = {name: torch.zeros(1) for name in ours}
+    content = {"format": "fpn_det checkpoint 1", "class_names": list(CLASSES), "config": "seed: 0", "model": zeros, "ema": ours}
     torch.save(content, tmp_path / "best.pt")
     weights = read_as_ours(tmp_path / "best.pt")
     assert_same(weights.state, ours)
-    assert weights.class_names == CLASSES
+    assert (weights.project, weights.class_names, weights.config) == ("fpn_det", CLASSES, "seed: 0")
     assert weights.dropped["model"] == "the weights of the last step; ema holds their moving average"
     torch.save(content | {"ema": None, "model": ours}, tmp_path / "raw.pt")
     assert_same(read_as_ours(tmp_path / "raw.pt").state, ours)
