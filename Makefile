@@ -11,7 +11,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## draw a data set, train a small detector on it, show its metrics (minutes, CPU is enough)
-	$(BIN)/python datasets/make_shapes.py --out datasets/shapes
+	$(BIN)/python datasets/make_shapes.py --out datasets/shapes --size 160 160 --classes disk square triangle star
 	$(BIN)/python tools/train.py experiment=demo
 
 test: lint types tests ## what CI runs: lint, types and the tests that take seconds

@@ -30,21 +30,21 @@ from typing import Any
 import cv2
 import numpy as np
 
-VERSION = 2  # of the pictures; any change that draws other bytes raises it
+VERSION = 3  # of the pictures; any change that draws other bytes raises it
 SPLITS = ("train2017", "val2017")  # COCO's names, where data.root looks for them
 
 SUBSAMPLES = 4  # fine pixels per pixel, along each axis
 FIXED_POINT_BITS = 8  # of the coordinates that cv2 draws with
 
 EMPTY_IMAGES = 0.08  # share of images without objects
-MAX_OBJECTS = 8  # of an image
+MAX_OBJECTS = 16  # of an image
 MIN_SIDE = 8.0  # of an object's longer side, px
 MAX_SIDE = 5 / 6  # of an object's longer side, as a part of the image's shorter side
 OVERHANG = 0.15  # of an object's width and height, that may lie outside the image
 MAX_TILT = 0.4  # radians, either way
 MAX_STRETCH = 0.15  # log of an object's stretch along one of its axes
 MIN_VISIBLE = 0.75  # of an object's area, inside the image and not under other objects
-MIN_CONTRAST = 60  # mean distance of an object's color from what it lies on, in gray levels of 255
+MIN_CONTRAST = 70  # mean distance of an object's color from what it lies on, in gray levels of 255
 PLACES = 8  # that are tried before an object is left out
 
 

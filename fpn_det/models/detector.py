@@ -26,7 +26,8 @@ class Detector(nn.Module):
         pixel_divisor: by which pixels are divided before that; with 255, mean and deviation are those of 0..1.
         channel_order: what the backbone's weights expect, `rgb` or `bgr`; batches are always RGB.
         fold_norms: let convolutions take in norms that are fixed. Faster, and equal but for rounding; the peers do not.
-        channels_last: memory format of all maps; no effect on values.
+        channels_last: memory format of all maps; None = channels last where a CPU records no gradient: on the CPUs it
+            was measured on, that makes detection faster and training slower.
 
     Attributes:
         stride: what the sides of a canvas must divide by.
@@ -44,7 +45,7 @@ class Detector(nn.Module):
         pixel_divisor: float = 1.0,
         channel_order: str = "rgb",
         fold_norms: bool = True,
-        channels_last: bool = False,
+        channels_last: bool | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 1:
@@ -61,8 +62,9 @@ class Detector(nn.Module):
         self.pixel_divisor = pixel_divisor
         self.flips_channels = channel_order == "bgr"
         set_foldable(self, fold_norms)
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.to(memory_format=self.memory_format)
+        self.channels_last = channels_last
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
         self.pixel_mean: Tensor
@@ -105,7 +107,11 @@ class Detector(nn.Module):
         height, width = batch.pixels.shape[2:]
         assert height % self.stride == 0 and width % self.stride == 0, "the canvas must divide by the stride"
         pixels = batch.pixels.flip(1) if self.flips_channels else batch.pixels
-        pixels = pixels.to(torch.float32, memory_format=self.memory_format)
+        channels_last = self.channels_last
+        if channels_last is None:
+            channels_last = pixels.device.type == "cpu" and not torch.is_grad_enabled()
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        pixels = pixels.to(torch.float32, memory_format=memory_format)
         pixels = pixels if self.pixel_divisor == 1 else pixels / self.pixel_divisor
         pixels = (pixels - self.pixel_mean) / self.pixel_std
         y = torch.arange(height, device=pixels.device)[:, None] < batch.sizes[:, 0, None, None]  # [B, H, 1]

@@ -22,7 +22,7 @@ class Setting:
     only: tuple[Part, ...] = ("train", "inference", "memory", "reads", "roi_align", "rpn_loss", "loader")  # what to measure
     device: str = "auto"  # auto, cpu, cuda, cuda:<number>, mps
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of convolutions and matrix products
-    channels_last: bool = False  # memory format of weights and maps; model.channels_last for ours alone
+    channels_last: bool | None = None  # memory format of both; null = each one's own choice
     compile: bool = False  # backbone and neck
     nms: Literal["auto", "torchvision", "batched"] = "auto"  # ours; a GPU takes batched
     batch_size: Count = 2
@@ -43,7 +43,7 @@ class Setting:
                 "model.backbone.weights=null",
                 "model.backbone.norm=frozen",
                 "model.backbone.frozen_stages=2",
-                f"model.channels_last={self.channels_last}",
+                f"model.channels_last={'null' if self.channels_last is None else self.channels_last}",
                 *[f"model.{part}.nms_method={self.nms}" for part in filters],
                 *self.overrides,
                 *overrides,
