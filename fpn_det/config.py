@@ -79,7 +79,7 @@ class Settings:
     seed: CountOrZero
     device: str  # auto, cpu, cuda, cuda:<number>, mps
     precision: Literal["fp32", "bf16", "fp16"]
-    init_from: str | None  # checkpoint whose weights a new run starts with
+    init_from: str | None  # file of weights that a new run starts with, of any project that interop reads
     resume: str | None  # auto, or the checkpoint of the run to go on with
     run: str | None  # folder of the run whose settings these are
     run_dir: str | None  # null = runs/<experiment>/<date>_<time>

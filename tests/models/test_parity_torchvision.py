@@ -96,9 +96,9 @@ def detect_both(name: str, images: list[Tensor]) -> tuple[Detections, list[dict[
         return our_model(name).detect(batch), theirs([image / 255 for image in images])
 
 
-@pytest.mark.parametrize("name", BUILDERS)
-def test_detections_equal_those_of_torchvision(name: str):
-    ours, theirs = detect_both(name, images_of((160, 200)))
+@pytest.mark.parametrize(("name", "size"), [("torchvision_r50_fpn", (160, 200)), ("torchvision_r50_fpn_v2", (96, 112))])
+def test_detections_equal_those_of_torchvision(name: str, size: tuple[int, int]):
+    ours, theirs = detect_both(name, images_of(size))
     assert_same_detections(ours, theirs, least=100)
 
 
@@ -119,7 +119,7 @@ def drawn(*counts: int) -> list[dict[str, Tensor]]:
     return targets
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", ["torchvision_r50_fpn", pytest.param("torchvision_r50_fpn_v2", marks=pytest.mark.slow)])
 def test_losses_and_gradients_equal_those_of_torchvision(name: str):
     """With samplers that take all there is, images with many objects, one and none; norms in training."""
     theirs, ours = copy.deepcopy(torchvision_model(name)).train(), copy.deepcopy(our_model(name)).train()
