@@ -121,7 +121,7 @@ class Batch:
     lie in the padding is irrelevant: the model masks it after normalising.
     """
 
-    pixels: Tensor  # u8 [B, 3, H, W] RGB, or f32 in 0..255
+    pixels: Tensor  # u8 [B, 3, H, W] RGB; or f32, in the range that the model's mean and deviation are of
     sizes: Tensor  # i64 [B, 2], (h, w) in the input frame, before padding
     original_sizes: Tensor  # i64 [B, 2], (h, w) in the original frame
     targets: Targets

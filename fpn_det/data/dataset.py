@@ -17,7 +17,7 @@ Key = tuple[int, int]  # (row of Annotations, epoch)
 class Example:
     """One image as the model gets it, before padding, and what is drawn on it; crowd regions are not."""
 
-    pixels: np.ndarray  # u8 (or f32 in 0..255) [h, w, 3] RGB, input frame
+    pixels: np.ndarray  # u8 (or f32) [h, w, 3] RGB, input frame
     boxes: np.ndarray  # f32 [G, 4], input frame
     labels: np.ndarray  # i64 [G]
     original_size: tuple[int, int]  # (h, w) in the original frame

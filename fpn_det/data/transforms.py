@@ -1,7 +1,7 @@
 """Augmentation: albumentations behind one adapter, and the geometry that it lacks. The only importer of albumentations.
 
 Here the frame changes, once: what goes in is in the original frame, what comes out in the input frame. Pixels are uint8
-all the way (float32 after a resize by `torch_float`), in 0..255; the model normalizes them on the device.
+all the way (float32 after `Normalize` or a resize by `torch_float`), in 0..255; the model normalizes them on the device.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Pipeline:
     def __init__(self, transforms: Sequence[Any], min_visibility: float = 0.0, min_area: float = 1.0) -> None:
         self.min_visibility = min_visibility
         self.min_area = min_area
-        in_float = any(isinstance(step, _Resizing) and step.backend == "torch_float" for step in transforms)
+        in_float = any(isinstance(step, Normalize) or getattr(step, "backend", "") == "torch_float" for step in transforms)
         self.dtype = np.dtype(np.float32 if in_float else np.uint8)
         # the no-op takes boxes, which albumentations asks of at least one transform
         chain = [*transforms, A.NoOp(p=0)]
@@ -121,6 +121,23 @@ def resize(pixels: np.ndarray, size: tuple[int, int], backend: Backend, antialia
         return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
     shrinks = height < pixels.shape[0] and width < pixels.shape[1]
     return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA if antialias and shrinks else cv2.INTER_LINEAR)
+
+
+class Normalize(A.ImageOnlyTransform):
+    """Give pixels mean 0 and deviation 1 before they are resized, as torchvision does; the model's own are then 0 and 1.
+
+    In exact numbers the order makes no difference. In float32 it moves the last bits, and so the order of equal scores.
+
+    Args:
+        mean, std: of the three channels, of 0..1.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], p: float = 1.0) -> None:
+        super().__init__(p=p)
+        self.mean, self.std = np.array(mean, np.float32), np.array(std, np.float32)
+
+    def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
+        return (img.astype(np.float32) / np.float32(255) - self.mean) / self.std
 
 
 class _Resizing(A.DualTransform):

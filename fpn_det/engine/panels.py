@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from fpn_det.data.images import read_image
 from fpn_det.evaluation.coco import DetectionTable
@@ -56,10 +57,16 @@ def draw_batch(batch: Batch, class_names: Sequence[str]) -> Picture:
     ):
         ids = labels[valid].tolist()
         texts = [class_names[label] for label in ids]
-        # [3, H, W] -> [H, W, 3]
-        pictures.append(draw_boxes(pixels.byte().permute(1, 2, 0).numpy(), boxes[valid].numpy(), ids, texts))
+        pictures.append(draw_boxes(_as_picture(pixels), boxes[valid].numpy(), ids, texts))
         titles.append(f"{size[1]} x {size[0]} px, {len(ids)} objects")
     return arrange(pictures, titles)
+
+
+def _as_picture(pixels: Tensor) -> Picture:
+    """u8 [H, W, 3] of pixels [3, H, W] in any range."""
+    if pixels.min() < 0:  # normalized ones
+        pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()) * 255
+    return pixels.byte().permute(1, 2, 0).numpy()  # [3, H, W] -> [H, W, 3]
 
 
 def draw_boxes(pixels: Picture, boxes: NDArray, labels: Sequence[int], texts: Sequence[str], side: int = SIDE) -> Picture:

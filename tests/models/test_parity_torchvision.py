@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
 
+from fpn_det import api
 from fpn_det.api import build_model
 from fpn_det.config import compose
+from fpn_det.data.transforms import Normalize, ResizeShortestSide
 from fpn_det.interop.conversion import convert
 from fpn_det.models.detector import Detector
 from fpn_det.structures import Batch, Detections, Targets
 
 NUM_CLASSES = 90
+NORMALIZE = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 BUILDERS = {
     "torchvision_r50_fpn": torchvision.models.detection.fasterrcnn_resnet50_fpn,
     "torchvision_r50_fpn_v2": torchvision.models.detection.fasterrcnn_resnet50_fpn_v2,
@@ -72,9 +76,10 @@ def our_model(name: str) -> Detector:
 def make_batch(images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Batch:
     sizes = torch.tensor([image.shape[1:] for image in images])
     height, width = (-(-side // 32) * 32 for side in sizes.amax(dim=0).tolist())
-    pixels = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    pixels = torch.zeros(len(images), 3, height, width)
     for canvas, image in zip(pixels, images, strict=True):
-        canvas[:, : image.shape[1], : image.shape[2]] = image
+        normalized = NORMALIZE.apply(image.permute(1, 2, 0).numpy())
+        canvas[:, : image.shape[1], : image.shape[2]] = torch.from_numpy(normalized).permute(2, 0, 1)
     targets = targets or [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}] * len(images)
     drawn = Targets.pad([target["boxes"] for target in targets], [target["labels"] - 1 for target in targets])
     return Batch(pixels, sizes, sizes, drawn, torch.arange(len(images)))
@@ -105,6 +110,24 @@ def test_detections_equal_those_of_torchvision(name: str, size: tuple[int, int])
 def test_detections_of_unequal_images_in_a_batch_equal_those_of_torchvision():
     ours, theirs = detect_both("torchvision_r50_fpn", images_of((96, 132), (96, 96), (96, 167), seed=2))
     assert_same_detections(ours, theirs, least=50)
+
+
+def test_predictions_from_files_equal_those_of_torchvision(tmp_path: Path):
+    """All the way: a file of weights, images of any size, torchvision's own resizing."""
+    theirs = torchvision_model("torchvision_r50_fpn")
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    predictor = api.load(tmp_path / "weights.pth", device="cpu")
+    (resize,) = (step for step in predictor.transform.compose.transforms if isinstance(step, ResizeShortestSide))
+    resize.sides, resize.max_side = [109], 160
+    theirs.transform.min_size, theirs.transform.max_size = (109,), 160
+    for image in images_of((120, 200), (167, 133), seed=5):
+        (found,) = predictor.predict([image.permute(1, 2, 0).numpy()])
+        with torch.no_grad():
+            (expected,) = theirs([image / 255])
+        assert len(found.boxes) == len(expected["boxes"]) >= 50
+        assert torch.equal(found.labels + 1, expected["labels"])
+        assert (found.boxes - expected["boxes"]).abs().max() < 1e-3
+        assert (found.scores - expected["scores"]).abs().max() < 1e-5
 
 
 def drawn(*counts: int) -> list[dict[str, Tensor]]:
