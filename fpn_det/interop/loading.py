@@ -125,6 +125,12 @@ def load_weights(model: nn.Module, weights: Weights | str | Path, class_names: S
     state = {key: value for key, value in state.items() if key not in dropped}
     state |= {key: own[key] for key in counters if key in own and key not in state}
 
+    if weights.project in ("detectron2", "mmdet") and _is_caffe_style(weights.state) and not getattr(model, "flips_channels", True):
+        remarks.append(
+            "its norms have no statistics, as in backbones that came from Caffe: those expect BGR pixels of deviation 1 and the stride "
+            "on the 1x1, and this model gives RGB. Compare with experiment=compat/detectron2_r50_fpn"
+        )
+
     wanted = tuple(class_names or weights.class_names or ())
     rows: list[tuple[int, int]] = []
     replaced: tuple[str, ...] = ()
@@ -181,6 +187,12 @@ def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     ]
     found = (("without", missing), ("with", unexpected), ("of other shape:", shapes))
     return "; ".join(f"{len(keys)} {what} {_some(keys)}" for what, keys in found if keys)
+
+
+def _is_caffe_style(state: Mapping[str, Tensor]) -> bool:
+    """Whether the backbone's norms only scale and shift, with mean 0 and one variance, as Caffe's do."""
+    mean, variance = state.get("backbone.bn1.running_mean"), state.get("backbone.bn1.running_var")
+    return mean is not None and variance is not None and not mean.any() and bool((variance == variance[0]).all())
 
 
 def _start_of_hash(path: Path) -> str:

@@ -93,6 +93,16 @@ def test_another_model_is_refused_with_what_does_not_fit(make_detector: Maker, w
         load_weights(make_detector(), replace(weights, state={"extra": torch.zeros(7)}, class_names=CLASSES))
 
 
+def test_weights_that_came_from_caffe_are_named_where_the_model_gives_rgb(make_detector: Maker, weights: Weights):
+    plain = {"backbone.bn1.running_mean": torch.zeros(64), "backbone.bn1.running_var": torch.ones(64)}
+    caffe = replace(weights, state=weights.state | plain, project="detectron2")
+    assert "BGR pixels of deviation 1" in load_weights(make_detector(), caffe).table()
+    assert not load_weights(make_detector(), replace(weights, project="detectron2")).remarks
+    blue_first = make_detector()
+    blue_first.flips_channels = True
+    assert not load_weights(blue_first, caffe).remarks
+
+
 def test_names_of_coco_are_assumed_for_its_numbers_of_classes():
     eighty, ninety = assumed_class_names(80), assumed_class_names(90)
     assert eighty is not None and ninety is not None and assumed_class_names(3) is None
