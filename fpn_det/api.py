@@ -26,6 +26,7 @@ from fpn_det.evaluation.coco import Evaluation
 from fpn_det.interop import loading
 from fpn_det.interop.coco_classes import category_ids
 from fpn_det.models.detector import Detector
+from fpn_det.models.views import Views
 from fpn_det.runtime import Ranks, pick_device, seed_everything
 from fpn_det.structures import Annotations
 
@@ -179,7 +180,7 @@ def load_weights(model: Detector, state: dict[str, Any], where: str, weights: st
     return "ema" if average else "raw"
 
 
-def load(source: str | Path, weights: str | Path | None = None, device: str = "auto") -> Predictor:
+def load(source: str | Path, weights: str | Path | None = None, device: str = "auto", tta: Views | None = None) -> Predictor:
     """A detector that is ready to predict.
 
     Args:
@@ -187,6 +188,7 @@ def load(source: str | Path, weights: str | Path | None = None, device: str = "a
             an experiment.
         weights: a file of any project; in place of the source's own. An experiment needs one.
         device: see `pick_device`.
+        tta: test-time augmentation, such as `Views(scales=(0.5, 1.0, 2.0), flip=True)`.
 
     Raises:
         ValueError: there is no such source, or the weights are of another model.
@@ -208,7 +210,7 @@ def load(source: str | Path, weights: str | Path | None = None, device: str = "a
     data = settings.data
     transform = build_transforms(data.eval_transforms, data, "data.eval_transforms")
     dtype = PRECISIONS[settings.precision]
-    return Predictor(model.to(chosen), found.names, transform, data.eval_batch_size, data.canvas, chosen, dtype)
+    return Predictor(model.to(chosen), found.names, transform, data.eval_batch_size, data.canvas, chosen, dtype, tta)
 
 
 def settings_of(weights: loading.Weights) -> Settings:

@@ -26,6 +26,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fpn_det.engine.settings import Trainer
 from fpn_det.evaluation.coco import EvaluationSettings
+from fpn_det.models.views import Views
 from fpn_det.schema import Amount, Count, CountOrZero, Fraction, check_names, did_you_mean, fit, listed
 
 PACKAGE = Path(__file__).parent
@@ -101,6 +102,7 @@ class EvalSettings(Settings):
     checkpoint: str | None  # file; null = the run's best
     split: Literal["val", "test"]
     weights: Literal["auto", "ema", "raw"]  # auto = the moving average if there is one
+    tta: Views  # test-time augmentation
 
 
 # Two ways to say one thing: naming one on the command line replaces the other, naming both is refused.

@@ -11,7 +11,7 @@ mask; what lies under False is defined (zeros, or the unit box) but means nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -241,6 +241,17 @@ class Losses:
 
     def __or__(self, other: Losses) -> Losses:
         return Losses(self.terms | other.terms, self.statistics | other.statistics)
+
+    @classmethod
+    def mean(cls, losses: Sequence[Losses]) -> Losses:
+        """Of several with the same names, each term's and each statistic's mean."""
+        if len(losses) == 1:
+            return losses[0]
+        first = losses[0]
+        return cls(
+            {name: torch.stack([one.terms[name] for one in losses]).mean() for name in first.terms},
+            {name: torch.stack([one.statistics[name].float() for one in losses]).mean() for name in first.statistics},
+        )
 
     def total(self) -> Tensor:
         return torch.stack(list(self.terms.values())).sum()

@@ -35,6 +35,10 @@ def test_train_then_eval_then_train_again_with_the_same_settings(run_tool, shape
     assert found["weights"] == "ema"
     assert (run / "metrics.json").read_text() == before
 
+    augmented = run_tool("eval.py", "run=runs/demo", "tta.scales=[0.5,1]", "tta.flip=true")
+    assert augmented.returncode == 0, augmented.stderr
+    assert read(run / "eval" / "best_tta")["AP"] is not None and read(run / "eval" / "best") == found
+
     other = run_tool(
         "eval.py",
         "checkpoint=runs/demo/checkpoints/last.pt",

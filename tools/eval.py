@@ -16,6 +16,7 @@ from fpn_det.engine.checkpoint import load_checkpoint
 from fpn_det.engine.evaluate import evaluate, write_evaluation
 from fpn_det.engine.log import RunLog
 from fpn_det.engine.optimization import PRECISIONS
+from fpn_det.models.views import Views
 from fpn_det.runtime import process_group
 
 
@@ -32,7 +33,8 @@ def score(settings: EvalSettings) -> None:
     """Detect on all images of a split, score, and leave the numbers in a folder."""
     path, state = checkpoint(settings.run, settings.checkpoint)
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    folder = run / "eval" / (path.stem if settings.split == "val" else f"{path.stem}_{settings.split}")
+    kind = ("" if settings.split == "val" else f"_{settings.split}") + ("" if settings.tta == Views() else "_tta")
+    folder = run / "eval" / f"{path.stem}{kind}"
     with process_group(settings.device, settings.trainer.timeout_minutes) as (ranks, device):
         annotations = api.read_evaluation_data(settings.data, settings.split, state["class_names"], settings.seed)
         model = api.build_model(settings, annotations.num_classes)
@@ -40,7 +42,8 @@ def score(settings: EvalSettings) -> None:
         model.to(device)
         loader = api.build_eval_loader(settings, annotations, model.stride, ranks, device)
         with RunLog(folder, ranks) as log:
-            evaluation = evaluate(model, loader, annotations, settings.evaluation, PRECISIONS[settings.precision])
+            dtype = PRECISIONS[settings.precision]
+            evaluation = evaluate(model, loader, annotations, settings.evaluation, dtype, settings.tta)
             step = state["progress"]["step"]
             if ranks.is_main:
                 write_evaluation(folder, evaluation, annotations, step, path.name, weights)

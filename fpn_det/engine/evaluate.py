@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fpn_det.evaluation.coco import DetectionTable, Evaluation, EvaluationSettings, score
 from fpn_det.models.detector import Detector
+from fpn_det.models.views import Views
 from fpn_det.pyramid import LevelAssigner
 from fpn_det.runtime import broadcast_object, gather_objects
 from fpn_det.structures import Annotations, Batch, Detections
@@ -32,6 +33,7 @@ def evaluate(
     annotations: Annotations,
     settings: EvaluationSettings,
     dtype: torch.dtype | None = None,
+    tta: Views | None = None,
 ) -> Evaluation:
     """Detect on the images of `loader` and score the detections of all ranks, on all ranks.
 
@@ -44,6 +46,7 @@ def evaluate(
         annotations: the ground truth, whose rows `Batch.indices` are.
         settings: what is counted.
         dtype: that of autocast; None computes as the model is.
+        tta: test-time augmentation; None looks once.
     """
     start = time.perf_counter()
     assigner, cap = model.roi_head.pooler.assigner, model.roi_head.max_detections
@@ -53,7 +56,7 @@ def evaluate(
     with evaluation_mode(model):
         for batch in loader:
             with torch.autocast(batch.pixels.device.type, dtype, enabled=dtype is not None):
-                detections = model.detect(batch)
+                detections = model.detect(batch, tta)
             levels = levels.to(detections.boxes.device) + count_levels(detections, assigner)
             batch_images, table = to_host(detections.to_original(batch), batch.indices)
             images.append(batch_images)

@@ -17,6 +17,7 @@ from fpn_det.data.images import image_size, read_image
 from fpn_det.data.sampling import evaluation_batches
 from fpn_det.data.transforms import Pipeline
 from fpn_det.models.detector import Detector
+from fpn_det.models.views import Views
 from fpn_det.runtime import Ranks
 
 Picture = str | Path | Image.Image | np.ndarray
@@ -42,6 +43,7 @@ class Predictor:
         batch_size: pictures at a time; those of like shape go together.
         canvas: `batch` or a fixed (H, W).
         dtype: that of autocast; None computes as the model is.
+        tta: test-time augmentation; None looks once.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Predictor:
         canvas: Canvas,
         device: torch.device,
         dtype: torch.dtype | None = None,
+        tta: Views | None = None,
     ) -> None:
         self.model = model.eval()
         self.class_names = tuple(class_names)
@@ -61,6 +64,7 @@ class Predictor:
         self.canvas = canvas
         self.device = device
         self.dtype = dtype
+        self.tta = tta
 
     def predict(self, images: Sequence[Picture]) -> list[Prediction]:
         """Detect on each picture: a path, a PIL image, or u8 RGB [h, w, 3].
@@ -76,7 +80,7 @@ class Predictor:
             batch = collate([self._example(images[index], index) for index in indices.tolist()], self.model.stride, self.canvas)
             batch = batch.to(self.device)
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                detections = self.model.detect(batch)
+                detections = self.model.detect(batch, self.tta)
             for index, (boxes, scores, labels) in zip(indices.tolist(), detections.to_original(batch).cpu().images(), strict=True):
                 names = tuple(self.class_names[label] for label in labels.tolist())
                 predictions[index] = Prediction(boxes, scores, labels, names)

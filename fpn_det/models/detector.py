@@ -12,6 +12,7 @@ from fpn_det.models.layers import set_foldable
 from fpn_det.models.neck import FPN
 from fpn_det.models.roi_head import ROIHead
 from fpn_det.models.rpn import RPN
+from fpn_det.models.views import Views
 from fpn_det.structures import Batch, Candidates, Detections, Losses, Proposals, Pyramid
 
 
@@ -28,6 +29,8 @@ class Detector(nn.Module):
         fold_norms: let convolutions take in norms that are fixed. Faster, and equal but for rounding; the peers do not.
         channels_last: memory format of all maps; None = channels last where a CPU records no gradient: on the CPUs it
             was measured on, that makes detection faster and training slower.
+        image_scales: of a featurized image pyramid: what is found at every scale of the input frame is merged.
+        train_image_scales: the losses are means over these scales.
 
     Attributes:
         stride: what the sides of a canvas must divide by.
@@ -46,6 +49,8 @@ class Detector(nn.Module):
         channel_order: str = "rgb",
         fold_norms: bool = True,
         channels_last: bool | None = None,
+        image_scales: Sequence[float] = (1.0,),
+        train_image_scales: Sequence[float] = (1.0,),
     ) -> None:
         super().__init__()
         if num_classes < 1:
@@ -62,6 +67,8 @@ class Detector(nn.Module):
         self.pixel_divisor = pixel_divisor
         self.flips_channels = channel_order == "bgr"
         set_foldable(self, fold_norms)
+        self.views = Views(tuple(image_scales))
+        self.train_views = Views(tuple(train_image_scales))
         self.channels_last = channels_last
         if channels_last:
             self.to(memory_format=torch.channels_last)
@@ -72,6 +79,9 @@ class Detector(nn.Module):
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """All losses at this optimizer step; the step decides which anchors and boxes are sampled."""
+        return Losses.mean([self._losses(view, step) for view, _ in self.train_views.of(batch, self.stride)])
+
+    def _losses(self, batch: Batch, step: int) -> Losses:
         pyramid = self.pyramid(batch)
         rpn = self.rpn(pyramid)
         losses = self.rpn.losses(rpn, pyramid, batch, step)
@@ -79,13 +89,17 @@ class Detector(nn.Module):
         return losses | self.roi_head.losses(pyramid, proposals, batch, step)
 
     @torch.no_grad()
-    def detect(self, batch: Batch) -> Detections:
-        """Detections in the input frame."""
-        return self.roi_head.select(self.raw(batch), batch)
+    def detect(self, batch: Batch, views: Views | None = None) -> Detections:
+        """Detections in the input frame; with test-time augmentation, those of all its `views`."""
+        candidates = self.raw(batch) if views is None else views.merge(self.raw, batch, self.stride)
+        return self.roi_head.select(candidates, batch)
 
     @torch.no_grad()
     def raw(self, batch: Batch) -> Candidates:
         """Every proposal's scores and boxes, before the final selection: for export, merging and analysis."""
+        return self.views.merge(self._raw, batch, self.stride)
+
+    def _raw(self, batch: Batch) -> Candidates:
         pyramid = self.pyramid(batch)
         return self.roi_head.raw(pyramid, self._proposals(pyramid, batch), batch)
 

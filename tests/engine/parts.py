@@ -43,7 +43,7 @@ class TinyDetector(nn.Module):
         }
         return Losses(terms, {"rois/P2": prediction.new_tensor(float(len(batch)))})
 
-    def detect(self, batch: Batch) -> Detections:
+    def detect(self, batch: Batch, views=None) -> Detections:
         prediction = self.predict(batch)
         start = prediction[:, None, :2].sigmoid() * SIDE / 2
         boxes = torch.cat([start, start + SIDE / 2], dim=2)

@@ -32,7 +32,7 @@ class Oracle(nn.Module):
         self.blind_from = blind_from
         self.modes: list[bool] = []
 
-    def detect(self, batch: Batch) -> Detections:
+    def detect(self, batch: Batch, views=None) -> Detections:
         self.modes.append(self.training or self.trained.training)
         seen = batch.targets.valid & (batch.indices < self.blind_from)[:, None]
         scores = torch.linspace(0.9, 0.5, batch.targets.valid.shape[1]).expand(len(batch), -1)

@@ -11,6 +11,7 @@ from fpn_det.config import compose
 from fpn_det.data.images import read_image
 from fpn_det.engine.evaluate import evaluate
 from fpn_det.engine.predict import Predictor
+from fpn_det.models.views import Views
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Annotations
 
@@ -37,9 +38,11 @@ def predictor(settings, annotations) -> Predictor:
     return Predictor(model, annotations.class_names, transform, settings.data.eval_batch_size, settings.data.canvas, CPU)
 
 
-def test_predicting_the_validation_files_gives_the_detections_that_are_scored(settings, annotations, predictor):
+@pytest.mark.parametrize("tta", [None, Views((0.5, 1.0), flip=True)])
+def test_predicting_the_validation_files_gives_the_detections_that_are_scored(settings, annotations, predictor, tta, monkeypatch):
+    monkeypatch.setattr(predictor, "tta", tta)
     loader = api.build_eval_loader(settings, annotations, predictor.model.stride, Ranks(), CPU)
-    scored = evaluate(predictor.model, loader, annotations, settings.evaluation).detections
+    scored = evaluate(predictor.model, loader, annotations, settings.evaluation, tta=tta).detections
     predictions = predictor.predict([annotations.path(index) for index in range(len(annotations))])
     assert len(scored.scores) > 50
     for index, prediction in enumerate(predictions):

@@ -1,0 +1,94 @@
+"""Several views of one batch, and one answer: test-time augmentation, and the featurized image pyramid (FPN, Figure 1 a).
+
+A view shows every image at another scale, mirrored or not. Resizing and mirroring are linear in an image's rows and in
+its columns, so a batch of images of any sizes becomes a view by two matrix products on its device. A view has an input
+frame of its own, with images of `round(scale * side)` px; boxes go there and back by the actual ratio of the sides, and
+a mirrored x is `width - x`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fpn_det.boxes import clip_boxes
+from fpn_det.schema import Positive
+from fpn_det.structures import Batch, Candidates
+
+
+@dataclass(frozen=True)
+class Views:
+    """How a detector looks at a batch: at every scale, and mirrored besides if `flip`.
+
+    Raises:
+        ValueError: there is no scale, or one that is not positive.
+    """
+
+    scales: tuple[Positive, ...] = (1.0,)  # of the input frame; 1 = as the transforms made it
+    flip: bool = False  # every scale also mirrored, left to right
+
+    def __post_init__(self) -> None:
+        if not self.scales or min(self.scales) <= 0:
+            raise ValueError(f"views: expected at least one scale above 0, got {list(self.scales)}. [1.0] is the image as it is.")
+
+    def of(self, batch: Batch, stride: int) -> Iterator[tuple[Batch, bool]]:
+        """Each view, and whether it is mirrored, one at a time; their canvases divide by `stride`. The batch itself is one of
+        them where nothing changes.
+        """
+        for scale in self.scales:
+            for mirrored in (False, True)[: 1 + self.flip]:
+                yield look(batch, scale, mirrored, stride), mirrored
+
+    def merge(self, raw: Callable[[Batch], Candidates], batch: Batch, stride: int) -> Candidates:
+        """What `raw` says of all views, as candidates in the batch's own frame, for one selection."""
+        parts = []
+        for view, mirrored in self.of(batch, stride):
+            found = raw(view)
+            parts.append(found if view is batch else replace(found, boxes=carry(found.boxes, view.sizes, batch.sizes, mirrored)))
+        if len(parts) == 1:
+            return parts[0]
+        boxes, scores, valid = zip(*((part.boxes, part.scores, part.valid) for part in parts), strict=True)
+        return Candidates(torch.cat(boxes, dim=1), torch.cat(scores, dim=1), torch.cat(valid, dim=1))
+
+
+def look(batch: Batch, scale: float, mirrored: bool, stride: int) -> Batch:
+    """The batch, objects included, at another scale; mirrored, each image within its own size, if asked for."""
+    if scale == 1 and not mirrored:
+        return batch
+    sizes = (batch.sizes.double() * scale).round().long().clamp(min=1)
+    height, width = (-(-max(round(side * scale), 1) // stride) * stride for side in batch.pixels.shape[2:])
+    rows = _resampling(batch.sizes[:, 0], sizes[:, 0], batch.pixels.shape[2], height, mirrored=False)
+    columns = _resampling(batch.sizes[:, 1], sizes[:, 1], batch.pixels.shape[3], width, mirrored)
+    with torch.autocast(batch.pixels.device.type, enabled=False):  # gray levels need more than 8 bits
+        pixels = rows @ batch.pixels.float() @ columns.transpose(2, 3)  # [B, 3, H, W] -> [B, 3, H', W']
+    boxes = carry(batch.targets.boxes, batch.sizes, sizes, mirrored)
+    return replace(batch, pixels=pixels, sizes=sizes, targets=replace(batch.targets, boxes=boxes))
+
+
+def carry(boxes: Tensor, source: Tensor, target: Tensor, mirrored: bool) -> Tensor:
+    """Boxes [B, ..., 4] from images of `source` sizes [B, 2] to the same images of `target` sizes, clipped to these."""
+    ratio = (target.float() / source.float()).flip(1).repeat(1, 2)[:, None]  # [B, 1, 4] (w, h, w, h)
+    carried = boxes.flatten(1, -2) * ratio
+    if mirrored:
+        x1, y1, x2, y2 = carried.unbind(-1)
+        width = target[:, 1:].to(carried.dtype)
+        carried = torch.stack([width - x2, y1, width - x1, y2], dim=-1)
+    return clip_boxes(carried, target).view_as(boxes)
+
+
+def _resampling(source: Tensor, target: Tensor, length: int, canvas: int, mirrored: bool) -> Tensor:
+    """How `canvas` pixels of an axis are mixed from `length` ones [B, 1, canvas, length], for images of which `target` [B] and
+    `source` [B] px are used: bilinear, and of enough pixels when the image shrinks (antialiased). Rows outside are zero.
+    """
+    source, target = source[:, None, None, None].float(), target[:, None, None, None].float()
+    here = torch.arange(canvas, device=source.device)[:, None]
+    here = target - 1 - here if mirrored else here
+    there = torch.arange(length, device=source.device) + 0.5
+    step = source / target
+    weights = (1 - (there - (here + 0.5) * step).abs() / step.clamp(min=1)).clamp(min=0)
+    weights = torch.where((there < source) & (here >= 0) & (here < target), weights, 0.0)
+    total = weights.sum(dim=3, keepdim=True)
+    return weights / torch.where(total > 0, total, 1.0)
