@@ -217,6 +217,9 @@ def read_yaml(text: str) -> DictConfig:
     """The tree of a saved `config.yaml`; its paths under `data.root` follow that setting again."""
     tree = OmegaConf.create(text)
     assert isinstance(tree, DictConfig)
+    neck = OmegaConf.select(tree, "model.neck")
+    if neck and "extra_level" in neck:  # before there could be several
+        neck.extra_levels = int(neck.pop("extra_level"))
     root = OmegaConf.select(tree, "data.root")
     for split in ("train", "val", "test") if root else ():
         for name, path in (OmegaConf.select(tree, f"data.{split}") or {}).items():

@@ -45,7 +45,10 @@ def test_every_experiment_begins_with_what_it_costs(experiment):
     assert lines[1].startswith("# ") and lines[2].startswith("# ")
 
 
-@pytest.mark.parametrize("parts", [[], ["optimizer=adamw", "schedule=cosine"]])
+NECKS = sorted(path.stem for path in (CONFIGS / "neck").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("parts", [["optimizer=adamw", "schedule=cosine"], *([f"neck={name}"] for name in NECKS)], ids=str)
 def test_yaml_states_every_choice_and_agrees_with_the_constructors(parts):
     settings = compose(parts)
     for section in ("model", "optimizer", "schedule"):
@@ -64,6 +67,14 @@ def test_yaml_states_every_choice_and_agrees_with_the_constructors(parts):
 def test_saved_settings_compose_to_themselves():
     settings = compose(["experiment=demo", "trainer.max_steps=7"])
     assert check(read_yaml(to_yaml(settings)), [], Settings) == settings
+
+
+def test_settings_of_earlier_versions_compose():
+    tree = read_yaml(to_yaml(compose(["experiment=demo"])))
+    del tree.model.neck.extra_levels
+    tree.model.neck.extra_level = False
+    settings = check(read_yaml(OmegaConf.to_yaml(tree)), [], Settings)
+    assert settings.model["neck"]["extra_levels"] == 0 and "extra_level" not in settings.model["neck"]
 
 
 def test_groups_change_parts_of_the_model():
@@ -98,7 +109,7 @@ def test_one_of_two_ways_replaces_the_other_on_the_command_line():
         ("+model.num_classes=3", "model.num_classes: follows from other settings and cannot be set."),
         ("+model.neck.in_channels=[1]", "model.neck.in_channels: follows from other settings and cannot be set."),
         ("experiment=dem", "experiment: expected one of bccd,"),
-        ("neck=pfn", "neck: expected one of fpn, got 'pfn'. Did you mean fpn?"),
+        ("neck=fpnn", "pafpn, single_map or top_down_only, got 'fpnn'. Did you mean fpn?"),
         ("optimizer.betas=[0.9,0.99]", "optimizer.betas: there is no setting of that name."),
         ("+data.train_transforms.blur={_target_:albumentations.Blur,blurlimit:3}", "Did you mean data.train_transforms.blur.blur_limit?"),
         ("~trainer.epochs", "trainer: expected a value for epochs, got none."),

@@ -57,6 +57,15 @@ def test_roi_align_table_equals_torchvision_operator(aligned: bool, sampling_rat
         assert torch.allclose(mine, oracle, atol=1e-4)
 
 
+@pytest.mark.parametrize("stride", [4, 16, 32])
+def test_roi_align_of_a_single_level_equals_torchvision_operator(stride: int):
+    level = torch.randn(2, 5, 128 // stride, 192 // stride, generator=torch.Generator().manual_seed(0))
+    pyramid = Pyramid([level], (stride,), torch.tensor([[128, 192]] * 2))
+    boxes = boxes_of_all_sizes((128, 192), 60)
+    table, oracle = (RoIAlign((stride,), method=method)(pyramid, boxes) for method in ("table", "torchvision"))
+    assert torch.allclose(table, oracle, atol=1e-4)
+
+
 def test_roi_align_sums_thousands_of_gradients_in_one_cell():
     pyramid = random_pyramid(images=1)
     boxes = torch.tensor([10.0, 10.0, 17.0, 17.0]).repeat(1, 2000, 1)

@@ -62,7 +62,7 @@ class ResNet(torchvision_resnet.ResNet):
         norm_eps: added to the variance; 0 for weights that were trained without it.
 
     Attributes:
-        channels, strides: of C2..C5.
+        channels, strides: of C2..C5, or as many of them as there are after `end_after`.
 
     Raises:
         ValueError: unknown depth or norm, stages out of range.
@@ -91,27 +91,34 @@ class ResNet(torchvision_resnet.ResNet):
         self.norm = norm
         self.frozen_stages = frozen_stages
         self.channels = tuple(width * block.expansion for width in (64, 128, 256, 512))
-        self.strides = (4, 8, 16, 32)
+        self.strides: tuple[int, ...] = (4, 8, 16, 32)
         if stride_in_1x1 and block is Bottleneck:
             for layer in (self.layer2, self.layer3, self.layer4):
                 layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
-        self.frozen_parts = [self.conv1, self.bn1, *self._stages()] if frozen_stages else []
-        self.frozen_parts = self.frozen_parts[: frozen_stages + 1]
-        for part in self.frozen_parts:
+        for part in self._frozen_parts():
             part.requires_grad_(False)
 
+    def end_after(self, num_maps: int) -> None:
+        """Leave out the stages after the first `num_maps` maps, which nobody reads."""
+        for number in range(num_maps + 1, len(self.channels) + 1):
+            delattr(self, f"layer{number}")
+        self.channels, self.strides = self.channels[:num_maps], self.strides[:num_maps]
+
     def _stages(self) -> list[nn.Module]:
-        return [self.layer1, self.layer2, self.layer3, self.layer4]
+        return [getattr(self, f"layer{number}") for number in range(1, len(self.channels) + 1)]
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        return [self.conv1, self.bn1, *self._stages()][: self.frozen_stages + 1] if self.frozen_stages else []
 
     def train(self, mode: bool = True) -> ResNet:
         """Frozen stages keep their statistics: their norms stay in eval."""
         super().train(mode)
-        for part in self.frozen_parts:
+        for part in self._frozen_parts():
             part.eval()
         return self
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Normalised images [B, 3, H, W] to [C2, C3, C4, C5]."""
+        """Normalised images [B, 3, H, W] to [C2, C3, C4, C5], or the first of them."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen_stages < 1):
             x = self.maxpool(conv_norm(x, self.conv1, self.bn1).relu_())
         outputs = []
@@ -136,7 +143,8 @@ class ResNet(torchvision_resnet.ResNet):
                 )
             return
         state = self._imagenet_state() if self.weights == "imagenet" else self._file_state(Path(self.weights))
-        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+        left_out = ("fc.", *(f"layer{number}." for number in range(len(self.channels) + 1, 5)))
+        state = {name: value for name, value in state.items() if not name.startswith(left_out)}
         missing, unexpected = self.load_state_dict(state, strict=False)
         missing = [name for name in missing if not name.endswith("num_batches_tracked")]
         unexpected = [name for name in unexpected if not name.endswith("num_batches_tracked")]

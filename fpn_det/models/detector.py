@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fpn_det.models.backbone import ResNet
 from fpn_det.models.layers import set_foldable
-from fpn_det.models.neck import FPN
+from fpn_det.models.neck import FPN, Neck
 from fpn_det.models.roi_head import ROIHead
 from fpn_det.models.rpn import RPN
 from fpn_det.models.views import Views
@@ -40,7 +40,7 @@ class Detector(nn.Module):
         self,
         num_classes: int,
         backbone: ResNet,
-        neck: Callable[..., FPN] = FPN,
+        neck: Callable[..., Neck] = FPN,
         rpn: Callable[..., RPN] = RPN,
         roi_head: Callable[..., ROIHead] = ROIHead,
         pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
@@ -58,12 +58,12 @@ class Detector(nn.Module):
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"model.channel_order: expected rgb or bgr, got '{channel_order}'.")
         self.num_classes = num_classes
-        self.stride = max(backbone.strides)
-        self.backbone = backbone
         self.neck = neck(in_channels=backbone.channels, in_strides=backbone.strides)
+        backbone.end_after(self.neck.num_inputs or len(backbone.channels))
+        self.backbone = backbone
+        self.stride = max(backbone.strides)
         self.rpn = rpn(channels=self.neck.channels, strides=self.neck.strides, canvas_stride=self.stride)
-        roi_strides = [stride for stride in self.neck.strides if stride <= self.stride]  # P6 serves the RPN only
-        self.roi_head = roi_head(channels=self.neck.channels, strides=roi_strides, num_classes=num_classes)
+        self.roi_head = roi_head(channels=self.neck.channels, strides=self.neck.roi_strides, num_classes=num_classes)
         self.pixel_divisor = pixel_divisor
         self.flips_channels = channel_order == "bgr"
         set_foldable(self, fold_norms)

@@ -118,8 +118,10 @@ def conv_norm(input: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
 class ConvBlock(nn.Sequential):
     """Convolution, norm, ReLU; the last two where asked for. Weights are at `0.`, the norm's at `1.`."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, norm: str | None = None, relu: bool = False):
-        conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=norm is None)
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, norm: str | None = None, relu: bool = False, stride: int = 1
+    ) -> None:
+        conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=norm is None)
         super().__init__(conv, *([make_norm(norm, out_channels)] if norm else []))
         self.relu = relu
 

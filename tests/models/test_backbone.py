@@ -88,3 +88,17 @@ def test_missing_weights_name_the_expected_file(tmp_path: Path, monkeypatch: pyt
 def test_resnet_refuses(settings: dict, words: str):
     with pytest.raises(ValueError, match=words):
         ResNet(**settings)
+
+
+def test_a_backbone_that_ends_early_takes_the_weights_of_the_whole(tmp_path: Path):
+    whole = ResNet(18)
+    torch.save(whole.state_dict(), tmp_path / "weights.pth")
+    model = ResNet(18, weights=str(tmp_path / "weights.pth"), frozen_stages=5)
+    model.end_after(3)
+    model.load_pretrained()
+    assert model.channels == (64, 128, 256) and model.strides == (4, 8, 16)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    expected = whole.eval()(images := torch.randn(1, 3, 64, 64))
+    for mine, theirs in zip(model.train()(images), expected[:3], strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-4)
+    assert "layer4" not in "".join(model.state_dict())

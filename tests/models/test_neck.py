@@ -31,4 +31,4 @@ def test_fpn_starts_within_the_bound_of_its_fan_in():
 
 
 def test_fpn_without_the_extra_level():
-    assert FPN([8, 16], [4, 8], 12, extra_level=False).strides == (4, 8)
+    assert FPN([8, 16], [4, 8], 12, extra_levels=0).strides == (4, 8)
