@@ -60,6 +60,11 @@ class TrainLoader:
     def steps_per_epoch(self) -> int:
         return self._batches.steps_per_epoch
 
+    @property
+    def batch_size(self) -> int:
+        """Images of a step, over all ranks and micro-batches: what was asked for, or as many as the data set has."""
+        return self._batches.batch_size
+
     def iterate(self, first_step: int) -> Iterator[Batch]:
         """The micro-batches of step `first_step` and of all that follow, on the device. Has its own workers."""
         keys = chain.from_iterable(map(self.keys, count(first_step)))

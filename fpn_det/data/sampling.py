@@ -75,8 +75,11 @@ class GlobalBatches:
 
 
 def micro_batches(indices: Tensor, ranks: Ranks, accumulate: int) -> Tensor:
-    """This rank's images of a global batch [P], one row for each micro-batch: [accumulate, P / ranks / accumulate]."""
-    return indices.view(ranks.world_size, accumulate, -1)[ranks.rank]
+    """This rank's images of a global batch [P], one row for each micro-batch: [accumulate, P / ranks / accumulate].
+
+    A micro-batch holds the same images, over all ranks, however many ranks there are: a norm synchronized over them sees the same.
+    """
+    return indices.view(accumulate, ranks.world_size, -1)[:, ranks.rank]
 
 
 def evaluation_batches(sizes: Tensor, batch_size: int, ranks: Ranks) -> list[Tensor]:

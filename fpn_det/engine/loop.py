@@ -43,7 +43,7 @@ class Loop:
 
     def run(self, step: int, stop: StopRequest) -> int:
         """Train on after `step`, to the end or until asked to stop. Returns the signal that cut it short, or 0."""
-        pace = Pace(step, self.total_steps, self.trainer.batch_size, self.trainer.eval_every)
+        pace = Pace(step, self.total_steps, self.loader.batch_size, self.trainer.eval_every)
         self.log.begin(pace)
         meters = Meters()
         batches = self.loader.iterate(step)

@@ -82,10 +82,13 @@ class Run:
 
         state = folder.load(log.info)
         self.first_step = 0 if state is None else state["progress"]["step"]
-        optimizer = parts.recipe.build(parts.model, trainer.batch_size)
+        batch_size = parts.train_loader.batch_size
+        optimizer = parts.recipe.build(parts.model, batch_size)
         schedule = self._schedule(state)
         self.optimization = Optimization(parts.model, optimizer, schedule, precision, trainer.clip_norm, trainer.ema)
-        log.info(parts.recipe.describe_lr(trainer.batch_size, ranks.world_size, trainer.accumulate))
+        if batch_size < trainer.batch_size:
+            log.info(f"trainer.batch_size: the training set has images for {batch_size} per step only, not {trainer.batch_size}.")
+        log.info(parts.recipe.describe_lr(batch_size, ranks.world_size, trainer.accumulate))
         if state is not None:
             self._restore(state)
 

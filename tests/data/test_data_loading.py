@@ -131,7 +131,7 @@ def test_ranks_and_micro_batches_add_up_to_the_global_batch(dataset):
     for world_size, accumulate in [(2, 1), (1, 2), (2, 2)]:
         shares = [list(islice(loader(dataset, Ranks(r, world_size), accumulate).iterate(0), 3 * accumulate)) for r in range(world_size)]
         for step, batch in enumerate(whole):
-            parts = [part for share in shares for part in share[step * accumulate : (step + 1) * accumulate]]
+            parts = [share[step * accumulate + number] for number in range(accumulate) for share in shares]
             assert torch.equal(torch.cat([part.indices for part in parts]), batch.indices)
             assert torch.equal(torch.cat([part.pixels for part in parts]), batch.pixels)
 

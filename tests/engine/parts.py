@@ -71,13 +71,14 @@ class TinyLoader:
         ranks: Ranks = Ranks(),  # noqa: B008
         touch: Callable[[int, Batch], Batch] = lambda step, batch: batch,
     ) -> None:
+        self.batch_size = batch_size
         self.steps_per_epoch = num_images // batch_size
-        self.order = torch.arange(num_images).view(-1, ranks.world_size, accumulate, batch_size // ranks.world_size // accumulate)
+        self.order = torch.arange(num_images).view(-1, accumulate, ranks.world_size, batch_size // ranks.world_size // accumulate)
         self.rank = ranks.rank
         self.touch = touch
 
     def rebuild(self, step: int) -> list[Batch]:
-        rows = self.order[step % self.steps_per_epoch, self.rank].tolist()
+        rows = self.order[step % self.steps_per_epoch, :, self.rank].tolist()
         return [self.touch(step, make_batch(row)) for row in rows]
 
     def iterate(self, first_step: int) -> Iterator[Batch]:

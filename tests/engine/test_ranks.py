@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,22 @@ import torch.multiprocessing
 from parts import TinyDetector, TinyLoader, make_annotations, make_batch, make_optimization, snapshot
 from rich.console import Console
 
+from fpn_det.data.sampling import micro_batches
 from fpn_det.engine.folder import choose_folder, on_main
 from fpn_det.engine.log import RunLog
 from fpn_det.engine.nonfinite import describe, first_bad_step
+from fpn_det.engine.optimizers import SGD
 from fpn_det.engine.run import Parts, Run
 from fpn_det.evaluation.coco import EvaluationSettings
+from fpn_det.models.backbone import ResNet
+from fpn_det.models.detector import Detector
 from fpn_det.models.layers import SyncBatchNorm2d
-from fpn_det.runtime import Ranks, current_ranks, process_group
+from fpn_det.models.neck import FPN
+from fpn_det.models.roi_head import ROIHead, TwoLayerHead
+from fpn_det.runtime import Ranks, all_reduce_mean, current_ranks, process_group
+from fpn_det.structures import Batch, Targets
+
+SMALL = partial(TwoLayerHead, width=32)
 
 
 def spawn(work, folder: Path) -> list[dict]:
@@ -41,9 +51,9 @@ def _join(rank: int, work, folder: Path, port: int) -> None:
 
 
 def train(ranks: Ranks, folder: Path) -> dict[str, torch.Tensor]:
-    """Once with a norm that sees the images of all ranks, once with accumulation."""
+    """With a norm that sees the images of all ranks; without accumulation and with."""
     trained = {}
-    for name, norm, accumulate in (("norm", SyncBatchNorm2d(4), 1), ("accumulate", torch.nn.Identity(), 2)):
+    for name, norm, accumulate in (("norm", SyncBatchNorm2d(4), 1), ("accumulate", SyncBatchNorm2d(4), 2)):
         torch.manual_seed(0)
         model = TinyDetector(norm=False)
         model.norm = norm
@@ -53,6 +63,33 @@ def train(ranks: Ranks, folder: Path) -> dict[str, torch.Tensor]:
             optimization.step([next(batches) for _ in range(accumulate)], step)
         trained |= {f"{name}.{key}": tensor for key, tensor in snapshot(optimization).items()}
     return trained
+
+
+def detect_and_learn(ranks: Ranks, folder: Path) -> dict[str, list[float]]:
+    """The losses of two steps of a real detector; of the four images only the first two have objects."""
+    curves = {}
+    for norm, accumulate in (("sync", 1), ("sync", 2), ("frozen", 1), ("frozen", 2)):
+        torch.manual_seed(0)
+        model = Detector(3, ResNet(18, norm=norm, frozen_stages=0), partial(FPN, channels=16), roi_head=partial(ROIHead, box_head=SMALL))
+        optimization = make_optimization(model.train(), SGD(lr=0.01, base_batch_size=None))
+        curve = []
+        for step in range(2):
+            shares = micro_batches(torch.arange(4), ranks, accumulate).tolist()
+            found = optimization.step([drawn(rows) for rows in shares], step)
+            terms = torch.stack([torch.stack(list(losses.terms.values())) for losses in found]).mean(0)
+            curve += all_reduce_mean(terms).tolist()
+        curves[f"{norm}, accumulate {accumulate}"] = curve
+    return curves
+
+
+def drawn(rows: list[int]) -> Batch:
+    """Images of noise with these numbers; those of rank 1 have no objects."""
+    generators = [torch.Generator().manual_seed(row) for row in rows]
+    corners = [torch.rand(2 * (row < 2), 2, generator=generator) * 30 for row, generator in zip(rows, generators, strict=True)]
+    boxes = [torch.cat([corner, corner + 25], dim=1) for corner in corners]
+    pixels = torch.stack([torch.randint(0, 256, (3, 64, 64), generator=generator) for generator in generators])
+    sizes = torch.tensor([[64, 64]] * len(rows))
+    return Batch(pixels.byte(), sizes, sizes, Targets.pad(boxes, [torch.arange(len(box)) for box in boxes]), torch.tensor(rows))
 
 
 def one_bad_rank(ranks: Ranks, folder: Path) -> dict:
@@ -112,7 +149,7 @@ def failing_choice(ranks: Ranks, folder: Path) -> dict:
 
 def everything(ranks: Ranks, folder: Path) -> dict:
     """All in one pair of processes, because starting them takes longest."""
-    return {work.__name__: work(ranks, folder) for work in (train, one_bad_rank, stopped_run, failing_choice)}
+    return {work.__name__: work(ranks, folder) for work in (train, detect_and_learn, one_bad_rank, stopped_run, failing_choice)}
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +162,14 @@ def test_two_ranks_train_as_one(two_ranks, tmp_path):
     for result in two_ranks:
         for name, tensor in result["train"].items():
             torch.testing.assert_close(tensor, one[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_detector_learns_the_same_on_two_ranks_of_which_one_has_no_objects(two_ranks, tmp_path):
+    one = detect_and_learn(Ranks(), tmp_path)
+    for result in two_ranks:
+        for name, curve in result["detect_and_learn"].items():
+            assert curve == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
+    assert one["frozen, accumulate 1"] == pytest.approx(one["frozen, accumulate 2"], rel=1e-3, abs=1e-5)
 
 
 def test_bad_loss_on_one_rank_stops_all(two_ranks):
