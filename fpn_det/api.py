@@ -134,10 +134,11 @@ def build_parts(settings: Settings, ranks: Ranks, device: torch.device, log: Run
     model.to(device)
     train_loader = build_train_loader(settings, train, model.stride, ranks, device)
     shown = some_images(val, SHOWN_IMAGES)
+    named = settings.evaluation.target == "detections"
 
     def show(step: int, evaluation: Evaluation) -> None:
         for row in shown:
-            log.picture(step, f"val/{val.path(row).name}", draw_comparison(val, evaluation.detections, row))
+            log.picture(step, f"val/{val.path(row).name}", draw_comparison(val, evaluation.detections, row, named=named))
         log.picture(step, "train/batch", draw_batch(train_loader.rebuild(step)[0], train.class_names))
 
     return Parts(

@@ -181,6 +181,8 @@ def _check_combinations(settings: Settings) -> None:
         raise ValueError(
             f"trainer.batch_size: expected a multiple of trainer.accumulate={trainer.accumulate}, got {trainer.batch_size}."
         )
+    if settings.model.get("roi_head", "") is None and settings.evaluation.target == "detections":
+        raise ValueError("evaluation: expected proposals of a model without an ROI head, got detections. Say evaluation=proposals.")
     if trainer.early_stop and not trainer.eval_every:
         raise ValueError("trainer.early_stop: expected evaluations on the way, got none. Set trainer.eval_every.")
 

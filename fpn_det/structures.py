@@ -197,6 +197,10 @@ class Proposals:
     logits: Tensor  # f32 [B, R]
     valid: Tensor  # bool [B, R]
 
+    def as_candidates(self) -> Candidates:
+        """The same as candidates of a single class, "object"; K is 1."""
+        return Candidates(self.boxes[:, :, None], self.logits.sigmoid()[..., None], self.valid)
+
 
 @dataclass(frozen=True)
 class Candidates:

@@ -71,7 +71,7 @@ def test_saved_settings_compose_to_themselves():
 
 def test_settings_of_earlier_versions_compose():
     tree = read_yaml(to_yaml(compose(["experiment=demo"])))
-    del tree.model.neck.extra_levels
+    del tree.model.neck.extra_levels, tree.evaluation.target
     tree.model.neck.extra_level = False
     settings = check(read_yaml(OmegaConf.to_yaml(tree)), [], Settings)
     assert settings.model["neck"]["extra_levels"] == 0 and "extra_level" not in settings.model["neck"]
@@ -134,6 +134,7 @@ def test_one_of_two_ways_replaces_the_other_on_the_command_line():
         ("resume=auto init_from=x.pt", "resume: expected this or init_from, got both."),
         ("data.val_fraction=0.1 data.val.images=x", "data.val_fraction: expected this or data.val, got both."),
         ("trainer.accumulate=3", "trainer.batch_size: expected a multiple of trainer.accumulate=3, got 16."),
+        ("model.roi_head=null", "evaluation: expected proposals of a model without an ROI head, got detections."),
         ("trainer.early_stop={patience:3,min_delta:0}", "trainer.early_stop: expected evaluations on the way, got none."),
         # the form of the command line
         ("trainer.early_stop.patience=3", "trainer.early_stop: is null, so it has no patience."),

@@ -1,7 +1,8 @@
 """Score a detector the COCO way: python tools/eval.py run=<folder>, or checkpoint=<file> [split=test] [setting=value ...].
 
 Settings, classes and preprocessing are those that the checkpoint was trained with; data paths, device and the like may be
-given anew. Results go to <run>/eval/<checkpoint>/, never over the run's own files.
+given anew. `evaluation=proposals` measures the RPN's boxes, also those of a whole detector. Results go to
+<run>/eval/<checkpoint>/, never over the run's own files.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def score(settings: EvalSettings) -> None:
     path, state = checkpoint(settings.run, settings.checkpoint)
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     kind = ("" if settings.split == "val" else f"_{settings.split}") + ("" if settings.tta == Views() else "_tta")
+    kind += "_proposals" if settings.evaluation.target == "proposals" else ""
     folder = run / "eval" / f"{path.stem}{kind}"
     with process_group(settings.device, settings.trainer.timeout_minutes) as (ranks, device):
         annotations = api.read_evaluation_data(settings.data, settings.split, state["class_names"], settings.seed)

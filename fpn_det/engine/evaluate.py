@@ -49,14 +49,15 @@ def evaluate(
         tta: test-time augmentation; None looks once.
     """
     start = time.perf_counter()
-    assigner, cap = model.roi_head.pooler.assigner, model.roi_head.max_detections
+    finder = model.without_roi_head() if settings.target == "proposals" else model
+    assigner, cap = finder.assigner, finder.max_detections
     images: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
     tables: list[DetectionTable] = []
     levels = torch.zeros(assigner.num_levels, dtype=torch.int64)
     with evaluation_mode(model):
         for batch in loader:
             with torch.autocast(batch.pixels.device.type, dtype, enabled=dtype is not None):
-                detections = model.detect(batch, tta)
+                detections = finder.detect(batch, tta)
             levels = levels.to(detections.boxes.device) + count_levels(detections, assigner)
             batch_images, table = to_host(detections.to_original(batch), batch.indices)
             images.append(batch_images)

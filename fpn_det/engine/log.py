@@ -169,6 +169,8 @@ def metrics_table(evaluation: Evaluation) -> Columns:
     tables = []
     for kind in ("AP", "AR"):
         row = {name: value for name, value in evaluation.metrics.items() if name.startswith(kind)}
+        if not row:
+            continue
         table = _table(*row)
         table.add_row(*[_metric(value) for value in row.values()])
         tables.append(table)

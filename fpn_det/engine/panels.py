@@ -22,6 +22,7 @@ Picture = NDArray[np.uint8]
 
 SIDE = 480  # px of the longer side of a picture; smaller images are enlarged, for the sake of their labels
 FONT_SIZE = 13  # px
+MOST_BOXES = 100  # that are drawn on an image
 GAP = 6  # px between pictures
 GREY = (40, 40, 40)
 
@@ -33,17 +34,22 @@ def some_images(annotations: Annotations, count: int) -> list[int]:
     return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)].tolist()
 
 
-def draw_comparison(annotations: Annotations, detections: DetectionTable, row: int, min_score: float = 0.3) -> Picture:
-    """Image `row` with its ground truth on the left, and with its detections from `min_score` on the right."""
+def draw_comparison(
+    annotations: Annotations, detections: DetectionTable, row: int, min_score: float = 0.3, named: bool = True
+) -> Picture:
+    """Image `row` with its ground truth on the left, and with its best detections from `min_score` on the right.
+
+    `named` says whether these have classes; proposals have none.
+    """
     pixels, names = read_image(annotations.path(row)), annotations.class_names
     objects = annotations.rows(row)
     labels, crowd = annotations.labels[objects].tolist(), annotations.iscrowd[objects].tolist()
     texts = [names[label] + " (crowd)" * is_crowd for label, is_crowd in zip(labels, crowd, strict=True)]
     truth = draw_boxes(pixels, annotations.boxes[objects].numpy(), labels, texts)
 
-    found = np.flatnonzero((detections.images == row) & (detections.scores >= min_score))
+    found = np.flatnonzero((detections.images == row) & (detections.scores >= min_score))[:MOST_BOXES]
     labels = detections.labels[found].tolist()
-    texts = [f"{names[label]} {score:.2f}" for label, score in zip(labels, detections.scores[found], strict=True)]
+    texts = [f"{names[label]} {score:.2f}" if named else f"{score:.2f}" for label, score in zip(labels, detections.scores[found], strict=True)]
     answer = draw_boxes(pixels, detections.boxes[found], labels, texts)
     return arrange([truth, answer], [f"{len(crowd)} objects", f"{len(found)} detections, score >= {min_score:g}"])
 

@@ -14,12 +14,13 @@ import contextlib
 import io
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -39,6 +40,8 @@ class EvaluationSettings:
     area_ranges: Mapping[str, tuple[float, float]] = field(
         default_factory=lambda: {"s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, 1e10)}
     )
+    # detections, by class; or proposals, boxes of no class, of which the recall is measured
+    target: Literal["detections", "proposals"] = "detections"
 
     def __post_init__(self) -> None:
         limits = list(self.max_dets)
@@ -50,7 +53,9 @@ class EvaluationSettings:
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """What an evaluation with these settings gives."""
+        """What an evaluation with these settings gives; of proposals ARs1000 is the recall of small objects among 1000."""
+        if self.target == "proposals":
+            return tuple(f"AR{name}{limit}" for name in ("", *self.area_ranges) for limit in self.max_dets)
         precision, recall = [f"AP{name}" for name in self.area_ranges], [f"AR{name}" for name in self.area_ranges]
         return ("AP", "AP50", "AP75", *precision, *(f"AR{limit}" for limit in self.max_dets), *recall)
 
@@ -67,19 +72,23 @@ class DetectionTable:
     def __len__(self) -> int:
         return len(self.images)
 
+    def take(self, rows: NDArray) -> DetectionTable:
+        """These rows, in this order."""
+        return DetectionTable(self.images[rows], self.boxes[rows], self.scores[rows], self.labels[rows])
+
     @classmethod
     def join(cls, tables: list[DetectionTable]) -> DetectionTable:
         """All rows, ordered by image: the same table however the images were dealt out."""
         empty = cls(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
         tables = tables or [empty]
         images = np.concatenate([table.images for table in tables])
-        order = np.argsort(images, kind="stable")
-        return cls(
-            images[order],
-            np.concatenate([table.boxes for table in tables])[order],
-            np.concatenate([table.scores for table in tables])[order],
-            np.concatenate([table.labels for table in tables])[order],
+        joined = cls(
+            images,
+            np.concatenate([table.boxes for table in tables]),
+            np.concatenate([table.scores for table in tables]),
+            np.concatenate([table.labels for table in tables]),
         )
+        return joined.take(np.argsort(images, kind="stable"))
 
     @classmethod
     def from_results(cls, file: Path, annotations: Annotations) -> DetectionTable:
@@ -123,8 +132,8 @@ class DetectionTable:
 class Evaluation:
     """The result. Numbers are in 0..1, or None where no object makes them defined."""
 
-    metrics: dict[str, float | None]  # AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl
-    per_class: dict[str, dict[str, float | None]]  # name -> AP, AP50, AR, objects, detections
+    metrics: dict[str, float | None]  # AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl, or as the settings say
+    per_class: dict[str, dict[str, float | None]]  # name -> AP, AP50, AR, objects, detections; empty of proposals
     num_images: int
     cap: int  # as many detections as an image could have
     capped_images: int  # images that reached the cap
@@ -134,6 +143,8 @@ class Evaluation:
 
     def remarks(self) -> list[str]:
         """What a reader of the numbers should know."""
+        if not self.per_class:
+            return []
         remarks = []
         if not any(row["detections"] for row in self.per_class.values()):
             remarks.append("There is not a single detection.")
@@ -152,7 +163,7 @@ def score(
     settings: EvaluationSettings,
     cap: int | None = None,
 ) -> Evaluation:
-    """AP and AR of detections.
+    """AP and AR of detections, or AR of proposals.
 
     Args:
         annotations: the ground truth.
@@ -161,6 +172,13 @@ def score(
         settings: what is counted.
         cap: as many detections as the model gives for an image; by default the last of `max_dets`.
     """
+    assert len(np.unique(images)) == len(images), "an image was evaluated more than once"
+    cap = min(cap or settings.max_dets[-1], settings.max_dets[-1])
+    capped_images = int((np.bincount(detections.images) >= cap).sum())
+    if settings.target == "proposals":
+        recall = recall_of_proposals(annotations, detections, images, settings)
+        metrics = dict(zip(settings.metric_names, map(_mean, recall.reshape(len(recall), -1).T), strict=True))
+        return Evaluation(metrics, {}, len(images), cap, capped_images, detections)
     precision, recall = precision_and_recall(annotations, detections, images, settings)
     metrics = {
         "AP": _mean(precision[..., 0, -1]),
@@ -170,7 +188,6 @@ def score(
         **{f"AR{limit}": _mean(recall[..., 0, x]) for x, limit in enumerate(settings.max_dets)},
         **{f"AR{name}": _mean(recall[..., size, -1]) for size, name in enumerate(settings.area_ranges, 1)},
     }
-    assert len(np.unique(images)) == len(images), "an image was evaluated more than once"
     num_classes = annotations.num_classes
     evaluated = np.isin(_image_of_boxes(annotations), images) & ~annotations.iscrowd.numpy()
     objects = np.bincount(annotations.labels.numpy()[evaluated], minlength=num_classes)
@@ -185,8 +202,6 @@ def score(
         }
         for k, name in enumerate(annotations.class_names)
     }
-    cap = min(cap or settings.max_dets[-1], settings.max_dets[-1])
-    capped_images = int((np.bincount(detections.images) >= cap).sum())
     return Evaluation(metrics, per_class, len(images), cap, capped_images, detections)
 
 
@@ -237,6 +252,38 @@ def precision_and_recall(
     precision[precision == -1] = np.nan
     recall[recall == -1] = np.nan
     return precision, recall
+
+
+def recall_of_proposals(
+    annotations: Annotations, proposals: DetectionTable, images: NDArray[np.int64], settings: EvaluationSettings
+) -> NDArray[np.float64]:
+    """Recall [T, E, X] of boxes that may match objects of any class, NaN where undefined.
+
+    pycocotools looks at every box in Python, and of proposals there are a thousand per image. A box that overlaps no object by
+    the least threshold matches none, so it is left out, after it has taken its place among the best 100 or 1000.
+    """
+    order = np.lexsort((-proposals.scores, proposals.images))  # by image, best first
+    proposals = proposals.take(order)
+    ranks = np.arange(len(order)) - np.searchsorted(proposals.images, proposals.images)
+    matches = _best_iou(annotations, proposals) >= IOU_THRESHOLDS[0]
+    recalls = []
+    for limit in settings.max_dets:
+        best = proposals.take(np.flatnonzero(matches & (ranks < limit)))
+        only = replace(settings, max_dets=(limit,))
+        recalls.append(precision_and_recall(annotations, best, images, only, class_agnostic=True)[1][:, 0, :, 0])
+    return np.stack(recalls, axis=-1)
+
+
+def _best_iou(annotations: Annotations, table: DetectionTable) -> NDArray[np.float64]:
+    """The largest IoU of each box with an object of its image, as pycocotools computes it; the table is ordered by image."""
+    best, boxes = np.zeros(len(table)), _xywh(table.boxes)
+    for image in np.unique(table.images):
+        here = slice(*np.searchsorted(table.images, [image, image + 1]))
+        objects = annotations.rows(int(image))
+        truth, crowd = _xywh(annotations.boxes[objects].numpy()), annotations.iscrowd[objects].numpy()
+        if len(truth):
+            best[here] = mask.iou(boxes[here], truth, crowd.astype(np.uint8)).max(axis=1)
+    return best
 
 
 @dataclass(frozen=True)

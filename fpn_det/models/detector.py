@@ -1,7 +1,8 @@
-"""Faster R-CNN on a Feature Pyramid Network, assembled."""
+"""Faster R-CNN on a Feature Pyramid Network, assembled; or its RPN alone."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from fpn_det.models.neck import FPN, Neck
 from fpn_det.models.roi_head import ROIHead
 from fpn_det.models.rpn import RPN
 from fpn_det.models.views import Views
+from fpn_det.pyramid import LevelAssigner
 from fpn_det.structures import Batch, Candidates, Detections, Losses, Proposals, Pyramid
 
 
@@ -22,7 +24,8 @@ class Detector(nn.Module):
     Args:
         num_classes: K, foreground only.
         backbone: gives maps, and declares their channels and strides.
-        neck, rpn, roi_head: make the parts, from what the part before declares.
+        neck, rpn, roi_head: make the parts, from what the part before declares. Without an ROI head (None) the RPN alone is
+            trained, and its proposals are the detections, all of label 0.
         pixel_mean, pixel_std: of the three channels, in the order that `channel_order` names; on 0..255.
         pixel_divisor: by which pixels are divided before that; with 255, mean and deviation are those of 0..1.
         channel_order: what the backbone's weights expect, `rgb` or `bgr`; batches are always RGB.
@@ -34,6 +37,7 @@ class Detector(nn.Module):
 
     Attributes:
         stride: what the sides of a canvas must divide by.
+        assigner: says which level has the size of a box.
     """
 
     def __init__(
@@ -42,7 +46,7 @@ class Detector(nn.Module):
         backbone: ResNet,
         neck: Callable[..., Neck] = FPN,
         rpn: Callable[..., RPN] = RPN,
-        roi_head: Callable[..., ROIHead] = ROIHead,
+        roi_head: Callable[..., ROIHead] | None = ROIHead,
         pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
         pixel_divisor: float = 1.0,
@@ -63,7 +67,8 @@ class Detector(nn.Module):
         self.backbone = backbone
         self.stride = max(backbone.strides)
         self.rpn = rpn(channels=self.neck.channels, strides=self.neck.strides, canvas_stride=self.stride)
-        self.roi_head = roi_head(channels=self.neck.channels, strides=self.neck.roi_strides, num_classes=num_classes)
+        self.roi_head = roi_head and roi_head(channels=self.neck.channels, strides=self.neck.roi_strides, num_classes=num_classes)
+        self.assigner = self.roi_head.pooler.assigner if self.roi_head else LevelAssigner(self.neck.roi_strides)
         self.pixel_divisor = pixel_divisor
         self.flips_channels = channel_order == "bgr"
         set_foldable(self, fold_norms)
@@ -85,6 +90,8 @@ class Detector(nn.Module):
         pyramid = self.pyramid(batch)
         rpn = self.rpn(pyramid)
         losses = self.rpn.losses(rpn, pyramid, batch, step)
+        if self.roi_head is None:
+            return losses
         proposals = self.rpn.propose(rpn, batch, self.rpn.train_filter)
         return losses | self.roi_head.losses(pyramid, proposals, batch, step)
 
@@ -92,7 +99,7 @@ class Detector(nn.Module):
     def detect(self, batch: Batch, views: Views | None = None) -> Detections:
         """Detections in the input frame; with test-time augmentation, those of all its `views`."""
         candidates = self.raw(batch) if views is None else views.merge(self.raw, batch, self.stride)
-        return self.roi_head.select(candidates, batch)
+        return self.roi_head.select(candidates, batch) if self.roi_head else self.rpn.select(candidates)
 
     @torch.no_grad()
     def raw(self, batch: Batch) -> Candidates:
@@ -101,7 +108,8 @@ class Detector(nn.Module):
 
     def _raw(self, batch: Batch) -> Candidates:
         pyramid = self.pyramid(batch)
-        return self.roi_head.raw(pyramid, self._proposals(pyramid, batch), batch)
+        proposals = self._proposals(pyramid, batch)
+        return self.roi_head.raw(pyramid, proposals, batch) if self.roi_head else proposals.as_candidates()
 
     @torch.no_grad()
     def propose(self, batch: Batch) -> Proposals:
@@ -131,6 +139,17 @@ class Detector(nn.Module):
         y = torch.arange(height, device=pixels.device)[:, None] < batch.sizes[:, 0, None, None]  # [B, H, 1]
         x = torch.arange(width, device=pixels.device) < batch.sizes[:, 1, None, None]  # [B, 1, W]
         return torch.where((y & x)[:, None], pixels, 0.0)
+
+    @property
+    def max_detections(self) -> int:
+        """D, per image."""
+        return self.roi_head.max_detections if self.roi_head else self.rpn.test_filter.post_nms
+
+    def without_roi_head(self) -> Detector:
+        """The same detector, with the same weights, whose detections are its proposals."""
+        proposer = copy.copy(self)
+        proposer._modules = {**self._modules, "roi_head": None}
+        return proposer
 
     def load_pretrained(self) -> None:
         """Fetch or read the backbone's pretrained weights, if its settings name any."""

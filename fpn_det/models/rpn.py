@@ -17,9 +17,9 @@ from fpn_det.anchors import AnchorGenerator
 from fpn_det.boxes import MAX_LOG_SCALE, box_sides, clip_boxes, decode_deltas, encode_deltas
 from fpn_det.matching import Matcher, Sampler
 from fpn_det.models.losses import box_distance, check_normalizer, masked_sum, normalizer
-from fpn_det.nms import nms_keep_levels
+from fpn_det.nms import nms_keep, nms_keep_levels
 from fpn_det.pyramid import gather_neighborhoods
-from fpn_det.structures import Batch, Losses, Proposals, Pyramid, Sample
+from fpn_det.structures import Batch, Candidates, Detections, Losses, Proposals, Pyramid, Sample
 
 DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 RANKINGS = ("logits", "logits_then_probabilities", "probabilities")
@@ -249,6 +249,19 @@ class RPN(nn.Module):
         boxes = torch.where(valid[..., None], boxes.gather(1, order[..., None].expand(-1, -1, 4)), 0.0)
         logits = torch.where(valid, logits.gather(1, idxs.gather(1, order)), 0.0)
         return Proposals(boxes, logits, valid)
+
+    @torch.no_grad()
+    def select(self, candidates: Candidates) -> Detections:
+        """The best proposals as detections of label 0; if several views brought theirs, after one more suppression."""
+        keep = self.test_filter
+        boxes, scores, valid = candidates.boxes[:, :, 0], candidates.scores[..., 0], candidates.valid
+        if valid.shape[1] > keep.post_nms:
+            valid = nms_keep(boxes, scores, valid, keep.nms_iou, method=keep.nms_method)
+        scores, order = scores.masked_fill(~valid, -1.0).sort(dim=1, descending=True, stable=True)
+        scores, order = scores[:, : keep.post_nms], order[:, : keep.post_nms]
+        valid = scores >= 0
+        boxes = torch.where(valid[..., None], boxes.gather(1, order[..., None].expand(-1, -1, 4)), 0.0)
+        return Detections(boxes, scores.clamp(min=0), torch.zeros_like(order), valid)
 
     def _at(self, output: RPNOutput, pyramid: Pyramid, sample: Sample) -> tuple[Tensor, Tensor]:
         if not self.samples_loss:

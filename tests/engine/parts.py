@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ class TinyDetector(nn.Module):
         self.norm = nn.BatchNorm2d(4) if norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(4, 5)
-        self.roi_head = SimpleNamespace(pooler=SimpleNamespace(assigner=LevelAssigner([4, 8])), max_detections=1)
+        self.assigner, self.max_detections = LevelAssigner([4, 8]), 1
 
     def predict(self, batch: Batch) -> Tensor:
         features = self.norm(self.conv(batch.pixels.float() / 255)).relu().mean((2, 3))

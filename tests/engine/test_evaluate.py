@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import socket
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +27,7 @@ class Oracle(nn.Module):
     def __init__(self, blind_from: int = NUM_IMAGES) -> None:
         super().__init__()
         self.trained, self.frozen = nn.BatchNorm2d(3), nn.BatchNorm2d(3).eval()
-        self.roi_head = SimpleNamespace(max_detections=8, pooler=SimpleNamespace(assigner=LevelAssigner([4, 8, 16, 32])))
+        self.assigner, self.max_detections = LevelAssigner([4, 8, 16, 32]), 8
         self.blind_from = blind_from
         self.modes: list[bool] = []
 

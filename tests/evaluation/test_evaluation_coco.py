@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from fpn_det.data.coco import read_coco
-from fpn_det.evaluation.coco import DetectionTable, EvaluationSettings, precision_and_recall, score
+from fpn_det.evaluation.coco import DetectionTable, EvaluationSettings, precision_and_recall, recall_of_proposals, score
 from fpn_det.structures import Annotations
 
 COCO_METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
@@ -78,7 +79,9 @@ def random_scene(seed: int, num_images: int = 30, num_classes: int = 4) -> tuple
     return annotations_of(images, num_classes, ids, category_ids=[3, 7, 11, 90]), table_of(found)
 
 
-def pycocotools_run(annotations: Annotations, detections: DetectionTable, image_ids=None, use_cats: bool = True) -> COCOeval:
+def pycocotools_run(
+    annotations: Annotations, detections: DetectionTable, image_ids=None, use_cats: bool = True, max_dets=None
+) -> COCOeval:
     """What pycocotools makes of the same data when it is used as its documentation shows, from dictionaries."""
     owners = np.repeat(annotations.image_ids.numpy(), np.diff(annotations.offsets.numpy()))
     truth = COCO()
@@ -103,9 +106,12 @@ def pycocotools_run(annotations: Annotations, detections: DetectionTable, image_
         run.params.useCats = int(use_cats)
         if image_ids is not None:
             run.params.imgIds = image_ids
+        if max_dets is not None:
+            run.params.maxDets = list(max_dets)
         run.evaluate()
         run.accumulate()
-        run.summarize()
+        if max_dets is None:
+            run.summarize()
     return run
 
 
@@ -182,6 +188,44 @@ def test_precision_and_recall_without_classes_equal_pycocotools():
     theirs = pycocotools_run(annotations, found, use_cats=False).eval
     np.testing.assert_array_equal(np.nan_to_num(precision, nan=-1), theirs["precision"])
     np.testing.assert_array_equal(np.nan_to_num(recall, nan=-1), theirs["recall"])
+
+
+def test_recall_of_proposals_equals_pycocotools_at_every_limit():
+    annotations, found = random_scene(8)
+    found = replace(found, labels=np.zeros_like(found.labels))  # proposals have no class
+    settings = EvaluationSettings((1, 3, 10, 100), target="proposals")
+    recall = recall_of_proposals(annotations, found, np.arange(len(annotations)), settings)
+    theirs = pycocotools_run(annotations, found, use_cats=False, max_dets=settings.max_dets).eval["recall"][:, 0]
+    np.testing.assert_array_equal(np.nan_to_num(recall, nan=-1), theirs)
+    assert (np.diff(recall[0, 0]) > 0).all()  # more boxes find more
+
+
+def test_recall_of_proposals_by_hand():
+    # a small and a large object on the first image, none on the second, a crowd region on the third
+    annotations = annotations_of([[(0, 0, 10, 10, 0, 0), (100, 100, 300, 300, 1, 0)], [], [(0, 0, 50, 50, 0, 1)]])
+    found = table_of(
+        [
+            (0, 100, 100, 300, 200, 0.2, 0),  # IoU 1/2 with the large one, counts at the first of ten thresholds
+            (0, 50, 50, 60, 60, 0.9, 0),  # nothing
+            (0, 0, 0, 10, 10, 0.1, 0),  # the small one, third best of its image
+            (1, 0, 0, 10, 10, 0.8, 0),
+        ]
+    )
+    settings = EvaluationSettings((1, 2, 3), target="proposals")
+    evaluation = score(annotations, found, np.arange(3), settings)
+    assert evaluation.metrics == {
+        **{"AR1": 0, "AR2": pytest.approx(0.05), "AR3": pytest.approx(0.55)},
+        **{"ARs1": 0, "ARs2": 0, "ARs3": 1, "ARm1": None, "ARm2": None, "ARm3": None},
+        **{"ARl1": 0, "ARl2": pytest.approx(0.1), "ARl3": pytest.approx(0.1)},
+    }
+    assert tuple(evaluation.metrics) == settings.metric_names
+    assert evaluation.per_class == {} and evaluation.remarks() == []
+
+
+def test_recall_of_no_proposals_is_zero():
+    annotations = annotations_of([[(0, 0, 10, 10, 0, 0)]])
+    metrics = score(annotations, table_of([]), np.arange(1), EvaluationSettings((100,), target="proposals")).metrics
+    assert (metrics["AR100"], metrics["ARs100"], metrics["ARl100"]) == (0, 0, None)
 
 
 def test_score_reads_the_headline_at_the_last_limit():

@@ -105,8 +105,10 @@ class Ours(Contestant):
         return self.model.detect(self.batch).valid.sum(dim=1).tolist()
 
     def roi_align(self) -> Run:
-        boxes = self.model.propose(self.batch).boxes[:, : self.model.roi_head.sampler.num_samples]
-        pyramid, pool = self._pyramid(), self.model.roi_head.pooler
+        head = self.model.roi_head
+        assert head is not None, "the benchmark's settings have one"
+        boxes = self.model.propose(self.batch).boxes[:, : head.sampler.num_samples]
+        pyramid, pool = self._pyramid(), head.pooler
         gradient = torch.randn_like(pool(pyramid, boxes).flatten(1))
         return lambda: pool(self._leaves(pyramid), boxes).flatten(1).backward(gradient)
 
