@@ -27,6 +27,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from fpn_det.engine.settings import Trainer
 from fpn_det.evaluation.coco import EvaluationSettings
 from fpn_det.models.views import Views
+from fpn_det.runtime import is_echo
 from fpn_det.schema import Amount, Count, CountOrZero, Fraction, check_names, did_you_mean, fit, listed
 
 PACKAGE = Path(__file__).parent
@@ -287,8 +288,9 @@ def is_for_people(error: BaseException) -> bool:
 
 def _end(error: Exception) -> None:
     """End with one sentence; an error that is not meant for people deserves its trace."""
+    rank = os.environ.get("RANK", "0")
     if not is_for_people(error):
         raise error
-    rank = os.environ.get("RANK", "0")
-    print(str(error) if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)
+    if not is_echo(error):
+        print(str(error) if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)
     sys.exit(WRONG_COMMAND_LINE if isinstance(error, ValueError) else FAILED)

@@ -9,10 +9,10 @@ import datetime
 import inspect
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+T = TypeVar("T")
+
+PATIENCE = datetime.timedelta(days=1)  # with a rank that is alive; the death of one is noticed at once
 
 def pick_device(name: str = "auto") -> torch.device:
     """The device that `name` asks for; `auto` takes the best that is there.
@@ -51,6 +54,16 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Let whatever draws from a global generator (dropout, a user's layer) depend on the step, not on the past."""
+    (state,) = np.random.SeedSequence((seed, step, rank)).generate_state(1)
+    seed_everything(int(state))
+
+
+class LostRank(RuntimeError):
+    """Another rank has ended, or cannot be reached, while this one waited for it."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process's place among all: `rank` of `world_size`, `local_rank` on its machine."""
@@ -75,8 +88,14 @@ def current_ranks() -> Ranks:
 def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Ranks, torch.device]]:
     """Join the job that `torchrun` (or a cluster's launcher with the same variables) started, and leave it at the end.
 
+    Args:
+        device: see `pick_device`.
+        timeout_minutes: how long one rank waits for another in the middle of a step. Where one rank works for all
+            (it scores, it saves), the others wait for as long as it lives.
+
     Raises:
         ValueError: only some of the launcher's variables are set.
+        LostRank: another rank ended before its time.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
@@ -93,10 +112,25 @@ def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Ranks, 
         "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",  # what is on the host is exchanged there
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
+    global _host_group
+    _host_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
     try:
         yield current_ranks(), chosen
+    except Exception as error:
+        if isinstance(error, dist.DistError) or "gloo/" in str(error):  # gloo's errors have no class of their own
+            reason = str(error).splitlines()[0].rpartition("] ")[2]
+            raise LostRank(
+                f"distributed: expected to hear from the other ranks, but one has ended or hangs ({reason}). "
+                "What it said last is above, or in its rank<k>.log; if it said nothing, it was killed: look at the memory."
+            ) from error
+        raise
     finally:
+        _host_group = None
         dist.destroy_process_group()
+
+
+# Exchanges between hosts, by which ranks wait for one another's work.
+_host_group: dist.ProcessGroup | None = None
 
 
 def wrap_for_ranks(model: nn.Module) -> nn.Module:
@@ -118,7 +152,7 @@ def broadcast_object(value: Any) -> Any:
     if current_ranks().world_size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_host_group)
     return box[0]
 
 
@@ -128,7 +162,7 @@ def gather_objects(value: Any) -> list[Any] | None:
     if ranks.world_size == 1:
         return [value]
     gathered: list[Any] | None = [None] * ranks.world_size if ranks.is_main else None
-    dist.gather_object(value, gathered, dst=0)
+    dist.gather_object(value, gathered, dst=0, group=_host_group)
     return gathered
 
 
@@ -137,14 +171,35 @@ def agree_on_max(value: int) -> int:
     if current_ranks().world_size == 1:
         return value
     box = torch.tensor(value)
-    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=_host_group)
     return int(box)
 
 
-def barrier() -> None:
-    """Wait until every rank is here."""
-    if current_ranks().world_size > 1:
-        dist.barrier()
+def on_main(work: Callable[[], T]) -> T:
+    """What `work` returns or raises on rank 0, on all ranks; for work that one rank does for all."""
+    result: T | None = None
+    failure: Exception | None = None
+    if current_ranks().is_main:
+        try:
+            result = work()
+        except (ValueError, OSError, FloatingPointError) as error:
+            failure = error
+    result, failure = broadcast_object((result, failure))
+    if failure is not None:
+        if not current_ranks().is_main:
+            mark_as_echo(failure)
+        raise failure
+    return result
+
+
+def mark_as_echo(error: BaseException) -> None:
+    """Note that rank 0 raises this too, so that it need not be told twice."""
+    error.__dict__["is_echo"] = True
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether rank 0 raises this too."""
+    return "is_echo" in error.__dict__
 
 
 def all_reduce_mean(value: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ class DetectionDataset:
         """The image of row `key[0]` as epoch `key[1]` sees it.
 
         Raises:
-            ValueError: it cannot be read, has not the size that the annotations give, or a transform fails on it.
+            ValueError: it cannot be read, has not the size that the annotations give, a box or label of it is none, or a
+                transform fails on it.
         """
         index, epoch = key
         path = self.annotations.path(index)
@@ -54,9 +55,22 @@ class DetectionDataset:
         rows = self.annotations.rows(index)
         drawn = ~self.annotations.iscrowd[rows]
         boxes, labels = self.annotations.boxes[rows][drawn].numpy(), self.annotations.labels[rows][drawn].numpy()
+        self._check(index, boxes, labels)
         try:
             pixels, boxes, labels = self.transform(pixels, boxes, labels, (self.seed, epoch, index))
         except Exception as error:  # whatever a transform raises, it has to say at which image
             image_id = self.annotations.image_ids[index].item()
             raise ValueError(f"{path} (image {image_id}): a transform failed: {type(error).__name__}: {error}") from error
         return Example(pixels, boxes, labels, (height, width), index)
+
+    def _check(self, index: int, boxes: np.ndarray, labels: np.ndarray) -> None:
+        """What would be an error without a place on the device, or none at all, is one with a place here."""
+        wrong = ~np.isfinite(boxes).all(axis=1) | (labels < 0) | (labels >= self.annotations.num_classes)
+        if wrong.any():
+            row = int(wrong.argmax())
+            rows = self.annotations.rows(index)
+            annotation_id = self.annotations.annotation_ids[rows][~self.annotations.iscrowd[rows]][row].item()
+            raise ValueError(
+                f"{self.annotations.path(index)} (image {self.annotations.image_ids[index].item()}): annotation {annotation_id}: expected "
+                f"a finite box and a label below {self.annotations.num_classes}, got {boxes[row].tolist()} and {labels[row]}."
+            )

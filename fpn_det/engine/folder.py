@@ -11,14 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from fpn_det.engine.checkpoint import CheckpointFolder
-from fpn_det.runtime import broadcast_object, current_ranks
-
-T = TypeVar("T")
+from fpn_det.runtime import on_main
 
 PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "hydra-core", "tensorboard", "albumentations")
 
@@ -94,21 +92,6 @@ def choose_folder(
         return on_main(choose)
     except OSError as error:
         raise ValueError(f"run_dir: expected a folder to write in, got {error}. Choose another one with run_dir=<folder>.") from None
-
-
-def on_main(work: Callable[[], T]) -> T:
-    """What `work` returns or raises on rank 0, on all ranks."""
-    result: T | None = None
-    failure: Exception | None = None
-    if current_ranks().is_main:
-        try:
-            result = work()
-        except (ValueError, OSError) as error:
-            failure = error
-    result, failure = broadcast_object((result, failure))
-    if failure is not None:
-        raise failure
-    return result
 
 
 def write_settings(folder: Path, config: str, overrides: Sequence[str]) -> None:

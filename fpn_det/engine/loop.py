@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from fpn_det.data.loading import TrainLoader
 from fpn_det.engine.log import RunLog
 from fpn_det.engine.meters import Meters, Pace, memory_mib
 from fpn_det.engine.optimization import Optimization
 from fpn_det.engine.settings import Trainer
 from fpn_det.engine.signals import StopRequest
-from fpn_det.runtime import Ranks, seed_everything
+from fpn_det.runtime import Ranks, seed_step
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Loop:
         self.optimization.model.train()
         signal, going_on = 0, step < self.total_steps
         while going_on and not signal:
-            self._seed(step)
+            seed_step(self.seed, step, self.ranks.rank)
             with pace.waiting():
                 micro_batches = [next(batches) for _ in range(self.trainer.accumulate)]
             for losses in self.optimization.step(micro_batches, step):
@@ -77,8 +75,3 @@ class Loop:
 
     def _is_due(self, every: int, step: int) -> bool:
         return step == self.total_steps or (every > 0 and step % every == 0)
-
-    def _seed(self, step: int) -> None:
-        """Let whatever draws from a global generator (dropout, a user's layer) depend on the step, not on the past."""
-        (state,) = np.random.SeedSequence((self.seed, step, self.ranks.rank)).generate_state(1)
-        seed_everything(int(state))

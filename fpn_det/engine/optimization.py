@@ -106,6 +106,7 @@ class Optimization:
         self.clip_norm = clip_norm
         self.parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.device = next(iter(self.parameters.values())).device
+        self.precision = precision
         self.dtype = PRECISIONS[precision]
         self.scale = LossScale(precision == "fp16", self.device)
         self.ema = None if ema_decay is None else EMA(model, ema_decay)
@@ -134,7 +135,8 @@ class Optimization:
                 with self.autocast():
                     losses.append(self._forward(batch, step))
                 total = losses[-1].total()
-                finite = finite & torch.isfinite(total.detach())
+                # a box that is not finite overlaps nothing: no loss would show it
+                finite = finite & torch.isfinite(total.detach()) & torch.isfinite(batch.targets.boxes).all()
                 total.backward(torch.where(finite, self.scale.value / len(batches), torch.nan))
         self._update(step, finite)
         return losses
@@ -145,6 +147,10 @@ class Optimization:
         """
         measures = {"grad_norm": self._grad_norm, "alarm": self.alarm >= 0}
         return measures | ({"loss_scale": self.scale.value} if self.scale.grows else {})
+
+    def lr_of(self, step: int) -> float:
+        """The learning rate of a step, for weights: they are the last group."""
+        return self.optimizer.param_groups[-1]["peak_lr"] * self.schedule.factor(step)
 
     def _no_exchange(self) -> AbstractContextManager:
         return self._forward.no_sync() if hasattr(self._forward, "no_sync") else nullcontext()  # type: ignore[operator]
@@ -162,7 +168,8 @@ class Optimization:
         self.optimizer.grad_scale = self.scale.value * shrink  # type: ignore[attr-defined]
         self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr = group["peak_lr"] * self.schedule.factor(step)  # weights are the last group
+            group["lr"] = group["peak_lr"] * self.schedule.factor(step)
+        self.lr = self.lr_of(step)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

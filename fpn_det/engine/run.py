@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fpn_det.data.loading import TrainLoader
+from fpn_det.engine import nonfinite
 from fpn_det.engine.best import Best
 from fpn_det.engine.evaluate import evaluate, write_evaluation
 from fpn_det.engine.folder import RunFolder, versions
 from fpn_det.engine.log import RunLog, shown_path
 from fpn_det.engine.loop import Loop
-from fpn_det.engine.nonfinite import describe, first_bad_step
 from fpn_det.engine.optimization import Optimization
 from fpn_det.engine.optimizers import Recipe
 from fpn_det.engine.schedule import Schedule
@@ -23,7 +23,7 @@ from fpn_det.engine.settings import Trainer
 from fpn_det.engine.signals import StopRequest
 from fpn_det.evaluation.coco import Evaluation, EvaluationSettings
 from fpn_det.models.detector import Detector
-from fpn_det.runtime import Ranks
+from fpn_det.runtime import Ranks, mark_as_echo
 from fpn_det.structures import Annotations, Batch
 
 State = dict[str, Any]
@@ -156,13 +156,19 @@ class Run:
         self.has_improved = False
 
     def _explain(self) -> Exception:
-        step = first_bad_step(self.optimization)
-        what = describe(self.optimization, self.parts.train_loader.rebuild(step), self.parts.train_annotations, step)
+        step = nonfinite.first_bad_step(self.optimization)
+        what = nonfinite.explain(
+            self.optimization, self.parts.train_loader.rebuild(step), self.parts.train_annotations, step, self.seed,
+            self.ranks, self.folder / nonfinite.FOLDER, lambda: self._state(step),
+        )  # fmt: skip
         files = self.checkpoints.files()
         rescue = f"Last good checkpoint: {shown_path(files[0])}." if files else "There is no checkpoint yet."
-        return FloatingPointError(
+        error = FloatingPointError(
             f"step {step + 1}: {what} {rescue} If the images are right, lower optimizer.lr or set trainer.clip_norm."
         )
+        if not self.ranks.is_main:
+            mark_as_echo(error)
+        return error
 
     def _state(self, step: int) -> State:
         return {

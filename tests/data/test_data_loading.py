@@ -51,6 +51,15 @@ def test_dataset_gives_what_is_drawn_without_crowds(document, write, pictures):
     assert dataset[2, 0].boxes.shape == (0, 4)  # nothing
 
 
+@pytest.mark.parametrize(("column", "value"), [("boxes", float("nan")), ("boxes", float("inf")), ("labels", 2), ("labels", -1)])
+def test_dataset_names_the_annotation_that_is_none(document, write, pictures, column, value):
+    annotations = read_coco(write(document), pictures)
+    getattr(annotations, column)[annotations.rows(3)][1] = value
+    dataset = DetectionDataset(annotations, Pipeline([]), seed=0)
+    with pytest.raises(ValueError, match=r"3.png \(image 37\): annotation 6: expected a finite box and a label below 2, got"):
+        dataset[3, 0]
+
+
 def test_dataset_names_the_picture_that_is_not_as_annotated(document, write, pictures):
     document["images"][0] |= {"width": 48, "height": 64}
     document["images"][3] |= {"width": 100}

@@ -16,9 +16,9 @@ from parts import TinyDetector, TinyLoader, make_annotations, make_batch, make_o
 from rich.console import Console
 
 from fpn_det.data.sampling import micro_batches
-from fpn_det.engine.folder import choose_folder, on_main
+from fpn_det.engine.folder import choose_folder
 from fpn_det.engine.log import RunLog
-from fpn_det.engine.nonfinite import describe, first_bad_step
+from fpn_det.engine.nonfinite import explain, first_bad_step, load_dump
 from fpn_det.engine.optimizers import SGD
 from fpn_det.engine.run import Parts, Run
 from fpn_det.evaluation.coco import EvaluationSettings
@@ -27,7 +27,7 @@ from fpn_det.models.detector import Detector
 from fpn_det.models.layers import SyncBatchNorm2d
 from fpn_det.models.neck import FPN
 from fpn_det.models.roi_head import ROIHead, TwoLayerHead
-from fpn_det.runtime import Ranks, all_reduce_mean, current_ranks, process_group
+from fpn_det.runtime import Ranks, all_reduce_mean, current_ranks, on_main, process_group
 from fpn_det.structures import Batch, Targets
 
 SMALL = partial(TwoLayerHead, width=32)
@@ -101,7 +101,10 @@ def one_bad_rank(ranks: Ranks, folder: Path) -> dict:
     for step in (1, 2):
         optimization.step([batch], step)
     step = first_bad_step(optimization)
-    return {"before": before, "after": snapshot(optimization), "step": step, "text": describe(optimization, [bad], make_annotations(4), step)}
+    after = snapshot(optimization)
+    state = {"progress": {"step": step}}
+    text = explain(optimization, [bad], make_annotations(4), step, 0, ranks, folder / "nan_dump", lambda: state)
+    return {"before": before, "after": after, "step": step, "text": text}
 
 
 def stopped_run(ranks: Ranks, folder: Path) -> dict:
@@ -153,8 +156,13 @@ def everything(ranks: Ranks, folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> list[dict]:
-    return spawn(everything, tmp_path_factory.mktemp("ranks"))
+def ranks_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(ranks_folder) -> list[dict]:
+    return spawn(everything, ranks_folder)
 
 
 def test_two_ranks_train_as_one(two_ranks, tmp_path):
@@ -172,12 +180,20 @@ def test_a_detector_learns_the_same_on_two_ranks_of_which_one_has_no_objects(two
     assert one["frozen, accumulate 1"] == pytest.approx(one["frozen, accumulate 2"], rel=1e-3, abs=1e-5)
 
 
-def test_bad_loss_on_one_rank_stops_all(two_ranks):
+def test_bad_loss_on_one_rank_stops_all(two_ranks, ranks_folder):
     for rank, result in enumerate(two_ranks):
         found = result["one_bad_rank"]
         assert all(torch.equal(found["before"][name], found["after"][name]) for name in found["before"]), rank
         assert found["step"] == 0
-        assert found["text"] == "not finite: roi_class=nan, roi_box=nan. Images of that batch: image_2.jpg, image_3.jpg."
+        assert found["text"].startswith(
+            "not finite: pixels of image_2.jpg, pixels of image_3.jpg, roi_class=nan, roi_box=nan. First bad output: conv. "
+            "Images of that batch: image_2.jpg, image_3.jpg. "
+        )
+    for rank, examined in ((0, []), (1, [0, 1])):
+        state, share, (batch,) = load_dump(ranks_folder / "nan_dump", rank)
+        assert state["progress"]["step"] == 0 and share["rank"] == rank
+        assert share["examinations"][0]["images"] == examined
+        assert batch.indices.tolist() == [2 * rank, 2 * rank + 1]
 
 
 def test_signal_to_one_rank_stops_all_and_the_run_goes_on_to_the_bit(two_ranks):
