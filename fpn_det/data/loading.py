@@ -5,6 +5,8 @@ What is in a batch follows from the step alone, never from the number of workers
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
@@ -159,6 +161,16 @@ def _set_up_worker(worker: int) -> None:
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """At exit, multiprocessing asks its daemons to end by SIGTERM and waits for them: ours would never hear it."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take their end for an accident
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _receive(items: Iterable[Parcel | ValueError], pinned: bool) -> Iterator[Batch]:

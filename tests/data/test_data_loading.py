@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from itertools import islice
 
@@ -189,6 +191,18 @@ def test_a_broken_picture_ends_in_one_sentence_from_any_process(document, write,
         list(islice(loader(dataset, workers=workers).iterate(0), 4))
     assert str(caught.value).startswith(f"{tmp_path}/cut.png: expected a complete picture")
     assert "\n" not in str(caught.value)
+
+
+def test_a_process_with_abandoned_workers_ends():
+    """Its workers do not listen to SIGTERM, by which multiprocessing would end them."""
+    lines = (
+        "from fpn_det.data.loading import _loader",
+        "batches = iter(_loader({1: 1, 2: 2}, [1, 2], 2, None))",
+        "next(batches)",
+        "sys.modules['kept'] = batches",
+    )
+    ended = subprocess.run([sys.executable, "-c", "import sys\n" + "\n".join(lines)], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
