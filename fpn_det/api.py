@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +11,13 @@ import torch
 from hydra.errors import InstantiationException
 
 from fpn_det.config import Data, Node, Settings, Split, check, compose, is_for_people, read_yaml, to_yaml
-from fpn_det.data.coco import drop_empty, read_coco, select_images, split_images
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.loading import EvalLoader, TrainLoader
+from fpn_det.data.looking import Look, look_at
+from fpn_det.data.overlap import without_shared
+from fpn_det.data.reading import Examined, examine, judge, load_tables
 from fpn_det.data.sampling import GlobalBatches
+from fpn_det.data.selection import drop_empty, select_images, split_images
 from fpn_det.data.transforms import Pipeline
 from fpn_det.engine.folder import versions
 from fpn_det.engine.log import RunLog
@@ -27,8 +30,10 @@ from fpn_det.interop import loading
 from fpn_det.interop.coco_classes import category_ids
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
-from fpn_det.runtime import Ranks, pick_device, seed_everything
+from fpn_det.runtime import Ranks, broadcast_object, current_ranks, pick_device, seed_everything
 from fpn_det.structures import Annotations
+
+SplitName = Literal["train", "val", "test"]
 
 SHOWN_IMAGES = 8  # of the validation set, with ground truth and detections
 
@@ -70,32 +75,50 @@ def build_transforms(transforms: dict[str, Node | None], data: Data, where: str)
 
 def read_training_data(data: Data, seed: int) -> tuple[Annotations, Annotations]:
     """What to train on and what to evaluate on. The classes are those of the training set."""
-    train = read_split(data, "train", data.classes)
+    examined = examine_split(data, "train", data.classes)
+    judge(examined, f"data.train ({data.train.annotations})", data.on_error)
     if data.val_fraction is not None:
-        train, val = split_images(train, data.val_fraction, seed)
+        train, val = split_images(_limited(examined.annotations, data), data.val_fraction, seed)
     else:
-        val = read_split(data, "val", train.class_names)
+        held_out = examine_split(data, "val", examined.annotations.class_names)
+        judge(held_out, f"data.val ({data.val.annotations})", data.on_error)
+        # whoever names the same file twice means it
+        alone = examined if data.train == data.val else without_shared(examined, held_out, data.on_error)
+        train, val = _limited(alone.annotations, data), _limited(held_out.annotations, data)
     if not data.keep_empty:
         train = drop_empty(train)
+        if not len(train):
+            raise ValueError("data.train: expected images with objects, got none. Set data.keep_empty=true to train on images without.")
     return train.share_memory(), val.share_memory()
 
 
 def read_evaluation_data(data: Data, split: Literal["val", "test"], class_names: Sequence[str], seed: int) -> Annotations:
     """The ground truth to score against; its classes are those that the weights were trained for."""
-    if split == "val" and data.val_fraction is not None:
-        return split_images(read_split(data, "train", class_names), data.val_fraction, seed)[1]
-    return read_split(data, split, class_names)
+    source: SplitName = "train" if split == "val" and data.val_fraction is not None else split
+    examined = examine_split(data, source, class_names)
+    judge(examined, f"data.{source} ({getattr(data, source).annotations})", data.on_error)
+    annotations = _limited(examined.annotations, data)
+    return annotations if source == split else split_images(annotations, data.val_fraction or 0, seed)[1]
 
 
-def read_split(data: Data, split: Literal["train", "val", "test"], class_names: Sequence[str] | None) -> Annotations:
-    """One part of the data; `class_names` are the classes and their order, None takes them from the file."""
+def examine_split(data: Data, split: SplitName, class_names: Sequence[str] | None) -> Examined:
+    """One part of the data and what is wrong with it; `class_names` are the classes and their order, None takes them from the files."""
     source: Split = getattr(data, split)
-    if source.annotations is None or source.images is None:
+    if source.annotations is None:
         raise ValueError(f"data.{split}: expected images and annotations, got none. Set data.{split}.images and data.{split}.annotations.")
-    annotations = read_coco(source.annotations, source.images, class_names, data.classes is not None, data.on_error)
-    if data.max_images is not None:
-        annotations = select_images(annotations, torch.arange(min(data.max_images, len(annotations))))
-    return annotations
+    tables = load_tables(source.annotations, source.images, source.format, split)
+    return examine(tables, class_names, data.classes is not None, data.on_error, _look_once if data.check else None)
+
+
+def _look_once(paths: Iterable[str], folder: Path) -> Mapping[str, Look]:
+    """Rank 0 looks for all."""
+    return broadcast_object(look_at(paths, folder) if current_ranks().is_main else None)
+
+
+def _limited(annotations: Annotations, data: Data) -> Annotations:
+    if data.max_images is None:
+        return annotations
+    return select_images(annotations, torch.arange(min(data.max_images, len(annotations))))
 
 
 def build_eval_loader(settings: Settings, annotations: Annotations, stride: int, ranks: Ranks, device: torch.device) -> EvalLoader:

@@ -46,8 +46,9 @@ S = TypeVar("S", bound="Settings")
 class Split:
     """One part of a data set."""
 
-    images: str | None  # folder
-    annotations: str | None  # COCO JSON
+    images: str | list[str] | None  # folder, or one for each of the annotations; null = where the format has them
+    annotations: str | list[str] | None  # a JSON file, or what the format calls for; several are put together
+    format: Literal["coco", "voc", "yolo", "csv"] | None  # null = what it looks like
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Data:
     max_images: Count | None  # only the first of each part, for trials
     classes: list[str] | None  # a subset by name; null = all
     on_error: Literal["fail", "fix", "skip"]  # what to do about broken annotations and files
+    check: bool  # look into every picture first; what was seen is remembered until the file changes
     keep_empty: bool  # train on images without objects too
     num_workers: CountOrZero  # processes that read and transform
     canvas: Literal["batch"] | tuple[Count, Count]  # size of a batch: its largest image's, or [H, W] always

@@ -17,6 +17,12 @@ import pytest
 from tiny import ROOT
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory) -> None:
+    """What is remembered from run to run stays in the folder of the tests."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shapes_dataset(tmp_path_factory) -> Path:
     """8 + 8 images of 96 x 128 px in COCO's layout."""

@@ -66,6 +66,6 @@ def image_size(path: Path) -> tuple[int, int] | None:
         with Image.open(path) as picture:
             width, height = picture.size
             turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    except OSError:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises for broken headers
         return None
     return (width, height) if turned else (height, width)

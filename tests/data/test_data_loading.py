@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from fpn_det.data.coco import drop_empty, read_coco
 from fpn_det.data.collation import collate, pack
 from fpn_det.data.dataset import DetectionDataset, Example
 from fpn_det.data.loading import EvalLoader, TrainLoader
+from fpn_det.data.reading import read_annotations
 from fpn_det.data.sampling import GlobalBatches
+from fpn_det.data.selection import drop_empty
 from fpn_det.data.transforms import Pipeline, ResizeShortestSide
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Batch
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def dataset(document, write, pictures) -> DetectionDataset:
     chain = [A.HorizontalFlip(p=0.5), A.RandomBrightnessContrast(p=0.5), ResizeShortestSide([40, 48, 64], 100)]
-    return DetectionDataset(drop_empty(read_coco(write(document), pictures)), Pipeline(chain), seed=5)
+    return DetectionDataset(drop_empty(read_annotations(write(document), pictures)), Pipeline(chain), seed=5)
 
 
 def loader(dataset: DetectionDataset, ranks: Ranks | None = None, accumulate: int = 1, workers: int = 0, **options) -> TrainLoader:
@@ -42,7 +43,7 @@ def assert_same(one: Batch, other: Batch) -> None:
 
 
 def test_dataset_gives_what_is_drawn_without_crowds(document, write, pictures):
-    annotations = read_coco(write(document), pictures)
+    annotations = read_annotations(write(document), pictures)
     dataset = DetectionDataset(annotations, Pipeline([A.HorizontalFlip(p=1)]), seed=0)
     example = dataset[3, 0]
     # image 3 is 64 px wide; its boxes are 5..28 and 5..28
@@ -55,7 +56,7 @@ def test_dataset_gives_what_is_drawn_without_crowds(document, write, pictures):
 
 @pytest.mark.parametrize(("column", "value"), [("boxes", float("nan")), ("boxes", float("inf")), ("labels", 2), ("labels", -1)])
 def test_dataset_names_the_annotation_that_is_none(document, write, pictures, column, value):
-    annotations = read_coco(write(document), pictures)
+    annotations = read_annotations(write(document), pictures)
     getattr(annotations, column)[annotations.rows(3)][1] = value
     dataset = DetectionDataset(annotations, Pipeline([]), seed=0)
     with pytest.raises(ValueError, match=r"3.png \(image 37\): annotation 6: expected a finite box and a label below 2, got"):
@@ -65,7 +66,7 @@ def test_dataset_names_the_annotation_that_is_none(document, write, pictures, co
 def test_dataset_names_the_picture_that_is_not_as_annotated(document, write, pictures):
     document["images"][0] |= {"width": 48, "height": 64}
     document["images"][3] |= {"width": 100}
-    dataset = DetectionDataset(read_coco(write(document), pictures), Pipeline([]), seed=0)
+    dataset = DetectionDataset(read_annotations(write(document), pictures), Pipeline([]), seed=0)
     with pytest.raises(ValueError, match=r"0\.png: expected 48 x 64 px as annotated, got 64 x 48\. It is turned by its EXIF"):
         dataset[0, 0]
     with pytest.raises(ValueError, match=r"3\.png: expected 100 x 48 px as annotated, got 64 x 48\. Correct"):
@@ -73,7 +74,7 @@ def test_dataset_names_the_picture_that_is_not_as_annotated(document, write, pic
 
 
 def test_dataset_names_the_picture_on_which_a_transform_fails(document, write, pictures):
-    dataset = DetectionDataset(read_coco(write(document), pictures), Pipeline([A.RandomCrop(height=60, width=10, p=1)]), seed=0)
+    dataset = DetectionDataset(read_annotations(write(document), pictures), Pipeline([A.RandomCrop(height=60, width=10, p=1)]), seed=0)
     with pytest.raises(ValueError, match=r"0\.png \(image 7\): a transform failed: CropSizeError"):
         dataset[0, 0]
 
@@ -186,7 +187,7 @@ def test_a_broken_picture_ends_in_one_sentence_from_any_process(document, write,
     content = (pictures / "3.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
     document["images"][3]["file_name"] = str(tmp_path / "cut.png")
-    dataset = DetectionDataset(read_coco(write(document), pictures), Pipeline([]), seed=0)
+    dataset = DetectionDataset(read_annotations(write(document), pictures), Pipeline([]), seed=0)
     with pytest.raises(ValueError) as caught:
         list(islice(loader(dataset, workers=workers).iterate(0), 4))
     assert str(caught.value).startswith(f"{tmp_path}/cut.png: expected a complete picture")
@@ -207,7 +208,7 @@ def test_a_process_with_abandoned_workers_ends():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_eval_loader_gives_every_image_once_and_can_start_again(document, write, pictures, workers):
-    annotations = read_coco(write(document), pictures)
+    annotations = read_annotations(write(document), pictures)
     dataset = DetectionDataset(annotations, Pipeline([ResizeShortestSide([40], 100)]), seed=0)
     shares = [EvalLoader(dataset, 3, Ranks(rank, 3), workers, 32, "batch", CPU) for rank in range(3)]
     assert [len(share) for share in shares] == [1, 1, 1]
@@ -219,7 +220,7 @@ def test_eval_loader_gives_every_image_once_and_can_start_again(document, write,
 
 
 def test_eval_loader_of_a_rank_without_images_is_empty(document, write, pictures):
-    dataset = DetectionDataset(read_coco(write(document), pictures), Pipeline([]), seed=0)
+    dataset = DetectionDataset(read_annotations(write(document), pictures), Pipeline([]), seed=0)
     empty = EvalLoader(dataset, 1, Ranks(9, 10), 1, 32, "batch", CPU)
     assert len(empty) == 0
     assert list(empty) == []

@@ -13,7 +13,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from fpn_det.data.coco import read_coco
+from fpn_det.data.reading import read_annotations
 from fpn_det.evaluation.coco import DetectionTable, EvaluationSettings, precision_and_recall, recall_of_proposals, score
 from fpn_det.structures import Annotations
 
@@ -325,7 +325,7 @@ def coco128() -> tuple[Annotations, Path]:
     if not folder.is_dir():
         pytest.skip("FPN_DET_DATA names no folder with coco128")
     file = folder / "annotations" / "instances_val2017.json"
-    return read_coco(file, folder / "val2017"), file
+    return read_annotations(file, folder / "val2017"), file
 
 
 def test_score_of_the_ground_truth_of_real_images_is_one(coco128):

@@ -1,0 +1,102 @@
+"""Data sets made of others: some of their images, or all of several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fpn_det.structures import Annotations
+
+
+def select_images(annotations: Annotations, rows: Tensor) -> Annotations:
+    """The data set with only the images of `rows` (i64 [N]), in that order."""
+    objects, offsets = _select_ragged(annotations.offsets, rows)
+    characters, path_offsets = _select_ragged(annotations.path_offsets, rows)
+    return replace(
+        annotations,
+        image_ids=annotations.image_ids[rows],
+        path_bytes=annotations.path_bytes[characters],
+        path_offsets=path_offsets,
+        sizes=annotations.sizes[rows],
+        offsets=offsets,
+        boxes=annotations.boxes[objects],
+        labels=annotations.labels[objects],
+        iscrowd=annotations.iscrowd[objects],
+        area=annotations.area[objects],
+        annotation_ids=annotations.annotation_ids[objects],
+    )
+
+
+def drop_empty(annotations: Annotations) -> Annotations:
+    """The data set without images that show nothing to learn: no object, or crowd regions only."""
+    images = torch.repeat_interleave(torch.arange(len(annotations)), annotations.offsets.diff())
+    counts = torch.bincount(images[~annotations.iscrowd], minlength=len(annotations))
+    return select_images(annotations, counts.nonzero().flatten())
+
+
+def split_images(annotations: Annotations, val_fraction: float, seed: int) -> tuple[Annotations, Annotations]:
+    """Part the images at random into training and validation, each in the order of the file.
+
+    Raises:
+        ValueError: one of the two would be empty.
+    """
+    held_out = round(len(annotations) * val_fraction)
+    if not 0 < held_out < len(annotations):
+        raise ValueError(
+            f"data.val_fraction: expected a share that leaves images on both sides, got {val_fraction} of {len(annotations)} image(s)."
+        )
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(annotations)))
+    return select_images(annotations, order[held_out:].sort().values), select_images(annotations, order[:held_out].sort().values)
+
+
+def concatenate(parts: Sequence[Annotations]) -> Annotations:
+    """All images of data sets of the same classes.
+
+    Image and annotation ids stay, unless they clash: then those of each further part are raised beyond the ones before.
+    """
+    if len(parts) == 1:
+        return parts[0]
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    def joined_offsets(name: str) -> Tensor:
+        counts = torch.cat([getattr(part, name).diff() for part in parts])
+        return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+    return replace(
+        parts[0],
+        image_ids=_distinct([part.image_ids for part in parts]),
+        path_bytes=joined("path_bytes"),
+        path_offsets=joined_offsets("path_offsets"),
+        sizes=joined("sizes"),
+        offsets=joined_offsets("offsets"),
+        boxes=joined("boxes"),
+        labels=joined("labels"),
+        iscrowd=joined("iscrowd"),
+        area=joined("area"),
+        annotation_ids=_distinct([part.annotation_ids for part in parts]),
+    )
+
+
+def _select_ragged(offsets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the elements of `rows` lie in a ragged array, and the offsets of the array made of them."""
+    counts = offsets.diff()[rows]
+    selected = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    shift = torch.repeat_interleave(offsets[:-1][rows] - selected[:-1], counts)
+    return torch.arange(len(shift)) + shift, selected
+
+
+def _distinct(parts: Sequence[Tensor]) -> Tensor:
+    joined = torch.cat(list(parts))
+    if len(joined.unique()) == len(joined):
+        return joined
+    raised: list[Tensor] = []
+    for ids in parts:
+        highest = max([int(part.max()) for part in raised if len(part)], default=0)
+        raised.append(ids + (highest + 1 - int(ids.min()) if raised and len(ids) else 0))
+    return torch.cat(raised)
