@@ -142,34 +142,56 @@ class ResNet(torchvision_resnet.ResNet):
                     f"random ones. Set model.backbone.weights or init_from, or norm=batch and frozen_stages=0."
                 )
             return
-        state = self._imagenet_state() if self.weights == "imagenet" else self._file_state(Path(self.weights))
+        state = pretrained_weights(self.depth, self.weights)
         left_out = ("fc.", *(f"layer{number}." for number in range(len(self.channels) + 1, 5)))
         state = {name: value for name, value in state.items() if not name.startswith(left_out)}
-        missing, unexpected = self.load_state_dict(state, strict=False)
-        missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-        unexpected = [name for name in unexpected if not name.endswith("num_batches_tracked")]
-        if missing or unexpected:
-            raise ValueError(
-                f"ResNet({self.depth}): weights '{self.weights}' do not fit: {len(missing)} missing "
-                f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])}). "
-                f"Give the weights of a ResNet-{self.depth} in torchvision's names."
-            )
+        fill(self, state, self.depth, self.weights)
 
-    def _imagenet_state(self) -> dict[str, Tensor]:
-        url = get_model_weights(f"resnet{self.depth}")["IMAGENET1K_V1"].url
-        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-        try:
-            return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"ResNet({self.depth}): no file for weights 'imagenet' at {path}, and {url} could not be fetched ({error}). "
-                f"Put the file there, give a path, or set model.backbone.weights=null."
-            ) from error
 
-    def _file_state(self, path: Path) -> dict[str, Tensor]:
-        if not path.is_file():
-            raise ValueError(
-                f"ResNet({self.depth}): no file for weights at {path.absolute()}. "
-                f"Give another path, or set model.backbone.weights=null."
-            )
-        return torch.load(path, map_location="cpu", weights_only=True)
+def pretrained_weights(depth: int, weights: str) -> dict[str, Tensor]:
+    """The state dict of a ResNet: torchvision's (`imagenet`), or that of a file.
+
+    Raises:
+        ValueError: no such file, or none to be fetched.
+    """
+    return _imagenet_state(depth) if weights == "imagenet" else _file_state(depth, Path(weights))
+
+
+def fill(module: nn.Module, state: dict[str, Tensor], depth: int, weights: str) -> None:
+    """Load the state dict of a ResNet, or of a part of it.
+
+    Args:
+        depth, weights: where the state is from, for messages.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in unexpected if not name.endswith("num_batches_tracked")]
+    if missing or unexpected:
+        raise ValueError(
+            f"ResNet({depth}): weights '{weights}' do not fit: {len(missing)} missing "
+            f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])}). "
+            f"Give the weights of a ResNet-{depth} in torchvision's names."
+        )
+
+
+def _imagenet_state(depth: int) -> dict[str, Tensor]:
+    url = get_model_weights(f"resnet{depth}")["IMAGENET1K_V1"].url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"ResNet({depth}): no file for weights 'imagenet' at {path}, and {url} could not be fetched ({error}). "
+            f"Put the file there, give a path, or set model.backbone.weights=null."
+        ) from error
+
+
+def _file_state(depth: int, path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(
+            f"ResNet({depth}): no file for weights at {path.absolute()}. Give another path, or set model.backbone.weights=null."
+        )
+    return torch.load(path, map_location="cpu", weights_only=True)

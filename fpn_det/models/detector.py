@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fpn_det.models.backbone import ResNet
+from fpn_det.models.conv5_head import Conv5Head
 from fpn_det.models.layers import set_foldable
 from fpn_det.models.neck import FPN, Neck
 from fpn_det.models.roi_head import ROIHead
@@ -152,5 +153,7 @@ class Detector(nn.Module):
         return proposer
 
     def load_pretrained(self) -> None:
-        """Fetch or read the backbone's pretrained weights, if its settings name any."""
+        """Fetch or read the pretrained weights of the backbone, and of a box head that has some, if the settings name any."""
         self.backbone.load_pretrained()
+        if self.roi_head and isinstance(self.roi_head.box_head, Conv5Head):
+            self.roi_head.box_head.load_pretrained()

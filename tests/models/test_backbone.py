@@ -13,6 +13,7 @@ from fpn_det.models.backbone import ResNet
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("norm", ["frozen", "batch"])
 def test_resnet_equals_torchvision(depth: int, norm: str):
+    torch.manual_seed(0)
     layer = torchvision.ops.FrozenBatchNorm2d if norm == "frozen" else torch.nn.BatchNorm2d
     theirs = getattr(torchvision.models, f"resnet{depth}")(norm_layer=layer)
     mine = ResNet(depth, norm=norm)

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from test_detector import gradients, make_batch, spread_out
+
+from fpn_det.matching import Sampler
+from fpn_det.models.backbone import ResNet
+from fpn_det.models.conv5_head import Conv5Head
+from fpn_det.models.detector import Detector
+from fpn_det.models.pyramids import SingleMap
+from fpn_det.models.roi_head import ROIHead
+from fpn_det.models.rpn import RPN, ProposalFilter
+from fpn_det.pyramid import RoIAlign
+
+
+def make_model(weights: str | None = None) -> Detector:
+    torch.manual_seed(0)
+    filters = {"train_filter": ProposalFilter(50, 20), "test_filter": ProposalFilter(50, 20)}
+    box_head = partial(Conv5Head, depth=18, weights=weights)
+    head = partial(ROIHead, pooler=partial(RoIAlign, output_size=14), box_head=box_head, sampler=Sampler(8, 0.25))
+    neck = partial(SingleMap, level="C4", channels=None)
+    return Detector(3, ResNet(18, weights), neck, partial(RPN, **filters), head)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_conv5_head_is_the_mean_of_torchvisions_last_stage(depth: int):
+    theirs = getattr(torchvision.models, f"resnet{depth}")().eval()
+    channels = 256 if depth == 18 else 1024
+    head = Conv5Head(channels, 14, depth).eval()
+    head.layer4.load_state_dict(theirs.layer4.state_dict())
+    pooled = torch.randn(3, channels, 14, 14)
+    expected = theirs.avgpool(theirs.layer4(pooled)).flatten(1)
+    assert torch.allclose(head(pooled), expected, atol=1e-4) and head.width == expected.shape[1]
+
+
+def test_backbone_and_head_share_one_file_of_weights(tmp_path: Path):
+    whole = torchvision.models.resnet18()
+    torch.save(whole.state_dict(), tmp_path / "resnet18.pth")
+    model = make_model(str(tmp_path / "resnet18.pth"))
+    model.load_pretrained()
+    parts = {**model.backbone.state_dict(), **model.roi_head.box_head.state_dict()}
+    for name, value in whole.state_dict().items():
+        if not name.startswith("fc.") and not name.endswith("num_batches_tracked"):
+            assert torch.equal(parts.pop(name), value), name
+    assert not parts
+
+
+@pytest.mark.parametrize("objects", [(3, 1), (0, 0)])
+def test_every_parameter_under_a_conv5_head_gets_a_gradient(objects: tuple[int, ...]):
+    for name, gradient in gradients(make_model(), make_batch(objects)).items():
+        assert gradient is not None and gradient.isfinite().all(), name
+
+
+def test_conv5_head_detects():
+    assert spread_out(make_model()).detect(make_batch()).valid.any()
+
+
+def test_conv5_head_refuses_another_map_than_c4():
+    with pytest.raises(ValueError, match=r"expected C4 as it is, 256 channels, got 64. Say neck=single_map model.neck.level=C4"):
+        Conv5Head(64, 14, 18)

@@ -1,0 +1,63 @@
+"""The rows of the FPN paper's tables: each composes, counts its anchors as the paper does, trains a step and is scored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fpn_det import api
+from fpn_det.config import CONFIGS, compose
+from fpn_det.engine.evaluate import evaluate
+from fpn_det.runtime import Ranks
+
+ROWS = sorted(path.stem for path in (CONFIGS / "experiment" / "paper").glob("*.yaml"))
+ANCHORS = {"a": 47_000, "b": 12_000, "c": 200_000, "d": 200_000, "e": 200_000, "f": 750_000}  # of 800 x 1000 px
+
+SMALL = (
+    "device=cpu",
+    "data.num_workers=0",
+    "data.max_images=2",
+    "data.eval_batch_size=2",
+    "data.train_transforms.resize.sides=[96]",
+    "data.eval_transforms.resize.sides=[96]",
+    "model.backbone.depth=18",
+    "model.backbone.weights=null",
+    "trainer.batch_size=2",
+)
+FEW_PROPOSALS = ("model.rpn.train_filter.post_nms=20", "model.rpn.test_filter.post_nms=20")
+FEW_SAMPLES = ("model.roi_head.sampler.num_samples=8",)
+LESS = {"table1": FEW_PROPOSALS, "table3": FEW_PROPOSALS + FEW_SAMPLES, "table5": FEW_PROPOSALS + FEW_SAMPLES}
+
+
+def test_every_row_is_there():
+    tables = {"table1": "abcdef", "table3": "abc"}
+    assert {f"{table}_{row}" for table, rows in tables.items() for row in rows} <= set(ROWS)
+
+
+@pytest.mark.parametrize("row", ANCHORS)
+def test_table_1_has_the_anchors_of_the_paper(row):
+    model = api.build_model(compose([f"experiment=paper/table1_{row}", *SMALL]), 80)
+    sizes = torch.tensor([[800, 1000]])
+    canvas = [-(-side // model.stride) * model.stride for side in sizes[0].tolist()]
+    shapes = [(-(-canvas[0] // stride), -(-canvas[1] // stride)) for stride in model.neck.strides]
+    assert len(model.rpn.anchors(shapes)) == pytest.approx(ANCHORS[row], rel=0.03)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_trains_a_step_and_is_scored(row, shapes_dataset):
+    torch.manual_seed(0)
+    settings = compose([f"experiment=paper/{row}", f"data.root={shapes_dataset}", *SMALL, *LESS[row[:6]]])
+    ranks, device = Ranks(), torch.device("cpu")
+    train, val = api.read_training_data(settings.data, settings.seed)
+    model = api.build_model(settings, train.num_classes)
+    (batch,) = api.build_train_loader(settings, train, model.stride, ranks, device).rebuild(0)
+    optimizer = api.build(settings.optimizer, "optimizer").build(model, settings.trainer.batch_size)
+    before = [parameter.clone() for parameter in model.parameters()]
+    losses = model(batch, 0)
+    losses.total().backward()
+    optimizer.step()
+    assert losses.total().isfinite()
+    assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    loader = api.build_eval_loader(settings, val, model.stride, ranks, device)
+    evaluation = evaluate(model, loader, val, settings.evaluation)
+    assert evaluation.num_images == 2 and evaluation.metrics[settings.trainer.best_metric] is not None
