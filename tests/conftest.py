@@ -50,6 +50,7 @@ def run_tool(tmp_path, monkeypatch, capsys) -> Callable[..., Result]:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # restores it afterwards
         monkeypatch.setattr(sys, "argv", [str(ROOT / "tools" / tool), *arguments])
+        monkeypatch.syspath_prepend(ROOT / "tools")  # as Python does for a script
         code = 0
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")

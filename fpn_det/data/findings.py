@@ -28,6 +28,7 @@ class Finding:
     file_name: str | None = None
     annotation_id: int | str | None = None
     where: str | None = None  # file and line, for formats without ids
+    box: tuple[float, ...] | None = None  # xyxy, as drawn
 
     def __str__(self) -> str:
         place = []

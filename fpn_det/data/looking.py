@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -133,4 +134,5 @@ def _remember(memory: Path, seen: Mapping[str, tuple[list[int], Look]]) -> None:
         unfinished.write_text(json.dumps(content))
         unfinished.replace(memory)
     except OSError:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)

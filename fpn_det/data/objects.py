@@ -95,6 +95,7 @@ class _Objects:
         self.records = records
         self.pictures = pictures
         self.findings = findings
+        self.boxes: np.ndarray | None = None  # xyxy, once they are known
         self.ids = [whole(record.get("id")) for record in records]
         self.image_ids = [whole(record.get("image_id")) for record in records]
         self.rows = np.array([pictures.row_of.get(image_id, -1) for image_id in self.image_ids], dtype=np.int64)
@@ -117,7 +118,9 @@ class _Objects:
         """A finding about one object."""
         row, record = self.rows[index], self.records[index]
         file_name = self.pictures.file_names[row] if row >= 0 else None
-        self.findings.append(Finding(kind, message, severity, self.image_ids[index], file_name, self.ids[index], record.get("where")))
+        box = None if self.boxes is None or not np.isfinite(self.boxes[index]).all() else tuple(self.boxes[index].tolist())
+        place = self.image_ids[index], file_name, self.ids[index], record.get("where")
+        self.findings.append(Finding(kind, message, severity, *place, box))
 
 
 def _boxes(found: _Objects, keep: np.ndarray, policy: Policy) -> tuple[np.ndarray, np.ndarray]:
@@ -141,6 +144,7 @@ def _boxes(found: _Objects, keep: np.ndarray, policy: Policy) -> tuple[np.ndarra
             found.add("boxes_are_fractions", message, "fatal", first)
     boxes, carried = carry_over(corners(numbers, layout), found.rows, pictures)
     found.findings.extend(carried)
+    found.boxes = boxes
 
     sizes = np.array([*pictures.sizes, (0, 0)], dtype=np.int64)[found.rows]
     clipped = np.clip(boxes, 0, sizes[:, [1, 0, 1, 0]])

@@ -96,8 +96,8 @@ def load_tables(annotations: Paths, images: Paths | None, format: Format | None 
     Raises:
         ValueError: a path is not there, or is not of its format; or there is not one folder for each part.
     """
-    sources = [existing_path(path, f"data.{split}.annotations") for path in _listed(annotations)]
-    folders = [None if path is None else existing_path(path, f"data.{split}.images") for path in _listed(images)]
+    sources = [existing_path(path, f"data.{split}.annotations") for path in listed_paths(annotations)]
+    folders = [None if path is None else existing_path(path, f"data.{split}.images") for path in listed_paths(images)]
     if len(folders) == 1:
         folders = folders * len(sources)
     if len(folders) != len(sources) or not sources:
@@ -159,5 +159,6 @@ def _load(source: Path, folder: Path | None, format: Format, split: str) -> Tabl
     return (voc if format == "voc" else yolo).load(source, folder, split)
 
 
-def _listed(paths: Paths | None) -> list:
+def listed_paths(paths: Paths | None) -> list:
+    """One path or several (or None), as a list."""
     return [paths] if paths is None or isinstance(paths, str | Path) else list(paths)

@@ -1,0 +1,101 @@
+"""tools/check_data.py, as a person uses it."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+SETTINGS = ("experiment=demo", "model.backbone.depth=18", "model.neck.channels=32")
+
+
+class Page(HTMLParser):
+    """The tags and texts of a page, and the addresses that it refers to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text = ""
+        self.addresses: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def shapes(shapes_dataset, tmp_path) -> Path:
+    """A copy of the shapes that may be broken."""
+    root = tmp_path / "shapes"
+    for path in shapes_dataset.rglob("*.*"):
+        target = root / path.relative_to(shapes_dataset)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return root
+
+
+def break_it(root: Path) -> dict:
+    """Four faults: an empty file, a box outside, a picture of the validation set among those of training, and a class in capitals."""
+    path = root / "annotations" / "instances_train2017.json"
+    document = json.loads(path.read_text())
+    document["annotations"][-1]["bbox"][0] = -500
+    _, second, third = document["images"][:3]
+    (root / "train2017" / second["file_name"]).write_bytes(b"")
+    (root / "train2017" / third["file_name"]).write_bytes(next((root / "val2017").iterdir()).read_bytes())
+    path.write_text(json.dumps(document))
+    path = root / "annotations" / "instances_val2017.json"
+    text = path.read_text()
+    name = document["categories"][0]["name"]
+    path.write_text(text.replace(f'"{name}"', f'"{name.upper()}"'))
+    return {"outside": document["annotations"][-1], "empty": second, "copy": third, "class": name}
+
+
+def test_sound_data_has_a_report_and_exit_code_0(run_tool, shapes, tmp_path):
+    result = run_tool("check_data.py", *SETTINGS, f"data.root={shapes}")
+    assert result.returncode == 0, result.stderr
+    assert "Sound." in result.stdout and "class" in result.stdout
+    report = json.loads((tmp_path / "data_report" / "data_report.json").read_text())
+    assert report["sound"] and set(report["splits"]) == {"train", "val"}
+    truth = json.loads((shapes / "annotations" / "instances_train2017.json").read_text())
+    assert report["splits"]["train"]["images"] == len(truth["images"])
+    assert sum(report["splits"]["train"]["classes"].values()) == report["splits"]["train"]["boxes"] == len(truth["annotations"])
+    page = Page((tmp_path / "data_report" / "data_report.html").read_text())
+    assert {"svg", "table"} <= set(page.tags)
+    assert all(address.startswith("data:") for address in page.addresses), "the page needs nothing but itself"
+    for word in ("Levels of the pyramid", "P2", "Aspect ratios", *(category["name"] for category in truth["categories"])):
+        assert word in page.text
+
+
+def test_faults_are_in_the_report_with_exit_code_1_and_fix_goes_on(run_tool, shapes, tmp_path):
+    faults = break_it(shapes)
+    result = run_tool("check_data.py", *SETTINGS, f"data.root={shapes}", "output=report")
+    assert result.returncode == 1
+    assert "training would stop" in result.stdout and "Traceback" not in result.stdout + result.stderr
+    report = json.loads((tmp_path / "report" / "data_report.json").read_text())
+    found = {(finding["kind"], finding["image_id"], finding["annotation_id"]) for finding in report["findings"] if finding["severity"] == "error"}
+    outside = faults["outside"]
+    assert ("box_outside", outside["image_id"], outside["id"]) in found
+    assert ("image_unreadable", faults["empty"]["id"], None) in found
+    assert ("image_copied_to_two_splits", faults["copy"]["id"], None) in found
+    assert "class_spelling" in {kind for kind, _, _ in found}
+    page = Page((tmp_path / "report" / "data_report.html").read_text())
+    assert "img" in page.tags and faults["empty"]["file_name"] in page.text
+
+    refused = run_tool("train.py", *SETTINGS, f"data.root={shapes}", "device=cpu", "data.num_workers=0")
+    assert refused.returncode == 2 and "image_unreadable" in refused.stderr and "Traceback" not in refused.stderr
+    assert run_tool("check_data.py", *SETTINGS, f"data.root={shapes}", "data.on_error=fix").returncode == 0
+
+
+def test_annotations_that_cannot_be_read_are_a_finding(run_tool, shapes, tmp_path):
+    (shapes / "annotations" / "instances_val2017.json").write_text("{")
+    result = run_tool("check_data.py", *SETTINGS, f"data.root={shapes}")
+    assert result.returncode == 1
+    report = json.loads((tmp_path / "data_report" / "data_report.json").read_text())
+    (fatal,) = (finding for finding in report["findings"] if finding["severity"] == "fatal")
+    assert fatal["split"] == "val" and "expected a JSON file" in fatal["message"]

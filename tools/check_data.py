@@ -1,0 +1,89 @@
+"""Look at data before training on it: python tools/check_data.py experiment=<name> [setting=value ...].
+
+Reads annotations and pictures of all splits as training would, prints what is there and what is wrong, and writes it to
+`output`: data_report.json for programs, data_report.html for people. Exit code 1 if training would refuse the data.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from rich.console import Console
+
+from _check_data.coverage import cover
+from _check_data.page import write_page
+from _check_data.report import Report, notes, show
+from fpn_det import api
+from fpn_det.config import Data, Settings, launch
+from fpn_det.data.findings import Finding
+from fpn_det.data.overlap import find_shared
+from fpn_det.data.reading import listed_paths
+from fpn_det.engine.log import PLAIN_WIDTH, shown_path
+
+
+@dataclass(frozen=True)
+class CheckSettings(Settings):
+    """Those of a training run, and where the report goes."""
+
+    output: str  # folder
+
+
+def check_data(settings: CheckSettings) -> None:
+    """One report."""
+    report = examine(settings.data)
+    train = report.parts.get("train")
+    coverage = None
+    if train is not None and len(train.annotations):
+        model = api.build_model(settings, train.annotations.num_classes)
+        coverage = cover(train.annotations, model, api.build_transforms(settings.data.eval_transforms, settings.data, "data.eval_transforms"))
+    folder = Path(settings.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "data_report.json").write_text(json.dumps(report.as_json(), indent=1, default=str), encoding="utf-8")
+    write_page(folder / "data_report.html", report, coverage)
+
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    show(report, console)
+    if coverage is not None:
+        console.print(
+            f"Of {len(coverage.ious)} objects, {coverage.learned_by_rescue} meet no anchor with IoU {coverage.threshold:g}, "
+            f"and {len(coverage.unreachable)} none with {coverage.background:g}."
+        )
+    console.print(f"{'Sound.' if report.is_sound else 'Not sound: training would stop.'} The report: {shown_path(folder / 'data_report.html')}")
+    if not report.is_sound:
+        sys.exit(1)
+
+
+def examine(data: Data) -> Report:
+    """All splits that are there."""
+    report, names = Report(data.on_error), data.classes
+    for split in splits_of(data):
+        try:
+            part = api.examine_split(data, split, names)
+        except ValueError as error:
+            report.findings[split] = [Finding("cannot_be_read", str(error), "fatal")]
+            continue
+        report.parts[split] = part
+        report.findings[split] = part.findings + notes(part.annotations)
+        names = names or list(part.annotations.class_names)
+    for one, other in combinations(report.parts, 2):
+        if getattr(data, one) != getattr(data, other):
+            report.findings[one] += find_shared(report.parts[one], report.parts[other], other).values()
+    return report
+
+
+def splits_of(data: Data) -> list[api.SplitName]:
+    """The splits that training reads, and the test set if it is there."""
+    splits: list[api.SplitName] = ["train"]
+    if data.val_fraction is None:
+        splits.append("val")
+    if any(path is not None and Path(path).exists() for path in listed_paths(data.test.annotations)):
+        splits.append("test")
+    return splits
+
+
+if __name__ == "__main__":
+    launch(check_data, CheckSettings, "check_data")
