@@ -125,18 +125,20 @@ def build_eval_loader(settings: Settings, annotations: Annotations, stride: int,
     """This rank's images as the model gets them."""
     data = settings.data
     transform = build_transforms(data.eval_transforms, data, "data.eval_transforms")
-    dataset = DetectionDataset(annotations, transform, settings.seed)
-    return EvalLoader(dataset, data.eval_batch_size, ranks, data.num_workers, stride, data.canvas, device)
+    dataset = DetectionDataset(annotations, transform, settings.seed, data.reduced_decoding == "always")
+    where = (stride, data.canvas, device, data.resize_on, data.start_method)
+    return EvalLoader(dataset, data.eval_batch_size, ranks, data.num_workers, *where)
 
 
 def build_train_loader(settings: Settings, annotations: Annotations, stride: int, ranks: Ranks, device: torch.device) -> TrainLoader:
     """This rank's share of the training batches."""
     data, trainer = settings.data, settings.trainer
     transform = build_transforms(data.train_transforms, data, "data.train_transforms")
-    dataset = DetectionDataset(annotations, transform, settings.seed)
+    dataset = DetectionDataset(annotations, transform, settings.seed, data.reduced_decoding != "never")
     parts = ranks.world_size * trainer.accumulate
     batches = GlobalBatches(annotations.sizes, trainer.batch_size, settings.seed, parts, data.group_by_aspect)
-    return TrainLoader(dataset, batches, ranks, trainer.accumulate, data.num_workers, stride, data.canvas, device)
+    where = (stride, data.canvas, device, data.resize_on, data.start_method)
+    return TrainLoader(dataset, batches, ranks, trainer.accumulate, data.num_workers, *where)
 
 
 def build_parts(settings: Settings, ranks: Ranks, device: torch.device, log: RunLog, fresh: bool) -> Parts:
@@ -234,7 +236,8 @@ def load(source: str | Path, weights: str | Path | None = None, device: str = "a
     data = settings.data
     transform = build_transforms(data.eval_transforms, data, "data.eval_transforms")
     dtype = PRECISIONS[settings.precision]
-    return Predictor(model.to(chosen), found.names, transform, data.eval_batch_size, data.canvas, chosen, dtype, tta)
+    options = (dtype, tta, data.resize_on, data.reduced_decoding == "always")
+    return Predictor(model.to(chosen), found.names, transform, data.eval_batch_size, data.canvas, chosen, *options)
 
 
 def settings_of(weights: loading.Weights) -> Settings:

@@ -66,6 +66,9 @@ class Data:
     check: bool  # look into every picture first; what was seen is remembered until the file changes
     keep_empty: bool  # train on images without objects too
     num_workers: CountOrZero  # processes that read and transform
+    start_method: Literal["fork", "spawn", "forkserver"] | None  # of these processes; null = the platform's own
+    resize_on: Literal["worker", "device"]  # where the last flip and resize are made
+    reduced_decoding: Literal["never", "train", "always"]  # of JPEG files at 1/2, 1/4 or 1/8, if the resize asks for less
     canvas: Literal["batch"] | tuple[Count, Count]  # size of a batch: its largest image's, or [H, W] always
     group_by_aspect: bool  # batches of landscape or of portrait images
     eval_batch_size: Count  # images per rank

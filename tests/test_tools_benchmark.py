@@ -152,8 +152,9 @@ def test_benchmark_writes_what_it_shows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
     benchmark.main()
     shown, written = capsys.readouterr().out, json.loads(output.read_text())
-    assert written.keys() == {"inference_s", "loader_images_per_s", "setting"}
-    for measure in ("inference_s", "loader_images_per_s"):
+    loaders = {"loader_images_per_s", "loader_resize_on_device_images_per_s", "loader_decoded_images_per_s"}
+    assert written.keys() == {"inference_s", *loaders, "setting"}
+    for measure in ("inference_s", *loaders):
         row = written[measure]
         assert row["ratio"] == pytest.approx(row["ours"] / row["torchvision"]) and measure in shown
     assert written["setting"]["size"] == [64, 96] and written["setting"]["torch"] == torch.__version__

@@ -57,8 +57,8 @@ def measure(setting: Setting) -> Iterator[tuple[str, list[float]]]:
         with TemporaryDirectory() as generated:
             if setting.data is None:
                 write_images(Path(generated), setting.size)
-            streams = make_streams(setting, Path(setting.data or generated), device)
-            yield "loader_images_per_s", throughput(streams, setting.repeats)
+            for name, streams in make_streams(setting, Path(setting.data or generated), device).items():
+                yield name, throughput(streams, setting.repeats)
 
 
 def describe(setting: Setting) -> dict[str, object]:

@@ -1,14 +1,15 @@
 """Many images as one batch, and how it travels from a worker to the main process.
 
-A batch is packed in a worker and unpacked where it is used. Its pixels travel in a few buffers that the worker shares
-with the main process and uses in turn: fresh shared memory for each batch, which is what torch's loader does, takes
-longer than decoding the images, because the system has to provide and clear every page. The rest is small and pickled.
+A batch is packed in a worker and unpacked where it is used. Either the worker lays the images on their canvas, or it
+sends them as they are and the device does. Pixels travel in a few buffers that the worker shares with the main process
+and uses in turn: fresh shared memory for each batch, which is what torch's loader does, takes longer than decoding the
+images, because the system has to provide and clear every page. The rest is small and pickled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -16,18 +17,21 @@ import torch
 from torch import Tensor
 
 from fpn_det.data.dataset import Example
+from fpn_det.data.resizing import Plan, Size
 from fpn_det.structures import Batch, Targets
 
 Canvas = Literal["batch"] | tuple[int, int]  # as large as the batch needs, or (H, W) px
-Size = tuple[int, int]
+ResizeOn = Literal["worker", "device"]
 
 
 @dataclass(frozen=True)
 class Parcel:
     """A batch before it is put together. `slot` names the shared buffer of its pixels, if they lie in one."""
 
-    pixels: Tensor  # u8 or f32 [B, H, W, 3]
-    sizes: list[Size]
+    pixels: Tensor  # u8 or f32 [B, H, W, 3]; with plans still to be done, all images one after another [values]
+    canvas: Size
+    plans: list[Plan]
+    given_sizes: list[Size]  # of the images that plans are still to be done to; else empty
     original_sizes: list[Size]
     boxes: list[np.ndarray]
     labels: list[np.ndarray]
@@ -35,14 +39,33 @@ class Parcel:
     slot: tuple[int, int] | None = None  # (worker, number)
 
     def unpack(self) -> Batch:
-        """The batch. Its pixels are these, seen as [B, 3, H, W]: channels stay last in memory, as files have them."""
+        """The batch, with its pixels as they travel."""
         return Batch(
-            pixels=self.pixels.permute(0, 3, 1, 2),  # [B, H, W, 3] -> [B, 3, H, W]
-            sizes=torch.tensor(self.sizes),
+            pixels=self.pixels,
+            sizes=torch.tensor([plan.size for plan in self.plans]),
             original_sizes=torch.tensor(self.original_sizes),
             targets=Targets.pad(list(map(torch.from_numpy, self.boxes)), list(map(torch.from_numpy, self.labels))),
             indices=torch.tensor(self.indices),
         )
+
+    def finish(self, batch: Batch) -> Batch:
+        """The unpacked batch with pixels [B, 3, H, W], on the device that it is on: channels stay last in memory, as files have them."""
+        pixels = self._lay(batch.pixels) if self.given_sizes else batch.pixels
+        return replace(batch, pixels=pixels.permute(0, 3, 1, 2))  # [B, H, W, 3] -> [B, 3, H, W]
+
+    def _lay(self, values: Tensor) -> Tensor:
+        """The canvas [B, H, W, 3]. On a CPU this is what a worker would have done, to the bit."""
+        on_cpu = values.device.type == "cpu"
+        kind = torch.float32 if self.plans[0].gives_float else values.dtype
+        canvas = torch.zeros(len(self.plans), *self.canvas, 3, dtype=kind, device=values.device)
+        images = values.split([3 * height * width for height, width in self.given_sizes])
+        for out, plan, image, size in zip(canvas, self.plans, images, self.given_sizes, strict=True):
+            given, place = image.view(*size, 3), out[: plan.size[0], : plan.size[1]]
+            if on_cpu:
+                plan.lay(given.numpy(), place.numpy())
+            else:
+                plan.lay_on_device(given, place)
+        return canvas
 
 
 class SharedBuffers:
@@ -83,19 +106,37 @@ def canvas_size(sizes: Sequence[Size], stride: int, canvas: Canvas) -> Size:
 
 
 def pack(
-    examples: Sequence[Example], stride: int, canvas: Canvas, memory: Callable[..., Tensor] = _private_memory
+    examples: Sequence[Example],
+    stride: int,
+    canvas: Canvas,
+    resize_on: ResizeOn = "worker",
+    memory: Callable[..., Tensor] = _private_memory,
 ) -> Parcel:
-    """Lay the images on one canvas, padded with zeros right and bottom, in bytes from `memory(B, H, W, bytes per pixel)`."""
-    sizes = [example.pixels.shape[:2] for example in examples]
-    kind = torch.from_numpy(examples[0].pixels).dtype
-    pixels = memory(len(examples), *canvas_size(sizes, stride, canvas), 3 * kind.itemsize).view(kind)
-    for image, example, (height, width) in zip(pixels.numpy(), examples, sizes, strict=True):
-        image[:height, :width] = example.pixels
-        image[:height, width:] = 0
-        image[height:] = 0
+    """Lay the images on one canvas, padded with zeros right and bottom, or one after another for the device to do so.
+
+    The pixels are put in bytes from `memory(*shape)`.
+    """
+    plans = [example.plan for example in examples]
+    height, width = canvas_size([plan.size for plan in plans], stride, canvas)
+    kind = getattr(torch, examples[0].pixels.dtype.name)
+    if resize_on == "worker":
+        kind = torch.float32 if plans[0].gives_float else kind
+        pixels = memory(len(examples), height, width, 3 * kind.itemsize).view(kind)
+        for image, example, plan in zip(pixels.numpy(), examples, plans, strict=True):
+            h, w = plan.size
+            plan.lay(example.pixels, image[:h, :w])
+            image[:h, w:] = 0
+            image[h:] = 0
+    else:
+        counts = [example.pixels.size for example in examples]
+        pixels = memory(sum(counts) * kind.itemsize).view(kind)
+        for place, example in zip(pixels.split(counts), examples, strict=True):
+            place.numpy().reshape(example.pixels.shape)[:] = example.pixels
     return Parcel(
         pixels,
-        sizes,
+        (height, width),
+        plans,
+        [example.pixels.shape[:2] for example in examples] if resize_on == "device" else [],
         [example.original_size for example in examples],
         [example.boxes for example in examples],
         [example.labels for example in examples],
@@ -103,6 +144,9 @@ def pack(
     )
 
 
-def collate(examples: Sequence[Example], stride: int, canvas: Canvas) -> Batch:
+def collate(
+    examples: Sequence[Example], stride: int, canvas: Canvas, resize_on: ResizeOn = "worker", device: torch.device | str = "cpu"
+) -> Batch:
     """The images as a batch, here and now."""
-    return pack(examples, stride, canvas).unpack()
+    parcel = pack(examples, stride, canvas, resize_on)
+    return parcel.finish(parcel.unpack().to(device))

@@ -3,34 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from fpn_det.data.images import read_image
-from fpn_det.data.transforms import Pipeline
+from fpn_det.data.images import BadImage, read_image, reduction_to
+from fpn_det.data.resizing import Plan, Size
+from fpn_det.data.transforms import Original, Pipeline
 from fpn_det.structures import Annotations
 
 Key = tuple[int, int]  # (row of Annotations, epoch)
 
+SHOWN_IDS = 8  # of annotations in a message
+
 
 @dataclass(frozen=True)
 class Example:
-    """One image as the model gets it, before padding, and what is drawn on it; crowd regions are not."""
+    """One image on its way to the model, and what is drawn on it; crowd regions are not."""
 
-    pixels: np.ndarray  # u8 (or f32) [h, w, 3] RGB, input frame
+    pixels: np.ndarray  # u8 (or f32) [h, w, 3] RGB, to which `plan` is still to be done
+    plan: Plan
     boxes: np.ndarray  # f32 [G, 4], input frame
     labels: np.ndarray  # i64 [G]
-    original_size: tuple[int, int]  # (h, w) in the original frame
+    original_size: Size  # in the original frame
     index: int  # row of Annotations
 
 
 class DetectionDataset:
-    """Reads and transforms images. What comes out follows from (seed, epoch, index), wherever and whenever it is made."""
+    """Reads and transforms images. What comes out follows from (seed, epoch, index), wherever and whenever it is made.
 
-    def __init__(self, annotations: Annotations, transform: Pipeline, seed: int) -> None:
+    Args:
+        reduce: decode JPEG files at a fraction of their size where the transforms are only a flip and a resize to less.
+    """
+
+    def __init__(self, annotations: Annotations, transform: Pipeline, seed: int, reduce: bool = False) -> None:
         self.annotations = annotations
         self.transform = transform
         self.seed = seed
+        self.reduce = reduce
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -43,25 +53,36 @@ class DetectionDataset:
                 transform fails on it.
         """
         index, epoch = key
-        path = self.annotations.path(index)
-        pixels = read_image(path)
+        original = self.original(index)
+        try:
+            prepared = self.transform.prepare(original, (self.seed, epoch, index))
+        except BadImage:
+            raise
+        except Exception as error:  # whatever a transform raises, it has to say at which image
+            raise ValueError(f"{self._place(index)}: a transform failed: {type(error).__name__}: {error}") from error
+        return Example(prepared.pixels, prepared.plan, prepared.boxes, prepared.labels, original.size, index)
+
+    def original(self, index: int) -> Original:
+        """The image of a row, not read yet, with all that is drawn on it but crowd regions."""
         height, width = self.annotations.sizes[index].tolist()
-        if pixels.shape[:2] != (height, width):
-            turned = " It is turned by its EXIF orientation, which the annotations left out." if pixels.shape[:2] == (width, height) else ""
-            raise ValueError(
-                f"{path}: expected {width} x {height} px as annotated, got {pixels.shape[1]} x {pixels.shape[0]}.{turned} "
+        rows = self.annotations.rows(index)
+        drawn = ~self.annotations.iscrowd[rows].numpy()
+        boxes, labels = self.annotations.boxes[rows].numpy()[drawn], self.annotations.labels[rows].numpy()[drawn]
+        self._check(index, boxes, labels)
+        return Original((height, width), boxes, labels, partial(self._read, index, (height, width)))
+
+    def _read(self, index: int, size: Size, least: Size | None) -> np.ndarray:
+        path = self.annotations.path(index)
+        reduction = reduction_to(size, least) if self.reduce and least else 1
+        pixels = read_image(path, reduction)
+        found = pixels.shape[:2]
+        if found != size and found != (size[0] // reduction, size[1] // reduction):
+            turned = " It is turned by its EXIF orientation, which the annotations left out." if found == size[::-1] else ""
+            raise BadImage(
+                f"{path}: expected {size[1]} x {size[0]} px as annotated, got {found[1]} x {found[0]}.{turned} "
                 f"Correct the annotations or the file."
             )
-        rows = self.annotations.rows(index)
-        drawn = ~self.annotations.iscrowd[rows]
-        boxes, labels = self.annotations.boxes[rows][drawn].numpy(), self.annotations.labels[rows][drawn].numpy()
-        self._check(index, boxes, labels)
-        try:
-            pixels, boxes, labels = self.transform(pixels, boxes, labels, (self.seed, epoch, index))
-        except Exception as error:  # whatever a transform raises, it has to say at which image
-            image_id = self.annotations.image_ids[index].item()
-            raise ValueError(f"{path} (image {image_id}): a transform failed: {type(error).__name__}: {error}") from error
-        return Example(pixels, boxes, labels, (height, width), index)
+        return pixels
 
     def _check(self, index: int, boxes: np.ndarray, labels: np.ndarray) -> None:
         """What would be an error without a place on the device, or none at all, is one with a place here."""
@@ -74,3 +95,10 @@ class DetectionDataset:
                 f"{self.annotations.path(index)} (image {self.annotations.image_ids[index].item()}): annotation {annotation_id}: expected "
                 f"a finite box and a label below {self.annotations.num_classes}, got {boxes[row].tolist()} and {labels[row]}."
             )
+
+    def _place(self, index: int) -> str:
+        """File, image and annotations of a row, for messages."""
+        ids = self.annotations.annotation_ids[self.annotations.rows(index)].tolist()
+        more = ", ..." if len(ids) > SHOWN_IDS else ""
+        drawn = f", annotations {', '.join(map(str, ids[:SHOWN_IDS]))}{more}" if ids else ""
+        return f"{self.annotations.path(index)} (image {self.annotations.image_ids[index].item()}{drawn})"

@@ -12,31 +12,51 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+JPEG_MAGIC = b"\xff\xd8"
 TIFF_MAGIC = (b"II*\x00", b"MM\x00*")
+REDUCED = {
+    1: 0,
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,  # the flag of the reduction alone, without that of a color
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
 
 
-def read_image(path: Path) -> np.ndarray:
+class BadImage(ValueError):
+    """A picture that cannot be used, and why: the file is at fault, not the program."""
+
+
+def read_image(path: Path, reduction: int = 1) -> np.ndarray:
     """The upright picture as u8 [h, w, 3] RGB. Grey is repeated, 16 bits are scaled to 8, transparency is ignored.
 
+    Args:
+        reduction: 2, 4 or 8 decodes a JPEG file at that fraction of its size, which takes less time; sides are rounded up.
+
     Raises:
-        ValueError: the file is missing, empty, truncated or no picture.
+        BadImage: the file is missing, empty, truncated or no picture.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}.") from error
+        raise BadImage(f"{path}: cannot be read: {error.strerror}.") from error
     if not content:
-        raise ValueError(f"{path}: expected a picture, got an empty file.")
-    pixels = None if _is_transparent_tiff(content) else _decode_opencv(content)
+        raise BadImage(f"{path}: expected a picture, got an empty file.")
+    pixels = None if _is_transparent_tiff(content) else _decode_opencv(content, reduction)
     return _decode_pillow(content, path) if pixels is None else pixels
 
 
-def _decode_opencv(content: bytes) -> np.ndarray | None:
+def _decode_opencv(content: bytes, reduction: int) -> np.ndarray | None:
     """The fast way. Decoding from memory refuses truncated files, which decoding from a path fills with grey."""
+    reduced = REDUCED[reduction] if content.startswith(JPEG_MAGIC) else 0
     try:
-        return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
+        return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB | reduced)
     except cv2.error:  # more pixels than OpenCV admits
         return None
+
+
+def reduction_to(size: tuple[int, int], least: tuple[int, int]) -> int:
+    """The strongest reduction of a picture of (h, w) that leaves at least (h, w) and no fraction of a pixel."""
+    return max(by for by in REDUCED if all(side % by == 0 and side // by >= other for side, other in zip(size, least, strict=True)) or by == 1)
 
 
 def _is_transparent_tiff(content: bytes) -> bool:
@@ -54,10 +74,10 @@ def _decode_pillow(content: bytes, path: Path) -> np.ndarray:
     try:
         picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
         if picture.mode[0] in "IF":
-            raise ValueError(f"{path}: expected 8 or 16 bits per channel, got mode {picture.mode}. Convert the file.")
+            raise BadImage(f"{path}: expected 8 or 16 bits per channel, got mode {picture.mode}. Convert the file.")
         return np.asarray(picture.convert("RGB"))
     except (OSError, SyntaxError) as error:  # Pillow's PNG reader raises SyntaxError
-        raise ValueError(f"{path}: expected a complete picture, got {len(content)} bytes that do not decode: {error}.") from error
+        raise BadImage(f"{path}: expected a complete picture, got {len(content)} bytes that do not decode: {error}.") from error
 
 
 def image_size(path: Path) -> tuple[int, int] | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from fpn_det.data.collation import Canvas, Parcel, SharedBuffers, pack
+from fpn_det.data.collation import Canvas, Parcel, ResizeOn, SharedBuffers, pack
 from fpn_det.data.dataset import DetectionDataset, Key
 from fpn_det.data.sampling import GlobalBatches, evaluation_batches, micro_batches
 from fpn_det.runtime import Ranks
@@ -35,7 +35,8 @@ class TrainLoader:
         accumulate: micro-batches of a step.
         stride: what the canvas sides must divide by.
         canvas: `batch` or a fixed (H, W).
-        start_method: of the workers: fork, spawn, or None for the platform's own.
+        resize_on: whether a worker makes the last flip and resize, or the device.
+        start_method: of the workers: fork, spawn, forkserver, or None for the platform's own.
     """
 
     def __init__(
@@ -48,12 +49,13 @@ class TrainLoader:
         stride: int,
         canvas: Canvas,
         device: torch.device,
+        resize_on: ResizeOn = "worker",
         start_method: str | None = None,
     ) -> None:
         self._batches = batches
         self._ranks = ranks
         self._accumulate = accumulate
-        self._maker = _BatchMaker(dataset, stride, canvas)
+        self._maker = _BatchMaker(dataset, stride, canvas, resize_on)
         self._num_workers = num_workers
         self._device = device
         self._start_method = start_method
@@ -69,8 +71,12 @@ class TrainLoader:
 
     def iterate(self, first_step: int) -> Iterator[Batch]:
         """The micro-batches of step `first_step` and of all that follow, on the device. Has its own workers."""
+        return _on_device(self.parcels(first_step), self._device)
+
+    def parcels(self, first_step: int) -> Iterable[Parcel | ValueError]:
+        """The same as the workers send them."""
         keys = chain.from_iterable(map(self.keys, count(first_step)))
-        return _on_device(_loader(self._maker, keys, self._num_workers, self._start_method), self._device)
+        return _loader(self._maker, keys, self._num_workers, self._start_method)
 
     def rebuild(self, step: int) -> list[Batch]:
         """The micro-batches of one step, made again here and now, on the device."""
@@ -94,12 +100,13 @@ class EvalLoader:
         stride: int,
         canvas: Canvas,
         device: torch.device,
+        resize_on: ResizeOn = "worker",
         start_method: str | None = None,
     ) -> None:
         batches = evaluation_batches(dataset.annotations.sizes, batch_size, ranks)
         keys = [[(index, 0) for index in batch.tolist()] for batch in batches]
         self._num_batches = len(keys)
-        self._loader = _loader(_BatchMaker(dataset, stride, canvas), keys, num_workers, start_method)
+        self._loader = _loader(_BatchMaker(dataset, stride, canvas, resize_on), keys, num_workers, start_method)
         self._device = device
 
     def __len__(self) -> int:
@@ -115,12 +122,15 @@ class _BatchMaker(Dataset):
     Raised in a worker, it would reach the user as a traceback of torch's loader.
     """
 
-    def __init__(self, dataset: DetectionDataset, stride: int, canvas: Canvas) -> None:
+    def __init__(self, dataset: DetectionDataset, stride: int, canvas: Canvas, resize_on: ResizeOn) -> None:
+        if resize_on == "device":
+            dataset.transform.check_resize_is_last()
         if canvas != "batch" and (canvas[0] % stride or canvas[1] % stride):
             raise ValueError(f"data.canvas: expected sides that the model's stride {stride} divides, got {list(canvas)}.")
         self._dataset = dataset
         self._stride = stride
         self._canvas = canvas
+        self._resize_on = resize_on
         # one more than is read ahead: the main process copies out of one while the worker may fill the others
         self._buffers = SharedBuffers(READ_AHEAD + 1)
 
@@ -129,8 +139,8 @@ class _BatchMaker(Dataset):
             examples = [self._dataset[key] for key in keys]
             worker = get_worker_info()
             if worker is None:
-                return pack(examples, self._stride, self._canvas)
-            parcel = pack(examples, self._stride, self._canvas, self._buffers)
+                return pack(examples, self._stride, self._canvas, self._resize_on)
+            parcel = pack(examples, self._stride, self._canvas, self._resize_on, self._buffers)
             return replace(parcel, slot=(worker.id, self._buffers.slot))
         except ValueError as error:
             return error
@@ -173,8 +183,8 @@ def _end_workers() -> None:
             child.kill()
 
 
-def _receive(items: Iterable[Parcel | ValueError], pinned: bool) -> Iterator[Batch]:
-    """Unpack what the workers send, into memory of its own."""
+def _receive(items: Iterable[Parcel | ValueError], device: torch.device) -> Iterator[tuple[Parcel, Batch]]:
+    """Unpack what the workers send, into memory of its own that the device can copy from."""
     mapped = {}  # keeps the shared buffers in this process's address space from one use to the next
     for item in items:
         if isinstance(item, ValueError):
@@ -182,26 +192,27 @@ def _receive(items: Iterable[Parcel | ValueError], pinned: bool) -> Iterator[Bat
         batch = item.unpack()
         if item.slot is not None:
             mapped[item.slot] = item.pixels.untyped_storage()
-        if pinned:
-            yield batch.pin_memory()
-        else:
-            yield batch if item.slot is None else replace(batch, pixels=batch.pixels.clone())
+        if device.type == "cuda":
+            batch = batch.pin_memory()
+        elif item.slot is not None and not (item.given_sizes and device.type == "cpu"):  # those are laid elsewhere at once
+            batch = replace(batch, pixels=batch.pixels.clone())
+        yield item, batch
 
 
 def _on_device(items: Iterable[Parcel | ValueError], device: torch.device) -> Iterator[Batch]:
-    """Hand out batches on the device. With CUDA, the next one is copied while the model works on this one."""
+    """Hand out batches on the device. With CUDA, the next one is copied and resized while the model works on this one."""
     if device.type != "cuda":
-        for batch in _receive(items, pinned=False):
-            yield batch.to(device)
+        for parcel, batch in _receive(items, device):
+            yield parcel.finish(batch.to(device))
         return
     side = torch.cuda.Stream(device)
     ready: Batch | None = None
-    end: list[Batch | None] = [None]
-    for upcoming in chain(_receive(items, pinned=True), end):
+    end: list[tuple[Parcel, Batch] | None] = [None]
+    for upcoming in chain(_receive(items, device), end):
         main = torch.cuda.current_stream(device)
         main.wait_stream(side)  # `ready` has arrived; nothing else is on its way yet
         with torch.cuda.stream(side):
-            coming = upcoming.to(device) if upcoming else None
+            coming = upcoming[0].finish(upcoming[1].to(device)) if upcoming else None
         if ready is not None:
             for tensor in _tensors(ready):
                 tensor.record_stream(main)  # else the side stream may overwrite it while it is in use

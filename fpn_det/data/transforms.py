@@ -8,26 +8,43 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-import cv2
 import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
+
+from fpn_det.data.resizing import Backend, Plan, Rounding, Size, resize, resized_size
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else the import asks the network for a newer version
 import albumentations as A
 
-Backend = Literal["cv2", "pil", "torch_float"]
-Rounding = Literal["round", "floor"]
+
+@dataclass(frozen=True)
+class Original:
+    """An image of the original frame, and what is drawn on it. Its pixels are read when they are needed."""
+
+    size: Size
+    boxes: np.ndarray  # f64 [G, 4] xyxy; what lies outside is clipped
+    labels: np.ndarray  # i64 [G]
+    read: Callable[[Size | None], np.ndarray]  # u8 [h, w, 3] RGB, in full, or reduced to no less than this
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image after its transforms but for the last moves, and its boxes after them all."""
+
+    pixels: np.ndarray  # u8 or f32 [h, w, 3] RGB
+    plan: Plan
+    boxes: np.ndarray  # f32 [G, 4], input frame
+    labels: np.ndarray  # i64 [G]
 
 
 class Pipeline:
     """A chain of albumentations transforms, seeded for each sample, that keeps boxes and labels together.
 
-    Inside, a box carries its row number instead of its label: so labels stay integers, whatever the chain does.
+    Inside, a box carries its row number instead of its label: so labels stay integers, whatever the chain does. The last
+    flips and the last ResizeShortestSide of the chain are drawn and applied to the boxes, but only planned for the pixels.
 
     Args:
         transforms: any of albumentations' transforms or compositions that leave uint8 RGB, in their order.
@@ -38,10 +55,11 @@ class Pipeline:
     def __init__(self, transforms: Sequence[Any], min_visibility: float = 0.0, min_area: float = 1.0) -> None:
         self.min_visibility = min_visibility
         self.min_area = min_area
-        in_float = any(isinstance(step, Normalize) or getattr(step, "backend", "") == "torch_float" for step in transforms)
-        self.dtype = np.dtype(np.float32 if in_float else np.uint8)
+        self.head, self.tail = _split(transforms)
+        in_float = any(isinstance(step, Normalize) or getattr(step, "backend", "") == "torch_float" for step in self.head)
+        self.dtype = np.dtype(np.float32 if in_float else np.uint8)  # after the head
         # the no-op takes boxes, which albumentations asks of at least one transform
-        chain = [*transforms, A.NoOp(p=0)]
+        chain = [*self.head, A.NoOp(p=0)]
         self.compose = A.Compose(chain, bbox_params=A.BboxParams(format="albumentations"), is_check_shapes=False, strict=True)
         # Its own filter looks at one transform at a time, and with its checks takes a tenth of the time of a sample.
         processor = self.compose.processors["bboxes"]
@@ -51,32 +69,80 @@ class Pipeline:
     def __call__(
         self, pixels: np.ndarray, boxes: np.ndarray, labels: np.ndarray, key: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Transform one image.
+        """Transform one image: u8 [h, w, 3] RGB, its boxes and labels. Returns the three in the input frame, as `prepare` does."""
+        height, width = pixels.shape[:2]
+        prepared = self.prepare(Original((height, width), boxes, labels, lambda least: pixels), key)
+        out = np.empty((*prepared.plan.size, 3), np.float32 if prepared.plan.gives_float else prepared.pixels.dtype)
+        prepared.plan.lay(prepared.pixels, out)
+        return out, prepared.boxes, prepared.labels
+
+    def prepare(self, original: Original, key: tuple[int, ...]) -> Prepared:
+        """Transform one image, but leave the last moves to whoever lays it on a canvas.
 
         Args:
-            pixels: u8 [h, w, 3] RGB.
-            boxes: [G, 4] xyxy in the original frame; what lies outside is clipped.
-            labels: i64 [G].
+            original: the image.
             key: what all random choices follow from, such as (seed, epoch, index).
 
         Returns:
-            The same three in the input frame, boxes as f32 with positive sides and without those that left the image.
+            Boxes with positive sides, without those that left the image.
         """
-        self._seed(key)
-        height, width = pixels.shape[:2]
+        # One pair of generators for the whole chain. albumentations 2.0.8's set_random_seed gives every transform the
+        # same numbers (two flips would always agree), and its own seeding the same numbers to every worker.
+        words = np.random.SeedSequence(key).generate_state(4)
+        random_state = random.Random(words.tobytes())
+        size, pixels = original.size, None
         # Relative coordinates in float64: a change of scale then leaves them as they are, to the bit.
         # Columns: x1, y1, x2, y2, row, share of the area that is still visible.
-        table = np.column_stack([boxes / (width, height, width, height), np.arange(len(boxes)), np.ones(len(boxes))])
-        result = self.compose(image=pixels, bboxes=self._keep_visible(table))
-        pixels, table = result["image"], result["bboxes"]
-        if pixels.dtype != self.dtype or pixels.ndim != 3 or pixels.shape[2] != 3:
-            found = f"{pixels.dtype} {list(pixels.shape)}"
-            raise ValueError(f"transforms: expected {self.dtype} [h, w, 3] at the end, got {found}. Leave normalizing to the model.")
-        height, width = pixels.shape[:2]
-        boxes = (table[:, :4] * (width, height, width, height)).astype(np.float32)
+        rows = np.arange(len(original.boxes))
+        table = np.column_stack([original.boxes / (size[1], size[0], size[1], size[0]), rows, np.ones(len(rows))])
+        table = self._keep_visible(table)
+        if self.head:
+            self.compose.set_random_state(np.random.default_rng(words), random_state)
+            result = self.compose(image=original.read(None), bboxes=table)
+            pixels, table = result["image"], result["bboxes"]
+            if pixels.dtype != self.dtype or pixels.ndim != 3 or pixels.shape[2] != 3:
+                found = f"{pixels.dtype} {list(pixels.shape)}"
+                raise ValueError(f"transforms: expected {self.dtype} [h, w, 3] at the end, got {found}. Leave normalizing to the model.")
+            size = pixels.shape[:2]
+        else:
+            random_state.random()  # as Compose does: the numbers drawn do not depend on which moves are planned
+        plan = self._plan(size, random_state)
+        pixels = original.read(plan.size) if pixels is None else pixels
+        corners = table[:, :4]
+        if plan.flip:
+            corners = np.column_stack([1 - corners[:, 2], corners[:, 1], 1 - corners[:, 0], corners[:, 3]])
+        height, width = plan.size
+        boxes = (corners * (width, height, width, height)).astype(np.float32)
         sides = boxes[:, 2:] - boxes[:, :2]
         keep = (sides > 0).all(axis=1) & (sides.prod(axis=1) >= self.min_area)
-        return pixels, boxes[keep], labels[table[keep, 4].astype(np.int64)]
+        return Prepared(pixels, plan, boxes[keep], original.labels[table[keep, 4].astype(np.int64)])
+
+    def check_resize_is_last(self) -> None:
+        """Refuse a chain of which the resize cannot be planned.
+
+        Raises:
+            ValueError: it is followed by more than flips, or it is one of those that are not planned.
+        """
+        for number, step in enumerate(self.head):
+            if isinstance(step, _Resizing):
+                after = ", ".join(type(other).__name__ for other in [*self.head[number + 1 :], *self.tail])
+                raise ValueError(
+                    f"data.resize_on=device: expected ResizeShortestSide at the end of the transforms, with HorizontalFlip at most "
+                    f"after it, got {type(step).__name__}, then {after or 'nothing'}. Change the order, or say data.resize_on=worker."
+                )
+
+    def _plan(self, size: Size, random_state: random.Random) -> Plan:
+        """Draw the moves of the tail, as albumentations would."""
+        plan = Plan(size)
+        for step in self.tail:
+            step.py_random = random_state
+            drawn = step.should_apply()
+            if isinstance(step, ResizeShortestSide):
+                size = step.draw_size(size) if drawn else size
+                plan = replace(plan, size=size, backend=step.backend, antialias=step.antialias)
+            elif drawn:
+                plan = replace(plan, flip=not plan.flip)
+        return plan
 
     def _keep_visible(self, table: np.ndarray, shape: Any = None) -> np.ndarray:
         """Clip the boxes to the image and drop those of which too little is left; after every transform."""
@@ -87,40 +153,22 @@ class Pipeline:
         visible = table[:, 5] * sides.prod(axis=1) / (table[:, 2:4] - table[:, :2]).prod(axis=1)
         return np.column_stack([clipped, table[:, 4], visible])[visible >= self.min_visibility]
 
-    def _seed(self, key: tuple[int, ...]) -> None:
-        # One pair of generators for the whole chain. albumentations 2.0.8's set_random_seed gives every transform the
-        # same numbers (two flips would always agree), and its own seeding the same numbers to every worker.
-        words = np.random.SeedSequence(key).generate_state(4)
-        self.compose.set_random_state(np.random.default_rng(words), random.Random(words.tobytes()))
+
+def _split(transforms: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """A chain without the moves at its end that can be planned, and those: flips, and one ResizeShortestSide."""
+    head, tail = list(transforms), list[Any]()
+    while head:
+        if isinstance(head[-1], ResizeShortestSide):
+            if any(isinstance(step, ResizeShortestSide) for step in tail):
+                break
+        elif type(head[-1]) is not A.HorizontalFlip:
+            break
+        tail.insert(0, head.pop())
+    return head, tail
 
 
 def _trust(table: np.ndarray, shape: Any) -> None:
     """In place of albumentations' check: `_keep_visible` has made the boxes valid."""
-
-
-def resized_size(size: tuple[int, int], side: int, max_side: int, rounding: Rounding) -> tuple[int, int]:
-    """The (h, w) whose shorter side is `side`, or less where the longer would pass `max_side`; the aspect ratio stays.
-
-    `floor` also floors what is `side` but for the last bit, as torchvision does: 161 * (800 / 161) gives 799.
-    """
-    scale = min(side / min(size), max_side / max(size))
-    extra = 0.5 if rounding == "round" else 0.0
-    return max(int(size[0] * scale + extra), 1), max(int(size[1] * scale + extra), 1)
-
-
-def resize(pixels: np.ndarray, size: tuple[int, int], backend: Backend, antialias: bool) -> np.ndarray:
-    """Bilinear resizing to (h, w). With `antialias`, a smaller image averages the pixels it stands for."""
-    height, width = size
-    if backend == "torch_float":
-        planes = torch.tensor(pixels).permute(2, 0, 1)[None].float()  # copies, because PIL's pixels are read-only
-        planes = F.interpolate(planes, size, mode="bilinear", antialias=antialias)
-        return np.ascontiguousarray(planes[0].permute(1, 2, 0).numpy())
-    if pixels.shape[:2] == size:
-        return pixels
-    if backend == "pil":
-        return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
-    shrinks = height < pixels.shape[0] and width < pixels.shape[1]
-    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA if antialias and shrinks else cv2.INTER_LINEAR)
 
 
 class Normalize(A.ImageOnlyTransform):
@@ -179,9 +227,12 @@ class ResizeShortestSide(_Resizing):
         if rounding not in ("round", "floor"):
             raise ValueError(f"ResizeShortestSide: expected rounding round or floor, got {rounding!r}.")
 
+    def draw_size(self, size: Size) -> Size:
+        """What an image of `size` becomes."""
+        return resized_size(size, self.py_random.choice(self.sides), self.max_side, self.rounding)
+
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        side = self.py_random.choice(self.sides)
-        return {"size": resized_size(params["shape"][:2], side, self.max_side, self.rounding)}
+        return {"size": self.draw_size(params["shape"][:2])}
 
     def apply(self, img: np.ndarray, size: tuple[int, int], **params: Any) -> np.ndarray:
         return resize(img, size, self.backend, self.antialias)

@@ -11,11 +11,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fpn_det.data.collation import Canvas, collate
+from fpn_det.data.collation import Canvas, ResizeOn, collate
 from fpn_det.data.dataset import Example
-from fpn_det.data.images import image_size, read_image
+from fpn_det.data.images import image_size, read_image, reduction_to
+from fpn_det.data.resizing import Size
 from fpn_det.data.sampling import evaluation_batches
-from fpn_det.data.transforms import Pipeline
+from fpn_det.data.transforms import Original, Pipeline
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
 from fpn_det.runtime import Ranks
@@ -44,6 +45,8 @@ class Predictor:
         canvas: `batch` or a fixed (H, W).
         dtype: that of autocast; None computes as the model is.
         tta: test-time augmentation; None looks once.
+        resize_on: whether pictures are resized on the host or on the device.
+        reduce: decode JPEG files at a fraction of their size where that is enough.
     """
 
     def __init__(
@@ -56,6 +59,8 @@ class Predictor:
         device: torch.device,
         dtype: torch.dtype | None = None,
         tta: Views | None = None,
+        resize_on: ResizeOn = "worker",
+        reduce: bool = False,
     ) -> None:
         self.model = model.eval()
         self.class_names = tuple(class_names)
@@ -65,6 +70,8 @@ class Predictor:
         self.device = device
         self.dtype = dtype
         self.tta = tta
+        self.resize_on: ResizeOn = resize_on
+        self.reduce = reduce
 
     def predict(self, images: Sequence[Picture]) -> list[Prediction]:
         """Detect on each picture: a path, a PIL image, or u8 RGB [h, w, 3].
@@ -77,8 +84,8 @@ class Predictor:
         sizes = torch.tensor([_size(image) for image in images]).view(-1, 2)
         predictions: dict[int, Prediction] = {}
         for indices in evaluation_batches(sizes, self.batch_size, Ranks()):
-            batch = collate([self._example(images[index], index) for index in indices.tolist()], self.model.stride, self.canvas)
-            batch = batch.to(self.device)
+            examples = [self._example(images[index], index) for index in indices.tolist()]
+            batch = collate(examples, self.model.stride, self.canvas, self.resize_on, self.device)
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                 detections = self.model.detect(batch, self.tta)
             for index, (boxes, scores, labels) in zip(indices.tolist(), detections.to_original(batch).cpu().images(), strict=True):
@@ -87,10 +94,14 @@ class Predictor:
         return [predictions[index] for index in range(len(images))]
 
     def _example(self, image: Picture, index: int) -> Example:
-        pixels = _pixels(image)
-        size = (pixels.shape[0], pixels.shape[1])
-        pixels, boxes, labels = self.transform(pixels, np.zeros((0, 4)), np.zeros(0, np.int64), (0, 0, index))
-        return Example(pixels, boxes, labels, size, index)
+        size = _size(image)
+
+        def read(least: Size | None) -> np.ndarray:
+            return _pixels(image, reduction_to(size, least) if self.reduce and least else 1)
+
+        original = Original(size, np.zeros((0, 4)), np.zeros(0, np.int64), read)
+        prepared = self.transform.prepare(original, (0, 0, index))
+        return Example(prepared.pixels, prepared.plan, prepared.boxes, prepared.labels, size, index)
 
 
 def _size(image: Picture) -> tuple[int, int]:
@@ -100,10 +111,10 @@ def _size(image: Picture) -> tuple[int, int]:
     return _pixels(image).shape[:2]
 
 
-def _pixels(image: Picture) -> np.ndarray:
-    """U8 RGB [h, w, 3]."""
+def _pixels(image: Picture, reduction: int = 1) -> np.ndarray:
+    """U8 RGB [h, w, 3]; of a file, perhaps reduced."""
     if isinstance(image, str | Path):
-        return read_image(Path(image))
+        return read_image(Path(image), reduction)
     if isinstance(image, Image.Image):
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:

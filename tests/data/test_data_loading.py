@@ -14,6 +14,7 @@ from fpn_det.data.collation import collate, pack
 from fpn_det.data.dataset import DetectionDataset, Example
 from fpn_det.data.loading import EvalLoader, TrainLoader
 from fpn_det.data.reading import read_annotations
+from fpn_det.data.resizing import Plan
 from fpn_det.data.sampling import GlobalBatches
 from fpn_det.data.selection import drop_empty
 from fpn_det.data.transforms import Pipeline, ResizeShortestSide
@@ -75,7 +76,7 @@ def test_dataset_names_the_picture_that_is_not_as_annotated(document, write, pic
 
 def test_dataset_names_the_picture_on_which_a_transform_fails(document, write, pictures):
     dataset = DetectionDataset(read_annotations(write(document), pictures), Pipeline([A.RandomCrop(height=60, width=10, p=1)]), seed=0)
-    with pytest.raises(ValueError, match=r"0\.png \(image 7\): a transform failed: CropSizeError"):
+    with pytest.raises(ValueError, match=r"0\.png \(image 7, annotations 1, 2\): a transform failed: CropSizeError"):
         dataset[0, 0]
 
 
@@ -83,7 +84,7 @@ def example(height: int, width: int, objects: int = 0, index: int = 0) -> Exampl
     random = np.random.default_rng(height * width + objects)
     boxes = np.sort(random.uniform(0, min(height, width), (objects, 2, 2)), axis=1).reshape(-1, 4).astype(np.float32)
     pixels = random.integers(1, 256, (height, width, 3), dtype=np.uint8)
-    return Example(pixels, boxes, np.arange(objects), (2 * height, 2 * width), index)
+    return Example(pixels, Plan((height, width)), boxes, np.arange(objects), (2 * height, 2 * width), index)
 
 
 def test_collate_lays_images_on_the_least_canvas_that_the_stride_divides():
@@ -112,7 +113,7 @@ def test_collate_fills_a_fixed_canvas_or_refuses():
 
 def test_collate_does_not_copy_when_it_unpacks():
     parcel = pack([example(40, 70)], 32, "batch")
-    assert parcel.unpack().pixels.data_ptr() == parcel.pixels.data_ptr()
+    assert parcel.finish(parcel.unpack()).pixels.data_ptr() == parcel.pixels.data_ptr()
 
 
 def test_loader_refuses_a_canvas_that_the_stride_does_not_divide(dataset):

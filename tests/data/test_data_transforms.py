@@ -13,7 +13,8 @@ from torchvision.models.detection.transform import _resize_image_and_masks
 
 from fpn_det.data.collation import collate
 from fpn_det.data.dataset import Example
-from fpn_det.data.transforms import LargeScaleJitter, Pipeline, ResizeShortestSide, resize, resized_size
+from fpn_det.data.resizing import Plan, resize, resized_size
+from fpn_det.data.transforms import LargeScaleJitter, Pipeline, ResizeShortestSide
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 NO_BOXES = np.zeros((0, 4)), np.zeros(0, np.int64)
@@ -115,7 +116,7 @@ def test_resizing_in_float_is_what_torchvision_does(side: int):
     pixels, _, _ = pipeline(PIXELS, *NO_BOXES, (0,))
     assert pixels.dtype == np.float32
     assert torch.allclose(torch.from_numpy(pixels).permute(2, 0, 1), expected, atol=1e-4)
-    batch = collate([Example(pixels, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), (48, 64), 0)], 32, "batch")
+    batch = collate([Example(pixels, Plan(pixels.shape[:2]), np.zeros((0, 4), np.float32), np.zeros(0, np.int64), (48, 64), 0)], 32, "batch")
     assert torch.equal(batch.pixels[0, :, : pixels.shape[0], : pixels.shape[1]], torch.from_numpy(pixels).permute(2, 0, 1))
     assert batch.pixels[0, :, pixels.shape[0] :].abs().sum() == 0
 

@@ -20,6 +20,7 @@ from _benchmark.setting import Setting
 from fpn_det import api
 from fpn_det.boxes import xyxy_to_xywh
 from fpn_det.config import Settings
+from fpn_det.data.collation import Parcel
 from fpn_det.runtime import Ranks
 
 IMAGES = 64  # generated if there are no others
@@ -27,18 +28,28 @@ IMAGES = 64  # generated if there are no others
 Stream = Callable[[], Iterator[int]]  # starts its workers, then gives the number of images of each batch
 
 
-def make_streams(setting: Setting, folder: Path, device: torch.device) -> tuple[Stream, Stream]:
-    """Ours and torchvision's, one epoch each, of the training images in a folder of COCO's layout."""
-    settings = setting.compose(
-        f"data.root={folder}", f"data.num_workers={setting.num_workers}", f"trainer.batch_size={setting.batch_size}"
-    )
-    return _ours(settings, device), _torchvision(settings, device)
+def make_streams(setting: Setting, folder: Path, device: torch.device) -> dict[str, tuple[Stream, Stream]]:
+    """Ours and torchvision's, one epoch each, of the training images in a folder of COCO's layout.
+
+    With `resize_on_device`, our workers only decode and the device resizes; `decoded` counts what those workers send and
+    leaves out what the device does then. torchvision has no such choice.
+    """
+    names = (f"data.root={folder}", f"data.num_workers={setting.num_workers}", f"trainer.batch_size={setting.batch_size}")
+    here, there = setting.compose(*names), setting.compose(*names, "data.resize_on=device")
+    peer = _torchvision(here, device)
+    return {
+        "loader_images_per_s": (_ours(here, device), peer),
+        "loader_resize_on_device_images_per_s": (_ours(there, device), peer),
+        "loader_decoded_images_per_s": (_ours(there, device, decoded=True), peer),
+    }
 
 
-def _ours(settings: Settings, device: torch.device) -> Stream:
+def _ours(settings: Settings, device: torch.device, decoded: bool = False) -> Stream:
     annotations, _ = api.read_training_data(settings.data, settings.seed)
     stride = api.build_model(settings, annotations.num_classes).stride
     loader = api.build_train_loader(settings, annotations, stride, Ranks(), device)
+    if decoded:
+        return lambda: (len(parcel.indices) for parcel in islice(loader.parcels(0), loader.steps_per_epoch) if isinstance(parcel, Parcel))
     return lambda: map(len, islice(loader.iterate(0), loader.steps_per_epoch))
 
 
