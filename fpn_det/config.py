@@ -24,10 +24,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from fpn_det.engine.faults import Fault, explained
 from fpn_det.engine.settings import Trainer
 from fpn_det.evaluation.coco import EvaluationSettings
 from fpn_det.models.views import Views
-from fpn_det.runtime import is_echo
+from fpn_det.runtime import LostRank, is_echo
 from fpn_det.schema import Amount, Count, CountOrZero, Fraction, check_names, did_you_mean, fit, listed
 
 PACKAGE = Path(__file__).parent
@@ -35,7 +36,7 @@ HYDRA = Path(hydra.__file__).parent
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"  # installed, or a checkout
 PACKAGES = ("fpn_det", "albumentations", "torch.optim")  # whose classes a `_target_` may name
 COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)  # what goes wrong before there are settings
-FOR_PEOPLE = (ValueError, FloatingPointError)  # what a user did wrong, and training that diverged
+FOR_PEOPLE = (ValueError, FloatingPointError, Fault, LostRank)  # what a user did wrong, training that diverged, bad luck
 FAILED, WRONG_COMMAND_LINE = 1, 2  # exit codes
 
 Node = dict[str, Any]  # a class by name (`_target_`) and its arguments
@@ -245,8 +246,8 @@ def argument(name: str) -> str | None:
 def launch(task: Callable[[S], None], schema: type[S], config_name: str, saved: Callable[[], str] | None = None) -> None:
     """Compose the settings that the command line asks for and hand them to `task`; the one entry of all tools.
 
-    What a user did wrong (a ValueError of ours) ends in one sentence and exit code 2, training that is not finite in one
-    and exit code 1, anything else in its trace.
+    What a user did wrong (a ValueError of ours) ends in one sentence and exit code 2, training that is not finite or that
+    something from outside ended in one and exit code 1, anything else in its trace.
 
     Args:
         task: the work.
@@ -260,7 +261,8 @@ def launch(task: Callable[[S], None], schema: type[S], config_name: str, saved: 
     def main(tree: DictConfig) -> None:
         join_cluster()
         try:
-            task(check(tree, HydraConfig.get().overrides.task, schema))
+            with explained():
+                task(check(tree, HydraConfig.get().overrides.task, schema))
         except FOR_PEOPLE as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # to the sweep, which tells its jobs apart

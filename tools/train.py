@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from fpn_det import api
 from fpn_det.config import Settings, argument, launch, to_yaml
+from fpn_det.engine.faults import explained
 from fpn_det.engine.folder import choose_folder, write_settings
 from fpn_det.engine.log import RunLog
 from fpn_det.engine.profile import profiled
@@ -25,7 +26,7 @@ def train(settings: Settings) -> None:
     trainer = settings.trainer
     with process_group(settings.device, trainer.timeout_minutes) as (ranks, device):
         folder = choose_folder(settings.experiment, settings.run_dir, settings.resume, settings.set_aside)
-        with RunLog(folder.path, ranks) as log:
+        with folder.held(), explained(folder.rescue), RunLog(folder.path, ranks) as log:
             parts = api.build_parts(settings, ranks, device, log, fresh=not folder.resume)
             if ranks.is_main:
                 write_settings(folder.path, to_yaml(settings), HydraConfig.get().overrides.task)

@@ -20,9 +20,10 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -32,12 +33,18 @@ PLAIN = (str, int, float, bool, type(None))
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state`, all of it or nothing: a kill leaves what was there before."""
+    """Write `state`, all of it or nothing: a kill or a full disk leaves what was there before.
+
+    Raises:
+        OSError: it could not be written.
+    """
     state = {"format": FORMAT, **state}
     assert_plain(state)
-    unfinished = _unfinished(path.parent)
-    torch.save(state, unfinished)
-    _publish(unfinished, path)
+    with _published(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch stumbles over its own end and hides what happened to the file
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -156,14 +163,14 @@ class CheckpointFolder:
         unfinished.replace(name)
 
     def _read_index(self) -> dict[str, Any]:
-        if not self._index.is_file():
+        try:
+            return json.loads(self._index.read_text())
+        except (FileNotFoundError, ValueError):  # a new run; or a damaged file: what it listed is never deleted then
             return {"steps": [], "finished": False}
-        return json.loads(self._index.read_text())
 
     def _write_index(self, steps: list[str], finished: bool) -> None:
-        unfinished = _unfinished(self.folder)
-        unfinished.write_text(json.dumps({"steps": steps, "finished": finished}, indent=2))
-        _publish(unfinished, self._index)
+        with _published(self._index) as file:
+            file.write(json.dumps({"steps": steps, "finished": finished}, indent=2).encode())
 
 
 def _unfinished(folder: Path) -> Path:
@@ -173,8 +180,15 @@ def _unfinished(folder: Path) -> Path:
     return path
 
 
-def _publish(unfinished: Path, path: Path) -> None:
-    """Give a written file its name, after its bytes are on the disk."""
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
+@contextmanager
+def _published(path: Path) -> Iterator[IO[bytes]]:
+    """A file that gets its name after its bytes are on the disk. One that cannot be written takes no room."""
+    unfinished = _unfinished(path.parent)
+    try:
+        with unfinished.open("wb", buffering=0) as file:
+            yield file
+            os.fsync(file.fileno())
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise type(error)(error.errno, error.strerror, str(path)) from error
     unfinished.replace(path)

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import datetime
+import errno
+import fcntl
 import json
+import os
 import platform
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from fpn_det.engine.checkpoint import CheckpointFolder
-from fpn_det.runtime import on_main
+from fpn_det.engine.log import shown_path
+from fpn_det.runtime import current_ranks, on_main
 
+LOCK = ".lock"
 PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "hydra-core", "tensorboard", "albumentations")
 
 
@@ -33,6 +40,31 @@ class RunFolder:
     path: Path
     resume: bool = False
     checkpoint: Path | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within this context no other process writes here; all ranks enter together. Whatever ends the process ends it.
+
+        The lock is the system's (POSIX), which workers do not inherit. On a network's file system without locks there
+        is none.
+
+        Raises:
+            ValueError: another process holds it.
+        """
+        with (self.path / LOCK).open("a+") if current_ranks().is_main else nullcontext() as file:
+            def take() -> None:
+                assert file is not None, "rank 0 takes it for all"
+                _take(file, self.path)
+
+            on_main(take)
+            yield
+
+    def rescue(self) -> str:
+        """What is safe, and how to go on with it."""
+        files = self.checkpoints().files()
+        if not files:
+            return "There is no checkpoint yet."
+        return f"Last good checkpoint: {shown_path(files[0])}. To go on, repeat the command with resume=auto run_dir={shown_path(self.path)}"
 
     def checkpoints(self, keep_last: int = 0) -> CheckpointFolder:
         """Its checkpoints."""
@@ -73,6 +105,12 @@ def choose_folder(
     """
 
     def choose() -> RunFolder:
+        try:
+            return find()
+        except OSError as error:
+            raise ValueError(f"run_dir: expected a folder to write in, got {error}. Choose another one with run_dir=<folder>.") from None
+
+    def find() -> RunFolder:
         experiment_folder = root / (experiment or "default")
         if resume is None:
             folder = RunFolder(_new_folder(experiment_folder) if run_dir is None else Path(run_dir))
@@ -88,10 +126,7 @@ def choose_folder(
         (folder.path / ".writable").unlink()
         return folder
 
-    try:
-        return on_main(choose)
-    except OSError as error:
-        raise ValueError(f"run_dir: expected a folder to write in, got {error}. Choose another one with run_dir=<folder>.") from None
+    return on_main(choose)
 
 
 def write_settings(folder: Path, config: str, overrides: Sequence[str]) -> None:
@@ -136,14 +171,33 @@ def _new_folder(experiment_folder: Path) -> Path:
     raise ValueError(f"run_dir: expected a free name in {experiment_folder}, got a thousand runs in one second.")
 
 
+def _take(lock: IO[str], path: Path) -> None:
+    """Lock the folder `path` by its open file, until that is closed."""
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # the file system has no locks
+        lock.seek(0)
+        raise ValueError(
+            f"run_dir: expected a folder that no other run writes in, got {path}, in use by {lock.read()}. "
+            "Wait for its end, or choose another folder with run_dir=<folder>."
+        ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}")
+    lock.flush()
+
+
 def _make_room(path: Path, set_aside: bool) -> None:
-    if not path.exists() or not any(path.iterdir()):
+    if not path.exists() or all(item.name == LOCK for item in path.iterdir()):
         return
     if not set_aside:
         raise ValueError(
             f"run_dir: expected a new or empty folder, got {path}, which holds {', '.join(sorted(item.name for item in path.iterdir())[:5])}. "
             "To go on with that run, say resume=auto; to start another one, choose another folder."
         )
+    with (path / LOCK).open("a+") as lock:
+        _take(lock, path)
     path.rename(path.with_name(f"{path.name}_until_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"))
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -66,11 +67,12 @@ class RunLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
-        if error is not None:
-            self._file.write("".join(traceback.format_exception(kind, error, trace)))
-        if self._writer is not None:
-            self._writer.close()
-        self._file.close()
+        with suppress(OSError) if error is not None else nullcontext():  # on a full disk: it has been noticed
+            if error is not None:
+                self._file.write("".join(traceback.format_exception(kind, error, trace)))
+            if self._writer is not None:
+                self._writer.close()
+            self._file.close()
 
     def info(self, text: str) -> None:
         """One line (or several) for people."""

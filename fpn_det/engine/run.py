@@ -23,7 +23,7 @@ from fpn_det.engine.settings import Trainer
 from fpn_det.engine.signals import StopRequest
 from fpn_det.evaluation.coco import Evaluation, EvaluationSettings
 from fpn_det.models.detector import Detector
-from fpn_det.runtime import Ranks, mark_as_echo
+from fpn_det.runtime import Ranks, mark_as_echo, on_main
 from fpn_det.structures import Annotations, Batch
 
 State = dict[str, Any]
@@ -72,6 +72,7 @@ class Run:
         self.seed = seed
         self.ranks = ranks
         self.folder = folder.path
+        self._rescue = folder.rescue
         self.log = log
         self.checkpoints = folder.checkpoints(trainer.keep_last)
         self.total_steps = trainer.total_steps(parts.train_loader.steps_per_epoch)
@@ -135,24 +136,27 @@ class Run:
         model = self.optimization.model_to_evaluate
         annotations = self.parts.val_annotations
         batches = self.log.track(self.parts.val_loader, "evaluating")
-        self.evaluation = evaluate(model, batches, annotations, self.parts.evaluation, self.optimization.dtype)
-        if self.ranks.is_main:
-            weights: Literal["ema", "raw"] = "raw" if self.optimization.ema is None else "ema"
-            write_evaluation(self.folder, self.evaluation, annotations, step, f"step_{step:08d}.pt", weights)
+        self.evaluation = evaluation = evaluate(model, batches, annotations, self.parts.evaluation, self.optimization.dtype)
+        weights: Literal["ema", "raw"] = "raw" if self.optimization.ema is None else "ema"
+        checkpoint = f"step_{step:08d}.pt"
+        on_main(lambda: write_evaluation(self.folder, evaluation, annotations, step, checkpoint, weights))
         self.log.evaluation(step, self.evaluation)
-        if self.ranks.is_main:
-            self.parts.show(step, self.evaluation)
+        on_main(lambda: self.parts.show(step, evaluation))
         min_delta = self.trainer.early_stop.min_delta if self.trainer.early_stop else 0.0
         self.has_improved = self.best.update(step, self.evaluation.metrics, min_delta)
         return not self._is_over(step)
 
     def _save(self, step: int, is_due: bool) -> None:
         """Keep the state after `step` if that is due, or if it is the best one."""
-        if self.ranks.is_main:
+
+        def save() -> None:
             if is_due:
                 self.checkpoints.save(self._state(step), step, self.has_improved, self._is_over(step))
-            elif self.has_improved:
+            else:
                 self.checkpoints.save_best(self._state(step))
+
+        if is_due or self.has_improved:
+            on_main(save)
         self.has_improved = False
 
     def _explain(self) -> Exception:
@@ -161,10 +165,8 @@ class Run:
             self.optimization, self.parts.train_loader.rebuild(step), self.parts.train_annotations, step, self.seed,
             self.ranks, self.folder / nonfinite.FOLDER, lambda: self._state(step),
         )  # fmt: skip
-        files = self.checkpoints.files()
-        rescue = f"Last good checkpoint: {shown_path(files[0])}." if files else "There is no checkpoint yet."
         error = FloatingPointError(
-            f"step {step + 1}: {what} {rescue} If the images are right, lower optimizer.lr or set trainer.clip_norm."
+            f"step {step + 1}: {what} {self._rescue()} If the images are right, lower optimizer.lr or set trainer.clip_norm."
         )
         if not self.ranks.is_main:
             mark_as_echo(error)

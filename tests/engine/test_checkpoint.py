@@ -46,8 +46,8 @@ def test_save_refuses_what_would_not_load(tmp_path):
 def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "a.pt", state(1))
 
-    def interrupted(value, path):
-        path.write_bytes(b"half a")
+    def interrupted(value, file):
+        file.write(b"half a")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", interrupted)

@@ -1,0 +1,63 @@
+"""What stops a run from outside (a disk, a worker, the system), said in one sentence. Errors of our own keep their trace."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from fpn_det.runtime import is_echo, mark_as_echo
+
+REMEDIES = {
+    errno.ENOSPC: "Make room on the disk.",
+    errno.EDQUOT: "Make room within the quota.",
+    errno.EFBIG: "Raise the limit of file sizes (ulimit -f).",
+    errno.EROFS: "Choose a folder on a disk that can be written.",
+    errno.EACCES: "Give yourself the right to write there.",
+    errno.EPERM: "Give yourself the right to write there.",
+    errno.EIO: "Look after the disk.",
+    errno.ESTALE: "Look after the network's file system.",
+    errno.ENOMEM: "Lower data.num_workers or trainer.batch_size.",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n).",
+}
+WORKER_ENDED = re.compile(r"DataLoader worker \(pid[^)]*\) (?:is killed by signal: (?P<signal>[^.]*)|exited unexpectedly)")
+WORKER_REMEDIES = {
+    "Killed": "The system kills what takes too much memory: lower data.num_workers.",
+    "Bus error": "The shared memory is full: enlarge /dev/shm (docker run --shm-size=8g), or set data.num_workers=0.",
+}
+
+
+class Fault(Exception):
+    """Something from outside ended the run; the message says it all."""
+
+
+@contextmanager
+def explained(rescue: Callable[[], str] = str) -> Iterator[None]:
+    """Within this context a fault from outside is a `Fault`.
+
+    Args:
+        rescue: says what can be done with what is there.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        sentence = explain(error)
+        if not sentence:
+            raise
+        fault = Fault(f"{sentence} {rescue()}".strip())
+        if is_echo(error):
+            mark_as_echo(fault)
+        raise fault from error
+
+
+def explain(error: Exception) -> str:
+    """What happened and what to do about it; empty if this is not a fault from outside."""
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        place = f" {error.filename}" if error.filename else ""
+        return f"system: expected to write{place}, got: {error.strerror}. {REMEDIES[error.errno]}"
+    if found := WORKER_ENDED.match(str(error)):
+        how = found["signal"] or "exited"
+        remedy = WORKER_REMEDIES.get(how, "Set data.num_workers=0 to see what it does.")
+        return f"data: expected the workers to live, got: {found[0]}. {remedy}"
+    return ""
