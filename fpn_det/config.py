@@ -28,7 +28,7 @@ from fpn_det.engine.faults import Fault, explained
 from fpn_det.engine.settings import Trainer
 from fpn_det.evaluation.coco import EvaluationSettings
 from fpn_det.models.views import Views
-from fpn_det.runtime import LostRank, is_echo
+from fpn_det.runtime import is_echo
 from fpn_det.schema import Amount, Count, CountOrZero, Fraction, check_names, did_you_mean, fit, listed
 
 PACKAGE = Path(__file__).parent
@@ -36,7 +36,7 @@ HYDRA = Path(hydra.__file__).parent
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"  # installed, or a checkout
 PACKAGES = ("fpn_det", "albumentations", "torch.optim")  # whose classes a `_target_` may name
 COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)  # what goes wrong before there are settings
-FOR_PEOPLE = (ValueError, FloatingPointError, Fault, LostRank)  # what a user did wrong, training that diverged, bad luck
+FOR_PEOPLE = (ValueError, FloatingPointError, Fault)  # what a user did wrong, training that diverged, bad luck
 FAILED, WRONG_COMMAND_LINE = 1, 2  # exit codes
 
 Node = dict[str, Any]  # a class by name (`_target_`) and its arguments

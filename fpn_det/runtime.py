@@ -60,10 +60,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     seed_everything(int(state))
 
 
-class LostRank(RuntimeError):
-    """Another rank has ended, or cannot be reached, while this one waited for it."""
-
-
 @dataclass(frozen=True)
 class Ranks:
     """This process's place among all: `rank` of `world_size`, `local_rank` on its machine."""
@@ -95,7 +91,6 @@ def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Ranks, 
 
     Raises:
         ValueError: only some of the launcher's variables are set.
-        LostRank: another rank ended before its time.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
@@ -116,14 +111,6 @@ def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Ranks, 
     _host_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
     try:
         yield current_ranks(), chosen
-    except Exception as error:
-        if isinstance(error, dist.DistError) or "gloo/" in str(error):  # gloo's errors have no class of their own
-            reason = str(error).splitlines()[0].rpartition("] ")[2]
-            raise LostRank(
-                f"distributed: expected to hear from the other ranks, but one has ended or hangs ({reason}). "
-                "What it said last is above, or in its rank<k>.log; if it said nothing, it was killed: look at the memory."
-            ) from error
-        raise
     finally:
         _host_group = None
         dist.destroy_process_group()
@@ -131,6 +118,11 @@ def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Ranks, 
 
 # Exchanges between hosts, by which ranks wait for one another's work.
 _host_group: dist.ProcessGroup | None = None
+
+
+def tells_of_lost_rank(error: Exception) -> bool:
+    """Whether this says that another rank has ended, or cannot be reached, while this one waited for it."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)  # gloo's errors have no class of their own
 
 
 def wrap_for_ranks(model: nn.Module) -> nn.Module:

@@ -1,13 +1,14 @@
-"""What stops a run from outside (a disk, a worker, the system), said in one sentence. Errors of our own keep their trace."""
+"""What stops a run from outside (a disk, a worker, another rank), said in one sentence. Errors of our own keep their trace."""
 
 from __future__ import annotations
 
 import errno
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from fpn_det.runtime import is_echo, mark_as_echo
+from fpn_det.runtime import is_echo, mark_as_echo, tells_of_lost_rank
 
 REMEDIES = {
     errno.ENOSPC: "Make room on the disk.",
@@ -21,7 +22,7 @@ REMEDIES = {
     errno.ENOMEM: "Lower data.num_workers or trainer.batch_size.",
     errno.EMFILE: "Raise the limit of open files (ulimit -n).",
 }
-WORKER_ENDED = re.compile(r"DataLoader worker \(pid[^)]*\) (?:is killed by signal: (?P<signal>[^.]*)|exited unexpectedly)")
+WORKER_ENDED = re.compile(r"DataLoader worker \(pid.*?\) (?:is killed by signal: (?P<signal>[^.]*)|exited unexpectedly)")
 WORKER_REMEDIES = {
     "Killed": "The system kills what takes too much memory: lower data.num_workers.",
     "Bus error": "The shared memory is full: enlarge /dev/shm (docker run --shm-size=8g), or set data.num_workers=0.",
@@ -34,11 +35,13 @@ class Fault(Exception):
 
 @contextmanager
 def explained(rescue: Callable[[], str] = str) -> Iterator[None]:
-    """Within this context a fault from outside is a `Fault`.
+    """Within this context a fault from outside is a `Fault`, told once: what a writing thread met, the main thread meets too.
 
     Args:
         rescue: says what can be done with what is there.
     """
+    hook = threading.excepthook
+    threading.excepthook = lambda failure: None if isinstance(failure.exc_value, OSError) else hook(failure)
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -49,15 +52,21 @@ def explained(rescue: Callable[[], str] = str) -> Iterator[None]:
         if is_echo(error):
             mark_as_echo(fault)
         raise fault from error
+    finally:
+        threading.excepthook = hook
 
 
 def explain(error: Exception) -> str:
     """What happened and what to do about it; empty if this is not a fault from outside."""
     if isinstance(error, OSError) and error.errno in REMEDIES:
-        place = f" {error.filename}" if error.filename else ""
-        return f"system: expected to write{place}, got: {error.strerror}. {REMEDIES[error.errno]}"
-    if found := WORKER_ENDED.match(str(error)):
+        return f"system: expected to write {error.filename or 'the files of the run'}, got: {error.strerror}. {REMEDIES[error.errno]}"
+    if found := WORKER_ENDED.search(f"{error.__cause__}\n{error}"):  # the cause names the signal
         how = found["signal"] or "exited"
         remedy = WORKER_REMEDIES.get(how, "Set data.num_workers=0 to see what it does.")
         return f"data: expected the workers to live, got: {found[0]}. {remedy}"
+    if tells_of_lost_rank(error):
+        return (
+            f"distributed: expected to hear from the other ranks, but one has ended or hangs ({str(error).split('. ')[0]}). "
+            "What it said last is above and in its rank<k>.log; if it said nothing, it was killed: look at the memory."
+        )
     return ""

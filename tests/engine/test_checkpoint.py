@@ -181,3 +181,12 @@ def test_folder_copies_where_links_do_not_exist(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", refuse)
     CheckpointFolder(tmp_path, keep_last=1).save(state(10), 10, is_best=True, finished=False)
     assert step_of(load_checkpoint(tmp_path / "best.pt")) == 10
+
+
+def test_folder_survives_a_damaged_index(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep_last=1)
+    folder.save(state(10), 10, is_best=False, finished=False)
+    (tmp_path / "index.json").write_text('{"steps": [')
+    assert step_of(folder.load(print)) == 10
+    folder.save(state(20), 20, is_best=False, finished=False)
+    assert "step_00000010.pt" in names(tmp_path)  # listed no more

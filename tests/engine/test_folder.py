@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -85,3 +87,34 @@ def test_settings_are_written_down(tmp_path):
     assert (tmp_path / "config.yaml").read_text() == "seed: 1\n"
     assert (tmp_path / "overrides.txt").read_text().split() == ["seed=1", "trainer.epochs=2"]
     assert json.loads((tmp_path / "versions.json").read_text())["torch"] == versions()["torch"]
+
+
+def holder_of(path) -> subprocess.Popen:
+    """Another process that holds the folder; it has said so."""
+    code = (
+        "import sys; from pathlib import Path; from fpn_det.engine.folder import RunFolder",
+        f"with RunFolder(Path({str(path)!r})).held():",
+        "    print(1, flush=True); sys.stdin.read()",
+    )
+    process = subprocess.Popen([sys.executable, "-c", "\n".join(code)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "1\n"
+    return process
+
+
+def test_folder_has_one_writer_until_it_is_dead(tmp_path):
+    run = choose_folder(None, str(tmp_path / "run"), None)
+    other = holder_of(run.path)
+    for attempt in (lambda: run.held().__enter__(), lambda: choose_folder(None, str(run.path), None, set_aside=True)):
+        (run.path / "log.txt").touch()
+        with pytest.raises(ValueError, match=rf"no other run writes in, got .*run, in use by process {other.pid} on "):
+            attempt()
+    other.kill()
+    other.wait()
+    with run.held():
+        pass
+
+
+def test_folder_of_a_run_that_wrote_nothing_is_empty(tmp_path):
+    with choose_folder(None, str(tmp_path / "run"), None).held():
+        pass
+    assert choose_folder(None, str(tmp_path / "run"), None).path.is_dir()

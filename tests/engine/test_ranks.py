@@ -16,6 +16,7 @@ from parts import TinyDetector, TinyLoader, make_annotations, make_batch, make_o
 from rich.console import Console
 
 from fpn_det.data.sampling import micro_batches
+from fpn_det.engine.faults import Fault, explained
 from fpn_det.engine.folder import choose_folder
 from fpn_det.engine.log import RunLog
 from fpn_det.engine.nonfinite import explain, first_bad_step, load_dump
@@ -27,7 +28,7 @@ from fpn_det.models.detector import Detector
 from fpn_det.models.layers import SyncBatchNorm2d
 from fpn_det.models.neck import FPN
 from fpn_det.models.roi_head import ROIHead, TwoLayerHead
-from fpn_det.runtime import Ranks, all_reduce_mean, current_ranks, on_main, process_group
+from fpn_det.runtime import Ranks, all_reduce_mean, broadcast_object, current_ranks, on_main, process_group
 from fpn_det.structures import Batch, Targets
 
 SMALL = partial(TwoLayerHead, width=32)
@@ -155,6 +156,20 @@ def everything(ranks: Ranks, folder: Path) -> dict:
     return {work.__name__: work(ranks, folder) for work in (train, detect_and_learn, one_bad_rank, stopped_run, failing_choice)}
 
 
+def lost_rank(ranks: Ranks, folder: Path) -> dict:
+    """Rank 1 is killed while rank 0 waits for it, by each kind of exchange."""
+    if not ranks.is_main:
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which the launcher follows
+    said = []
+    for exchange in (lambda: all_reduce_mean(torch.ones(1)), lambda: broadcast_object(1)):
+        with pytest.raises(Fault) as caught, explained(lambda: "Rescue."):
+            exchange()
+        said.append(str(caught.value))
+    torch.save(said, folder / "0.pt")
+    return {}
+
+
 @pytest.fixture(scope="module")
 def ranks_folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("ranks")
@@ -207,3 +222,11 @@ def test_signal_to_one_rank_stops_all_and_the_run_goes_on_to_the_bit(two_ranks):
 
 def test_rank_0_decides_for_all(two_ranks):
     assert [result["failing_choice"]["same"] for result in two_ranks] == ["chosen by 0"] * 2
+
+
+def test_loss_of_a_rank_is_told_at_once(tmp_path):
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
+        spawn(lost_rank, tmp_path)
+    for text in torch.load(tmp_path / "0.pt"):
+        assert text.startswith("distributed: expected to hear from the other ranks, but one has ended or hangs (")
+        assert text.endswith("look at the memory. Rescue.")
