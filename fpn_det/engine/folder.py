@@ -74,13 +74,17 @@ class RunFolder:
         """The checkpoint to go on from; None to start from nothing. `warn` hears about broken ones.
 
         Raises:
-            ValueError: no checkpoint is whole.
+            ValueError: no checkpoint is whole, or it holds weights alone.
         """
         if not self.resume:
             return None
         if self.checkpoint is None:
-            return self.checkpoints().load(warn)
-        return CheckpointFolder(self.checkpoint.parent, keep_last=0).load(warn, first=self.checkpoint)
+            state = self.checkpoints().load(warn)
+        else:
+            state = CheckpointFolder(self.checkpoint.parent, keep_last=0).load(warn, first=self.checkpoint)
+        if state is not None and "optimizer" not in state:
+            raise ValueError(f"resume: expected the checkpoint of a run, got weights alone in {self.checkpoint}. Say init_from instead of resume.")
+        return state
 
 
 def choose_folder(

@@ -8,11 +8,12 @@ import sys
 
 import pytest
 
+from fpn_det.engine.checkpoint import save_checkpoint
 from fpn_det.engine.folder import choose_folder, versions, write_settings
 
 
 def save(folder, step: int, finished: bool = False) -> None:
-    folder.checkpoints(keep_last=2).save({"progress": {"step": step}}, step, is_best=False, finished=finished)
+    folder.checkpoints(keep_last=2).save({"progress": {"step": step}, "optimizer": {}}, step, is_best=False, finished=finished)
 
 
 def test_new_run_gets_a_folder_of_its_own(tmp_path):
@@ -74,6 +75,12 @@ def test_resume_names_what_is_missing(tmp_path):
         choose_folder("demo", None, str(tmp_path / "none.pt"), root=tmp_path)
     with pytest.raises(ValueError, match="resume: expected a run folder with checkpoints"):
         choose_folder("demo", None, str(tmp_path), root=tmp_path)
+
+
+def test_resume_refuses_weights_alone(tmp_path):
+    save_checkpoint(tmp_path / "converted.pt", {"model": {}})
+    with pytest.raises(ValueError, match=r"resume: expected the checkpoint of a run, got weights alone in .*converted.pt"):
+        choose_folder(None, str(tmp_path / "run"), str(tmp_path / "converted.pt")).load(print)
 
 
 def test_folder_must_be_writable(tmp_path):
