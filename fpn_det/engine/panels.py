@@ -63,12 +63,12 @@ def draw_batch(batch: Batch, class_names: Sequence[str]) -> Picture:
     ):
         ids = labels[valid].tolist()
         texts = [class_names[label] for label in ids]
-        pictures.append(draw_boxes(_as_picture(pixels), boxes[valid].numpy(), ids, texts))
+        pictures.append(draw_boxes(as_picture(pixels), boxes[valid].numpy(), ids, texts))
         titles.append(f"{size[1]} x {size[0]} px, {len(ids)} objects")
     return arrange(pictures, titles)
 
 
-def _as_picture(pixels: Tensor) -> Picture:
+def as_picture(pixels: Tensor) -> Picture:
     """u8 [H, W, 3] of pixels [3, H, W] in any range."""
     if pixels.min() < 0:  # normalized ones
         pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()) * 255
@@ -86,8 +86,8 @@ def draw_boxes(pixels: Picture, boxes: NDArray, labels: Sequence[int], texts: Se
         side: px.
     """
     scale = side / max(pixels.shape[:2])
-    size = (max(round(pixels.shape[1] * scale), 1), max(round(pixels.shape[0] * scale), 1))
-    picture = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)
+    picture = Image.fromarray(scaled_to(pixels, side))
+    size = picture.size
     canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT_SIZE)
     rows = list(zip((boxes * scale).tolist(), labels, texts, strict=True))[::-1]
     for (x1, y1, x2, y2), label, _ in rows:
@@ -102,6 +102,13 @@ def draw_boxes(pixels: Picture, boxes: NDArray, labels: Sequence[int], texts: Se
     return np.asarray(picture)
 
 
+def scaled_to(pixels: Picture, side: int) -> Picture:
+    """An image whose longer side is `side` px."""
+    scale = side / max(pixels.shape[:2])
+    size = (max(round(pixels.shape[1] * scale), 1), max(round(pixels.shape[0] * scale), 1))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+
+
 def class_color(label: int) -> tuple[int, int, int]:
     """Neighbors in the list of classes are far apart in hue; all are bright enough for black letters."""
     hue = label * 0.618034 % 1  # golden ratio
@@ -109,9 +116,9 @@ def class_color(label: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def arrange(pictures: Sequence[Picture], titles: Sequence[str]) -> Picture:
-    """Pictures with a title above each, in rows that make about a square (two are beside each other)."""
-    columns = math.ceil(math.sqrt(len(pictures)))
+def arrange(pictures: Sequence[Picture], titles: Sequence[str], columns: int | None = None) -> Picture:
+    """Pictures with a title above each, in rows of `columns`, or such that they make about a square."""
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
     head = FONT_SIZE + 2 * GAP
     width = max(picture.shape[1] for picture in pictures) + GAP
     height = max(picture.shape[0] for picture in pictures) + head
