@@ -4,15 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-all lint types tests
+.PHONY: help demo paper paper-quick test test-all lint types tests
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## draw a data set, train a small detector on it, show its metrics (minutes, CPU is enough)
 	$(BIN)/python datasets/make_shapes.py --out datasets/shapes --size 160 160 --classes disk square triangle star
 	$(BIN)/python tools/train.py experiment=demo
+
+paper: $(READY) ## the FPN paper's tables in miniature, three seeds: docs/paper.md (at most 3 hours on two cores)
+	$(BIN)/python tools/paper.py
+
+paper-quick: $(READY) ## FPN, bottom-up and C5 only, one seed (at most 30 minutes)
+	$(BIN)/python tools/paper.py quick=true output=runs/paper
 
 test: lint types tests ## what CI runs: lint, types and the tests that take seconds
 

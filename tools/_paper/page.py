@@ -1,0 +1,188 @@
+"""The pages: our numbers beside the paper's, from the results alone."""
+
+from __future__ import annotations
+
+import base64
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import markdown  # type: ignore[import-untyped]
+
+from _paper.rows import Row
+
+PROPOSAL_METRICS = {"AR100": "AR100", "AR1000": "AR1000", "ARs1000": "small", "ARm1000": "medium", "ARl1000": "large"}
+DETECTION_METRICS = {"AP": "AP", "AP50": "AP50", "APs": "small", "APm": "medium", "APl": "large"}
+NAMES = PROPOSAL_METRICS | DETECTION_METRICS
+NOTES = Path(__file__).parent / "notes.md"  # what the numbers do not say themselves
+INTRODUCTION = """\
+The tables of *Feature Pyramid Networks for Object Detection* (Lin et al. 2017) in miniature: ResNet-18 from scratch in place of
+a pretrained ResNet-50, drawn shapes in place of COCO, 128 px in place of 800, minutes of one core in place of days of eight
+GPUs. The numbers mean nothing beside those of COCO; what can be compared is which row is better than which, by how much, and
+for which objects. `make paper` makes this page, `make paper-quick` a part of it.
+
+- **Data**: `datasets/make_shapes.py`, 3,200 + 300 images of 128 x 128 px with up to 16 objects of 8 to 107 px, and things that
+  are none. Small, medium and large are below 16, below 48 and from 48 px (square root of the area): COCO's 32 and 96 px halved,
+  so that the ranges hold 42, 44 and 14 % of the objects; in COCO these are 41, 34 and 24 %.
+- **Model**: anchors of 8 to 128 px and the levels of RoIs at a quarter of the paper's sizes, all necks 64 channels wide.
+- **Training**: AdamW, cosine; 600 steps of 4 images for proposals, 900 for detectors; the same images in the same order for
+  every row, three seeds. Numbers are means over seeds with their standard deviation.
+- Experiments are the paper's, `configs/experiment/paper/`, with `configs/miniature/` on top. In row (a) of Table 3 the head on
+  C4 has two layers, as in (b) and (c), not all of conv5: that would cost more per box than the backbone does per image.
+"""
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; }
+th { border-bottom: 2px solid #888; }
+img { max-width: 100%; }
+code, pre { background: #f4f4f4; border-radius: 3px; padding: 0.1rem 0.3rem; }
+"""
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<title>The pyramids of the FPN paper</title>
+<style>{style}</style>
+{body}
+</html>
+"""
+
+
+@dataclass(frozen=True)
+class Results:
+    """All runs of all rows."""
+
+    runs: Sequence[Mapping[str, Any]]
+    costs: Mapping[str, Mapping[str, float]]
+    versions: Mapping[str, str | None]
+
+    def values(self, row: str, metric: str) -> list[float]:
+        """One number per seed, in percent."""
+        found = [run["metrics"][metric] for run in self.runs if run["row"] == row]
+        return [100 * value for value in found if value is not None]
+
+    def mean(self, row: str, metric: str) -> float:
+        """Over seeds, in percent."""
+        return statistics.mean(self.values(row, metric))
+
+    def shown(self, row: str, metric: str) -> str:
+        """Mean and spread, as in `56.3 ± 0.4`."""
+        values = self.values(row, metric)
+        if not values:
+            return ""
+        return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def table(results: Results, rows: Sequence[Row], metrics: Mapping[str, str]) -> str:
+    """Ours and, in a second line of each row, the paper's."""
+    costs = ["parameters", "training step", "image"]
+    lines = [["", "seeds", *metrics.values(), *costs], ["---", *["---:"] * (1 + len(metrics) + len(costs))]]
+    for row in rows:
+        cost = results.costs[row.name]
+        step = f"{1000 * cost['step_s']:.0f} ms" if "step_s" in cost else ""
+        numbers = [results.shown(row.name, metric) for metric in metrics]
+        seeds = str(len(results.values(row.name, next(iter(metrics)))))
+        lines.append([f"**{row.title}**", seeds, *numbers, f"{cost['parameters'] / 1e6:.1f} M", step, f"{1000 * cost['inference_s']:.0f} ms"])
+        if row.paper:
+            lines.append(["in the paper", "", *(f"*{row.paper[metric]}*" if metric in row.paper else "" for metric in metrics), "", "", ""])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something that the paper found: one row does better than another."""
+
+    text: str
+    better: str
+    worse: str
+    metric: str
+
+
+CLAIMS = (
+    Claim("FPN proposes better than C4", "table1_c", "table1_a", "AR1000"),
+    Claim("... small objects", "table1_c", "table1_a", "ARs1000"),
+    Claim("... medium objects", "table1_c", "table1_a", "ARm1000"),
+    Claim("... large objects", "table1_c", "table1_a", "ARl1000"),
+    Claim("FPN proposes better than C5", "table1_c", "table1_b", "AR1000"),
+    Claim("... small objects", "table1_c", "table1_b", "ARs1000"),
+    Claim("... medium objects", "table1_c", "table1_b", "ARm1000"),
+    Claim("... large objects", "table1_c", "table1_b", "ARl1000"),
+    Claim("A top-down pathway is needed: against bottom-up", "table1_c", "table1_d", "AR1000"),
+    Claim("Lateral connections are needed: against top-down only", "table1_c", "table1_e", "AR1000"),
+    Claim("A pyramid is needed: against the finest level only", "table1_c", "table1_f", "AR1000"),
+    Claim("FPN detects better than C4", "table3_c", "table3_a", "AP"),
+    Claim("... small objects", "table3_c", "table3_a", "APs"),
+    Claim("FPN detects better than C5", "table3_c", "table3_b", "AP"),
+    Claim("FPN detects better than the feature hierarchy", "table3_c", "feature_hierarchy", "AP"),
+    Claim("... small objects", "table3_c", "feature_hierarchy", "APs"),
+    Claim("FPN detects better than the image pyramid", "table3_c", "image_pyramid", "AP"),
+)
+
+
+def judge(results: Results, claim: Claim) -> tuple[float, str]:
+    """Our difference in points, and whether it is what the claim says, beyond the spread of seeds or within it."""
+    better, worse = results.values(claim.better, claim.metric), results.values(claim.worse, claim.metric)
+    difference = statistics.mean(better) - statistics.mean(worse)
+    if min(better) > max(worse):
+        return difference, "yes, every seed above every seed"
+    return difference, "yes on average, but seeds overlap" if difference > 0 else "**no**"
+
+
+def claims_table(results: Results, rows: Mapping[str, Row]) -> str:
+    """The paper's findings, by how many points in the paper and here."""
+    lines = ["| finding | points of | in the paper | here | found again? |", "| --- | --- | ---: | ---: | --- |"]
+    for claim in CLAIMS:
+        better, worse = (rows[name].paper for name in (claim.better, claim.worse))
+        theirs = f"{better[claim.metric] - worse[claim.metric]:+.1f}" if claim.metric in better and claim.metric in worse else ""
+        ours, verdict = judge(results, claim)
+        lines.append(f"| {claim.text} | {NAMES[claim.metric]} | {theirs} | {ours:+.1f} | {verdict} |")
+    return "\n".join(lines)
+
+
+def write_pages(results: Results, proposals: Sequence[Row], detectors: Sequence[Row], file: Path) -> None:
+    """`file` as Markdown, and beside it as one HTML file that holds its pictures."""
+    rows = {row.name: row for row in (*proposals, *detectors)}
+    is_whole = all(claim.better in rows and claim.worse in rows for claim in CLAIMS)
+    parts = [
+        "# The pyramids of the FPN paper, side by side",
+        INTRODUCTION,
+        "## Proposals (Table 1)",
+        "The RPN alone; average recall in percent, by the number of proposals and by the size of objects (among 1000 proposals).",
+        table(results, proposals, PROPOSAL_METRICS),
+        "## Detection (Table 3 and Figure 1)",
+        "Faster R-CNN; average precision in percent.",
+        table(results, detectors, DETECTION_METRICS),
+    ]
+    if is_whole:
+        parts += ["## What the paper found", claims_table(results, rows), NOTES.read_text().strip()]
+    else:
+        parts += ["One seed of some rows: this shows that everything works, and ranks nothing."]
+    parts += [
+        "## What each pyramid sees",
+        "One image, and the length of the feature vector in every cell of every level (of the first seed; each map stretched "
+        "from its smallest to its largest value).",
+        f"![feature maps]({file.stem}_maps.jpg)",
+        "## How it was measured",
+        measured(results),
+    ]
+    text = "\n\n".join(parts) + "\n"
+    file.write_text(text)
+    html = markdown.markdown(text, extensions=["tables", "fenced_code"])
+    for picture in file.parent.glob(f"{file.stem}_*.jpg"):
+        data = base64.b64encode(picture.read_bytes()).decode()
+        html = html.replace(f'src="{picture.name}"', f'src="data:image/jpeg;base64,{data}"')
+    file.with_suffix(".html").write_text(PAGE.format(style=STYLE, body=html))
+
+
+def measured(results: Results) -> str:
+    """Versions, and how busy the machine was."""
+    loads = [run["load"] for run in results.runs]
+    return (
+        f"torch {results.versions['torch']}, revision {results.versions['git']}, {results.versions['device']}. "
+        f"The machine did other work meanwhile: on average {statistics.mean(loads):.1f} processes wanted one of its "
+        f"{results.runs[0]['cores']} cores. So times are not those of the runs, but of single images and of training steps of 4 images, "
+        "measured afterwards: on one core, all rows in turns, by the clock of the process."
+    )

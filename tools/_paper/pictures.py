@@ -1,0 +1,45 @@
+"""One image as every pyramid sees it, and the recall of objects by size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from _paper.rows import Row
+from fpn_det import api
+from fpn_det.config import compose
+from fpn_det.data.selection import select_images
+from fpn_det.engine.checkpoint import load_checkpoint
+from fpn_det.engine.panels import Picture, arrange, as_picture, scaled_to
+from fpn_det.engine.pyramid_panels import heat, read_levels
+from fpn_det.runtime import Ranks
+
+CPU = torch.device("cpu")
+SIDE = 150  # px of each map
+IMAGE = 3  # of the held-out ones: it has objects of all sizes
+
+
+def draw_pyramids(rows: Sequence[Row], data: Path, folder: Path, file: Path) -> None:
+    """The feature vector's length in every cell: a line for each row of the page, a column for each stride."""
+    maps: list[dict[int, Picture]] = []
+    for row in rows:
+        settings = compose([*row.settings, f"data.root={data}", "data.num_workers=0", "data.eval_batch_size=1"])
+        annotations = select_images(api.read_training_data(settings.data, settings.seed)[1], torch.tensor([IMAGE]))
+        model = api.build_model(settings, annotations.num_classes)
+        checkpoint = folder / row.name / "seed0" / "checkpoints" / "last.pt"
+        api.load_weights(model, load_checkpoint(checkpoint), str(checkpoint))
+        (batch,) = api.build_eval_loader(settings, annotations, model.stride, Ranks(), CPU)
+        levels = read_levels(model, batch)
+        image = scaled_to(as_picture(batch.pixels[0]), SIDE)
+        maps.append({stride: heat(values, image) for stride, values in zip(levels.strides, levels.features, strict=True)})
+    strides = sorted(set().union(*maps))
+    nothing = np.zeros_like(image)
+    pictures, titles = [], []
+    for row, of_stride in zip(rows, maps, strict=True):
+        pictures += [image, *(of_stride.get(stride, nothing) for stride in strides)]
+        titles += [row.title.split(":")[0], *(f"stride {stride}" if stride in of_stride else "" for stride in strides)]
+    Image.fromarray(arrange(pictures, titles, columns=1 + len(strides))).save(file, quality=88)

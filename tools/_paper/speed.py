@@ -1,0 +1,71 @@
+"""What a row costs: parameters, seconds per image and per training step, on one core, all rows in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from _paper.rows import Row
+from fpn_det import api
+from fpn_det.config import compose
+from fpn_det.engine.checkpoint import load_checkpoint
+from fpn_det.runtime import Ranks
+
+CPU = torch.device("cpu")
+NUM_IMAGES = 16  # that are detected on, one by one
+ROUNDS = 3
+
+Work = dict[str, Callable[[], None]]  # by what is measured
+
+
+def measure(rows: Mapping[str, Row], data: Path, folder: Path, overrides: Sequence[str]) -> dict[str, dict[str, float]]:
+    """`parameters`, `inference_s` of an image and `step_s` of a training step, by the names of rows; of their first seeds.
+
+    The clock is that of the process: it stands still while other programs have the core.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    contestants = {name: _contestant(row, rows, data, folder, overrides) for name, row in rows.items()}
+    costs = {name: {"parameters": parameters} for name, (parameters, _) in contestants.items()}
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for number in range(ROUNDS + 1):
+        for name, (_, work) in contestants.items():
+            for what, run in work.items():
+                start = time.process_time()
+                run()
+                if number:  # the first round allocates
+                    seconds.setdefault((name, what), []).append(time.process_time() - start)
+    for (name, what), spent in seconds.items():
+        costs[name][what] = statistics.median(spent) / (NUM_IMAGES if what == "inference_s" else 1)
+    torch.set_num_threads(threads)
+    return costs
+
+
+def _contestant(row: Row, rows: Mapping[str, Row], data: Path, folder: Path, overrides: Sequence[str]) -> tuple[float, Work]:
+    """Number of parameters, and what is to be timed."""
+    trained = rows[row.weights_of] if row.weights_of else row
+    words = [*trained.settings, *(row.settings if row.weights_of else ()), f"data.root={data}", "data.num_workers=0", *overrides]
+    settings = compose([*words, "data.eval_batch_size=1", "device=cpu"])
+    annotations = api.read_training_data(settings.data, settings.seed)[1]
+    model = api.build_model(settings, annotations.num_classes)
+    file = folder / trained.name / "seed0" / "checkpoints" / "last.pt"
+    api.load_weights(model, load_checkpoint(file), str(file))
+    images = list(islice(api.build_eval_loader(settings, annotations, model.stride, Ranks(), CPU), NUM_IMAGES))
+    batch = api.build_train_loader(settings, annotations, model.stride, Ranks(), CPU).rebuild(0)[0]
+
+    def detect() -> None:
+        model.eval()
+        for image in images:
+            model.detect(image)
+
+    def step() -> None:
+        model.train()
+        model(batch, 0).total().backward()
+
+    parameters = float(sum(weight.numel() for weight in model.parameters()))
+    return parameters, {"inference_s": detect} if row.weights_of else {"inference_s": detect, "step_s": step}

@@ -1,0 +1,92 @@
+"""The FPN paper's comparison in miniature: python tools/paper.py [quick=true] [name=value ...] [setting=value ...].
+
+Trains the rows of Tables 1 and 3 and the pyramids of Figure 1 on drawn shapes, measures them as the paper does, and writes
+our numbers beside the paper's as docs/paper.md and docs/paper.html. Names and defaults are in `Options`; a dotted name is a
+setting of every run. Given again, the command goes on where it was interrupted; what is finished is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from _paper.page import Results, write_pages
+from _paper.pictures import draw_pyramids
+from _paper.rows import DETECTORS, PROPOSALS, Row
+from _paper.runs import finish, jobs_of, make_data
+from _paper.speed import measure
+from fpn_det.engine.folder import versions
+from fpn_det.schema import Count, fit
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to do, and where."""
+
+    quick: bool = False  # FPN, bottom-up and C5 only, with one seed
+    seeds: Count = 3
+    at_once: Count = 2  # runs at a time, one core each
+    precision: Literal["fp32", "bf16"] = "bf16"  # where the processor knows bf16, fp32 takes one and a half times as long
+    data: str = "datasets/shapes_128"  # drawn if it is not there
+    folder: str = "runs/paper"  # of all runs
+    output: str = "docs"  # of the pages
+    overrides: tuple[str, ...] = ()  # settings of every run
+
+    @property
+    def rows(self) -> list[Row]:
+        """What is compared."""
+        return [row for row in (*PROPOSALS, *DETECTORS) if row.quick or not self.quick]
+
+
+def parse(words: Sequence[str]) -> Options:
+    """The options that `name=value` words ask for.
+
+    Raises:
+        ValueError: a name is unknown, or a value has another type.
+    """
+    for word in words:
+        if "=" not in word:
+            raise ValueError(f"command line: expected name=value, got '{word}'. Say {word}=...")
+    overrides = [word for word in words if "." in word.split("=")[0]]
+    given = OmegaConf.to_container(OmegaConf.from_cli([word for word in words if word not in overrides]))
+    assert isinstance(given, dict)
+    return fit(asdict(Options()) | {"overrides": overrides} | given, Options, "", ())
+
+
+def main() -> None:
+    """Draw, train, measure, write."""
+    console = Console()
+    try:
+        options = parse(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(str(error))
+    data, folder, rows = Path(options.data), Path(options.folder), options.rows
+    make_data(data)
+    overrides = (f"precision={options.precision}", *options.overrides)
+    jobs = jobs_of(rows, 1 if options.quick else options.seeds, folder)
+    try:
+        runs = finish(jobs, data, overrides, options.at_once, console.print)
+    except RuntimeError as error:
+        sys.exit(str(error))
+    costs = folder / ("costs_quick.json" if options.quick else "costs.json")
+    if not costs.is_file():
+        costs.write_text(json.dumps(measure({row.name: row for row in rows}, data, folder, overrides), indent=2) + "\n")
+    results = Results(runs, json.loads(costs.read_text()), versions())
+    page = Path(options.output) / f"{'paper_quick' if options.quick else 'paper'}.md"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.with_suffix(".json").write_text(json.dumps(asdict(results), indent=2) + "\n")
+    drawn = [row for row in rows if row in PROPOSALS or row.name == "feature_hierarchy"]
+    draw_pyramids(drawn, data, folder, page.with_name(f"{page.stem}_maps.jpg"))
+    write_pages(results, [row for row in rows if row in PROPOSALS], [row for row in rows if row in DETECTORS], page)
+    console.print(f"written: {page}, and the same as .html and .json")
+
+
+if __name__ == "__main__":
+    main()
