@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fpn_det.schema import Positive
+
 
 class AnchorGenerator(nn.Module):
     """Lay the same few boxes around every cell.
@@ -32,8 +34,8 @@ class AnchorGenerator(nn.Module):
     def __init__(
         self,
         strides: Sequence[int],
-        sizes: Sequence[float] | Sequence[Sequence[float]] = (32, 64, 128, 256, 512),
-        ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        sizes: Sequence[Positive] | Sequence[Sequence[Positive]] = (32, 64, 128, 256, 512),
+        ratios: Sequence[Positive] = (0.5, 1.0, 2.0),
         offset: float = 0.0,
         rounded: bool = False,
         stride_source: str = "declared",
@@ -44,6 +46,8 @@ class AnchorGenerator(nn.Module):
             raise ValueError(f"anchors.stride_source: expected declared or inferred, got '{stride_source}'.")
         if computed_in not in ("float32", "float64"):
             raise ValueError(f"anchors.computed_in: expected float32 or float64, got '{computed_in}'.")
+        if not ratios:
+            raise ValueError("anchors.ratios: expected at least one ratio of height to width, got none.")
         dtype = torch.float32 if computed_in == "float32" else torch.float64
         per_level = _sizes_per_level(sizes, len(strides))
         self.strides = tuple(strides)

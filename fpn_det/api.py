@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +13,13 @@ import torch
 from hydra.errors import InstantiationException
 
 from fpn_det.config import Data, Node, Settings, Split, check, compose, is_for_people, read_yaml, to_yaml
+from fpn_det.data.collation import check_canvas
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.loading import EvalLoader, TrainLoader
 from fpn_det.data.looking import Look, look_at
 from fpn_det.data.overlap import without_shared
 from fpn_det.data.reading import Examined, examine, judge, load_tables
-from fpn_det.data.sampling import GlobalBatches
+from fpn_det.data.sampling import GlobalBatches, check_divides
 from fpn_det.data.selection import drop_empty, select_images, split_images
 from fpn_det.data.transforms import Pipeline
 from fpn_det.engine.folder import versions
@@ -36,6 +39,9 @@ from fpn_det.structures import Annotations
 SplitName = Literal["train", "val", "test"]
 
 SHOWN_IMAGES = 8  # of the validation set, with ground truth and detections
+
+# What albumentations' checks of arguments add to their sentence.
+PYDANTIC = re.compile(r"\d+ validation errors? for InitSchema | \[type=.*?\]| For further information visit \S+")
 
 # The experiment that gives the numbers of each project.
 COMPAT = {
@@ -57,9 +63,10 @@ def build(node: Node, where: str) -> Any:
         return hydra.utils.instantiate(node, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__ or error
+        reason = PYDANTIC.sub("", " ".join(str(cause).split()))
         if isinstance(cause, ValueError) and is_for_people(cause):
-            raise ValueError(str(cause)) from None
-        raise ValueError(f"{where}: {node['_target_']} refuses its arguments: {' '.join(str(cause).split())}.") from None
+            raise ValueError(reason if reason.startswith(where.split(".")[0]) else f"{where}: {reason}") from None
+        raise ValueError(f"{where}: {node['_target_']} refuses its arguments: {reason}.") from None
 
 
 def build_model(settings: Settings, num_classes: int) -> Detector:
@@ -139,6 +146,33 @@ def build_train_loader(settings: Settings, annotations: Annotations, stride: int
     batches = GlobalBatches(annotations.sizes, trainer.batch_size, settings.seed, parts, data.group_by_aspect)
     where = (stride, data.canvas, device, data.resize_on, data.start_method)
     return TrainLoader(dataset, batches, ranks, trainer.accumulate, data.num_workers, *where)
+
+
+def check_parts(settings: Settings, ranks: Ranks) -> None:
+    """Refuse what the parts themselves refuse, before a folder is made and data are read.
+
+    Raises:
+        ValueError: a part refuses its settings, or they do not go together.
+    """
+    trainer = settings.trainer
+    check_divides(ranks.world_size * trainer.accumulate, trainer.batch_size)
+    build(settings.optimizer, "optimizer")
+    build(settings.schedule, "schedule")(steps=trainer.max_steps or sys.maxsize)
+    build_transforms(settings.data.train_transforms, settings.data, "data.train_transforms")
+    build_transforms(settings.data.eval_transforms, settings.data, "data.eval_transforms")
+    model = build_model(settings, num_classes=1)
+    check_canvas(settings.data.canvas, model.stride)
+    for name in ("rpn", "roi_head"):
+        normalizer = (settings.model.get(name) or {}).get("normalizer", "constant")
+        if trainer.accumulate > 1 and normalizer != "constant":
+            raise ValueError(
+                f"model.{name}.normalizer: expected constant with trainer.accumulate={trainer.accumulate}, got {normalizer}, "
+                f"whose gradients would not be those of the whole batch. Set trainer.accumulate=1."
+            )
+    if settings.init_from and not Path(settings.init_from).is_file():
+        raise ValueError(f"init_from: expected a file of weights, got {settings.init_from}, which does not exist.")
+    if not (settings.init_from or settings.resume):
+        model.check_pretrained()
 
 
 def build_parts(settings: Settings, ranks: Ranks, device: torch.device, log: RunLog, fresh: bool) -> Parts:

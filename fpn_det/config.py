@@ -18,10 +18,16 @@ from typing import Any, Literal, TypeVar
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fpn_det.engine.faults import Fault, explained
@@ -29,7 +35,7 @@ from fpn_det.engine.settings import Trainer
 from fpn_det.evaluation.coco import EvaluationSettings
 from fpn_det.models.views import Views
 from fpn_det.runtime import is_echo
-from fpn_det.schema import Amount, Count, CountOrZero, Fraction, check_names, did_you_mean, fit, listed
+from fpn_det.schema import Amount, Count, CountOrZero, Fraction, Share, check_names, did_you_mean, fit, listed
 
 PACKAGE = Path(__file__).parent
 HYDRA = Path(hydra.__file__).parent
@@ -60,7 +66,7 @@ class Data:
     train: Split
     val: Split
     test: Split  # read on demand
-    val_fraction: Fraction | None  # take this part of the training images instead of `val`
+    val_fraction: Share | None  # take this part of the training images instead of `val`
     max_images: Count | None  # only the first of each part, for trials
     classes: list[str] | None  # a subset by name; null = all
     on_error: Literal["fail", "fix", "skip"]  # what to do about broken annotations and files
@@ -77,6 +83,17 @@ class Data:
     min_area: Amount  # a box smaller than this in the input frame goes, px^2
     train_transforms: dict[str, Node | None]  # in this order; null leaves one out
     eval_transforms: dict[str, Node | None]
+
+    def __post_init__(self) -> None:
+        for name in ("train", "val") if self.val_fraction is None else ("train",):
+            if getattr(self, name).annotations is None:
+                otherwise = ", or data.val_fraction" if name == "val" else ""
+                raise ValueError(
+                    f"data.{name}: expected images and annotations, got none. "
+                    f"Set data.{name}.images and data.{name}.annotations{otherwise}."
+                )
+        if self.classes is not None and (not self.classes or len(set(self.classes)) < len(self.classes)):
+            raise ValueError(f"data.classes: expected names, each once, got {self.classes}. null takes all.")
 
 
 @dataclass(frozen=True)
@@ -101,6 +118,17 @@ class Settings:
     trainer: Trainer
     evaluation: EvaluationSettings
 
+    def __post_init__(self) -> None:
+        known, best = self.evaluation.metric_names, self.trainer.best_metric
+        if best not in known:
+            raise ValueError(f"trainer.best_metric: expected one of {listed(known)}, got '{best}'.{did_you_mean(best, known)}")
+        if self.model.get("roi_head", "") is None and self.evaluation.target == "detections":
+            raise ValueError("evaluation: expected proposals of a model without an ROI head, got detections. Say evaluation=proposals.")
+        if self.resume and self.init_from:
+            raise ValueError(
+                "resume: expected this or init_from, got both. resume goes on with a run, init_from starts a new one with its weights."
+            )
+
 
 @dataclass(frozen=True)
 class EvalSettings(Settings):
@@ -114,6 +142,21 @@ class EvalSettings(Settings):
 
 # Two ways to say one thing: naming one on the command line replaces the other, naming both is refused.
 EITHER = [("trainer.epochs", "trainer.max_steps"), ("data.val_fraction", "data.val")]
+
+# What would change nothing, or not what it seems to, if it is named on the command line: setting, when, why.
+IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("hydra.run.dir", lambda settings: True, "the folder of a run is run_dir=<folder>"),
+    ("hydra.job.chdir", lambda settings: True, "paths mean the folder where the command is typed"),
+    ("experiment", lambda settings: settings.run is not None, "all settings come from run; repeat here those that differ"),
+    ("set_aside", lambda settings: settings.set_aside and settings.run_dir is None, "it moves what is in the way of run_dir, and none is set"),
+    ("set_aside", lambda settings: settings.set_aside and settings.resume is not None, "resume goes on in the folder that is there"),
+    ("schedule.warmup_factor", lambda settings: settings.schedule.get("warmup_steps") == 0, "schedule.warmup_steps=0 leaves no warm-up"),
+    *(
+        (name, lambda settings: isinstance(settings, EvalSettings), "nothing is trained here")
+        for name in ("optimizer", "schedule", "resume", "init_from", "run_dir", "set_aside", "profile", "data.train_transforms")
+    ),
+]
+DELETABLE = ("data.train_transforms.", "data.eval_transforms.", "evaluation.area_ranges.", "hydra")
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "train") -> Settings:
@@ -143,6 +186,8 @@ def check(tree: DictConfig, overrides: Sequence[str], schema: type[S]) -> S:
     Raises:
         ValueError: a setting is unknown, mistyped or impossible.
     """
+    if deleted := [name for name in overrides if name[0] == "~" and not name[1:].startswith(DELETABLE)]:
+        raise ValueError(f"{deleted[0][1:]}: expected a value, got none: a setting cannot be deleted. Give it another value, or null.")
     named = {override.lstrip("+~").split("=")[0] for override in overrides}
     for one, other in EITHER:
         _choose(tree, one, other, named)
@@ -153,15 +198,21 @@ def check(tree: DictConfig, overrides: Sequence[str], schema: type[S]) -> S:
     if values.get("allow_targets") and "allow_targets" not in named:
         raise ValueError("allow_targets: expected on the command line only, got it from a file. Remove it there.")
     settings = fit(values, schema, "", (*PACKAGES, *(values.get("allow_targets") or ())))
-    _check_combinations(settings)
+    for key, is_idle, why in IDLE:
+        if _is_named(key, named) and is_idle(settings):
+            raise ValueError(f"{key}: has no effect here: {why}. Leave it out.")
     return settings
+
+
+def _is_named(key: str, named: set[str]) -> bool:
+    return any(name == key or name.startswith(f"{key}.") for name in named)
 
 
 def _choose(tree: DictConfig, one: str, other: str, named: set[str]) -> None:
     """Set to null what the command line replaced by its alternative."""
     if not (_is_set(tree, one) and _is_set(tree, other)):
         return
-    said = [any(name == key or name.startswith(f"{key}.") for name in named) for key in (one, other)]
+    said = [_is_named(key, named) for key in (one, other)]
     if said[0] == said[1]:
         raise ValueError(f"{one}: expected this or {other}, got both. Leave one of them out, or set it to null.")
     replaced = other if said[0] else one
@@ -174,26 +225,6 @@ def _is_set(tree: DictConfig, key: str) -> bool:
     return any(item is not None for item in value.values()) if isinstance(value, DictConfig) else value is not None
 
 
-def _check_combinations(settings: Settings) -> None:
-    trainer = settings.trainer
-    if trainer.epochs is None and trainer.max_steps is None:
-        raise ValueError("trainer: expected a length, got none. Set trainer.epochs or trainer.max_steps.")
-    if settings.data.val_fraction is None and settings.data.val.annotations is None:
-        raise ValueError("data.val: expected images to evaluate on, got none. Set data.val.images and data.val.annotations, or data.val_fraction.")
-    if settings.resume and settings.init_from:
-        raise ValueError(
-            "resume: expected this or init_from, got both. resume goes on with a run, init_from starts a new one with its weights."
-        )
-    if trainer.batch_size % trainer.accumulate:
-        raise ValueError(
-            f"trainer.batch_size: expected a multiple of trainer.accumulate={trainer.accumulate}, got {trainer.batch_size}."
-        )
-    if settings.model.get("roi_head", "") is None and settings.evaluation.target == "detections":
-        raise ValueError("evaluation: expected proposals of a model without an ROI head, got detections. Say evaluation=proposals.")
-    if trainer.early_stop and not trainer.eval_every:
-        raise ValueError("trainer.early_stop: expected evaluations on the way, got none. Set trainer.eval_every.")
-
-
 def explain(error: Exception) -> str:
     """What Hydra, OmegaConf or YAML refused, in one sentence, with the nearest name."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
@@ -203,6 +234,10 @@ def explain(error: Exception) -> str:
         return f"{group or 'config'}: expected one of {listed(options)}, got '{name}'.{did_you_mean(name, options)}"
     if isinstance(error, OverrideParseException):
         return f"command line: expected name=value, got '{error.override}'. Put quotes around special characters: 'name=\"a=b\"'."
+    if isinstance(error, ConfigCompositionException) and "Ambiguous value" in str(error):
+        return f"command line: {str(error).splitlines()[0]}. Say -m to try them in turn, or name=[first,second] for a list."
+    if isinstance(cause, InterpolationResolutionError):
+        return f"{cause.full_key}: expected a value, got none: {str(cause).splitlines()[0]}."
     if isinstance(cause, MissingMandatoryValue):
         return f"{cause.full_key}: expected a value, got none. Say {cause.full_key}=... on the command line."
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fpn_det.boxes import box_iou
+from fpn_det.schema import Count, CountOrZero, Fraction
 from fpn_det.structures import Match, Sample, Targets
 
 IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
@@ -36,8 +37,8 @@ class Matcher:
 
     def __init__(
         self,
-        positive_iou: float = 0.7,
-        negative_iou: float = 0.3,
+        positive_iou: Fraction = 0.7,
+        negative_iou: Fraction = 0.3,
         rescue: bool = False,
         rescue_above: float = 0.0,
         rescue_reassigns: bool = False,
@@ -99,7 +100,7 @@ class Sampler:
     ranks or the order of a batch, and a resumed run draws what the uninterrupted one would have.
     """
 
-    def __init__(self, num_samples: int, positive_fraction: float, seed: int = 0) -> None:
+    def __init__(self, num_samples: Count, positive_fraction: Fraction, seed: CountOrZero = 0) -> None:
         if num_samples < 1 or not 0 <= positive_fraction <= 1:
             raise ValueError(
                 f"sampler: expected num_samples >= 1 and positive_fraction in 0..1, got {num_samples} and {positive_fraction}."

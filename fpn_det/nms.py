@@ -5,6 +5,8 @@ Its answer depends on the data, so it comes out as a mask, and here alone the ho
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 import torchvision
 from torch import Tensor
@@ -13,7 +15,8 @@ from fpn_det.boxes import box_iou
 
 SUPPRESSION_BYTES = 1 << 30  # bool matrices held at a time by the batched method
 IOU_BYTES = 1 << 27  # float32 IoU values held at a time while they are made
-METHODS = ("auto", "torchvision", "batched", "shifted", "torchvision_batched")
+Method = Literal["auto", "torchvision", "batched", "shifted", "torchvision_batched"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 def nms_keep(
@@ -22,7 +25,7 @@ def nms_keep(
     valid: Tensor,
     iou_threshold: float,
     labels: Tensor | None = None,
-    method: str = "auto",
+    method: Method = "auto",
 ) -> Tensor:
     """Which boxes survive greedy suppression, each group for itself.
 
@@ -51,7 +54,7 @@ def nms_keep(
     return suppress(boxes, scores.masked_fill(~valid, -torch.inf), valid, iou_threshold, labels) & valid
 
 
-def nms_keep_levels(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, method: str = "auto") -> Tensor:
+def nms_keep_levels(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, method: Method = "auto") -> Tensor:
     """The same for boxes [B, L, K, 4] of several levels, each level for itself: bool [B, L, K]."""
     if method in ("shifted", "torchvision_batched"):  # one call per image, levels in place of labels
         levels = torch.arange(boxes.shape[1], device=boxes.device)[:, None].expand_as(valid).flatten(1)
@@ -74,7 +77,7 @@ def _per_group(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: floa
     return keep
 
 
-def _as_peers(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, labels: Tensor, method: str) -> Tensor:
+def _as_peers(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, labels: Tensor, method: Method) -> Tensor:
     keep = torch.zeros_like(valid)
     for group, mask, *columns in zip(keep, valid, boxes, scores, labels, strict=True):
         (chosen,) = torch.where(mask)

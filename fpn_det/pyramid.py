@@ -15,6 +15,7 @@ import torchvision
 from torch import Tensor
 
 from fpn_det.boxes import box_area
+from fpn_det.schema import Count, CountOrZero, Positive
 from fpn_det.structures import Pyramid
 
 
@@ -50,8 +51,8 @@ class LevelAssigner:
     def __init__(
         self,
         strides: Sequence[int],
-        canonical_size: float = 224,
-        canonical_level: int = 4,
+        canonical_size: Positive = 224,
+        canonical_level: CountOrZero = 4,
         epsilon: float = 1e-8,
         epsilon_outside: float = 0.0,
     ) -> None:
@@ -93,12 +94,12 @@ class RoIAlign:
     def __init__(
         self,
         strides: Sequence[int],
-        output_size: int = 7,
-        sampling_ratio: int = 2,
+        output_size: Count = 7,
+        sampling_ratio: CountOrZero = 2,
         aligned: bool = True,
         method: str = "table",
-        canonical_size: float = 224,
-        canonical_level: int = 4,
+        canonical_size: Positive = 224,
+        canonical_level: CountOrZero = 4,
         epsilon: float = 1e-8,
         epsilon_outside: float = 0.0,
     ) -> None:

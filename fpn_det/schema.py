@@ -21,19 +21,24 @@ NODE_KEYS = ("_target_", "_partial_")
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The second half of an `Annotated` hint: numbers from `low` to `high`, both included, or only those above `low`."""
+    """The second half of an `Annotated` hint: finite numbers from `low` to `high`, or only those `above` or `below` them."""
 
     low: float
     high: float = math.inf
     above: bool = False
+    below: bool = False
 
     def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high and not (self.above and value == self.low)
+        inside = self.low <= value <= self.high and math.isfinite(value)
+        return inside and not (self.above and value == self.low) and not (self.below and value == self.high)
 
     def __str__(self) -> str:
-        if self.high < math.inf:
-            return f"between {self.low:g} and {self.high:g}"
-        return f"more than {self.low:g}" if self.above else f"at least {self.low:g}"
+        low = f"more than {self.low:g}" if self.above else f"at least {self.low:g}"
+        if self.high == math.inf:
+            return low
+        if self.above or self.below:
+            return f"{low} and {'less than' if self.below else 'at most'} {self.high:g}"
+        return f"between {self.low:g} and {self.high:g}"
 
 
 Count = Annotated[int, Range(1)]
@@ -41,6 +46,8 @@ CountOrZero = Annotated[int, Range(0)]
 Amount = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, above=True)]
 Fraction = Annotated[float, Range(0, 1)]
+Share = Annotated[float, Range(0, 1, above=True, below=True)]  # a part that is neither nothing nor all
+Decay = Annotated[float, Range(0, 1, below=True)]  # how much of the past stays
 
 
 def fit(value: Any, hint: Any, where: str, packages: Sequence[str]) -> Any:
@@ -118,13 +125,13 @@ def _fit_node(node: Mapping[str, Any], where: str, packages: Sequence[str]) -> d
     target = locate(node["_target_"], join(where, "_target_"), packages)
     parameters = _parameters(target)
     given = {name: item for name, item in node.items() if name not in NODE_KEYS}
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        check_names(given, parameters, where)
     required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
     if not node.get("_partial_"):
         _check_complete(given, required, where)
     elif deduced := [name for name in required if not isinstance(given.get(name), Mapping | None)]:
         raise ValueError(f"{join(where, deduced[0])}: follows from other settings and cannot be set. Leave it out.")
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        check_names(given, (name for name in parameters if name in given or name not in required), where)
     hints = {name: Any if isinstance(parameter.annotation, str) else parameter.annotation for name, parameter in parameters.items()}
     fitted = {name: fit(item, hints.get(name, Any), join(where, name), packages) for name, item in given.items()}
     return {name: node[name] for name in NODE_KEYS if name in node} | fitted
@@ -222,4 +229,6 @@ def describe(hint: Any) -> str:
         return f"a list of {len(arguments)} values"
     if origin in (list, tuple, Sequence):
         return f"a list, each item {describe(arguments[0])}"
+    if dataclasses.is_dataclass(hint):
+        return "{" + ", ".join(f"{field.name}: ..." for field in dataclasses.fields(hint)) + "}"
     return SCALARS.get(hint, getattr(hint, "__name__", str(hint)))

@@ -33,7 +33,7 @@ def test_build_model_reads_nothing(monkeypatch):
 
 
 def test_build_says_what_a_class_refuses():
-    with pytest.raises(ValueError, match=r"^backbone.depth: expected one of 18, 34, 50, 101, got 19"):
+    with pytest.raises(ValueError, match=r"^model: backbone.depth: expected one of 18, 34, 50, 101, got 19"):
         api.build_model(compose(["model.backbone.depth=19"]), num_classes=2)
     with pytest.raises(ValueError, match=r"^here: albumentations.HorizontalFlip refuses its arguments: .*p"):
         api.build({"_target_": "albumentations.HorizontalFlip", "p": 7.0}, "here")

@@ -95,63 +95,6 @@ def test_one_of_two_ways_replaces_the_other_on_the_command_line():
     assert (data.val_fraction, data.val.images) == (0.1, None)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        # names
-        ("trainer.epoch=3", "trainer.epoch: there is no setting of that name. Did you mean trainer.epochs?"),
-        ("+trainer.epoch=3", "Did you mean trainer.epochs?"),
-        ("++trainer.epoch=3", "Did you mean trainer.epochs?"),
-        ("trainr.epochs=3", "Did you mean trainer?"),
-        ("+typo=1", "typo: there is no setting of that name. Known here: experiment, seed, device"),
-        ("model.backbone.dept=18", "Did you mean model.backbone.depth?"),
-        ("+model.backbone.dept=18", "Did you mean model.backbone.depth?"),
-        ("+model.num_classes=3", "model.num_classes: follows from other settings and cannot be set."),
-        ("+model.neck.in_channels=[1]", "model.neck.in_channels: follows from other settings and cannot be set."),
-        ("experiment=dem", "experiment: expected one of bccd,"),
-        ("neck=fpnn", "pafpn, single_map or top_down_only, got 'fpnn'. Did you mean fpn?"),
-        ("optimizer.betas=[0.9,0.99]", "optimizer.betas: there is no setting of that name."),
-        ("+data.train_transforms.blur={_target_:albumentations.Blur,blurlimit:3}", "Did you mean data.train_transforms.blur.blur_limit?"),
-        ("~trainer.epochs", "trainer: expected a value for epochs, got none."),
-        # types and ranges
-        ("trainer.epochs=abc", "trainer.epochs: expected a number more than 0 or null, got 'abc'."),
-        ("trainer.batch_size=0", "trainer.batch_size: expected a whole number at least 1, got 0."),
-        ("trainer.compile=yes", "trainer.compile: expected true or false, got 'yes'."),
-        ("seed=1e3", "seed: expected a whole number, got 1000.0."),
-        ("precision=fp8", "precision: expected one of fp32, bf16 or fp16, got 'fp8'."),
-        ("data.canvas=[640]", "data.canvas: expected batch or a list of 2 values, got [640]."),
-        ("data.on_error=ignore", "data.on_error: expected one of fail, fix or skip, got 'ignore'."),
-        ("data.root=null", "data.root: expected a text, got null."),
-        ("model.rpn.sampler.num_samples=many", "model.rpn.sampler.num_samples: expected a whole number, got 'many'."),
-        ("evaluation.max_dets=[100,10]", "evaluation.max_dets: expected growing numbers"),
-        # what may be built
-        ("model._target_=os.system", "model._target_: expected a class of fpn_det, albumentations or torch.optim, got 'os.system'."),
-        ("model.backbone._target_=torch.hub.load", "model.backbone._target_: expected a class of"),
-        ("model.backbone=null", "model.backbone: expected ResNet, got null."),
-        # combinations
-        ("trainer.epochs=3 trainer.max_steps=3", "trainer.epochs: expected this or trainer.max_steps, got both."),
-        ("trainer.epochs=null", "trainer: expected a length, got none. Set trainer.epochs or trainer.max_steps."),
-        ("resume=auto init_from=x.pt", "resume: expected this or init_from, got both."),
-        ("data.val_fraction=0.1 data.val.images=x", "data.val_fraction: expected this or data.val, got both."),
-        ("trainer.accumulate=3", "trainer.batch_size: expected a multiple of trainer.accumulate=3, got 16."),
-        ("model.roi_head=null", "evaluation: expected proposals of a model without an ROI head, got detections."),
-        ("trainer.early_stop={patience:3,min_delta:0}", "trainer.early_stop: expected evaluations on the way, got none."),
-        # the form of the command line
-        ("trainer.early_stop.patience=3", "trainer.early_stop: is null, so it has no patience."),
-        ("resume", "command line: expected name=value, got 'resume'."),
-        ("data.root=a=b", "command line: expected name=value, got 'data.root=a=b'."),
-        ("data.train.images=???", "data.train.images: expected a value, got none."),
-        ("data.train.images=${data.rot}", "data.rot"),
-    ],
-)
-def test_a_wrong_command_line_is_refused_in_one_sentence(overrides, words):
-    with pytest.raises(ValueError) as refusal:
-        compose(overrides.split(" "))
-    assert words in str(refusal.value)
-    assert "\n" not in str(refusal.value)
-    assert "+trainer" not in str(refusal.value)
-
-
 def test_own_classes_are_admitted_on_the_command_line_only():
     node = "+data.train_transforms.own={_target_:json.JSONDecoder}"
     with pytest.raises(ValueError, match="allow_targets="):

@@ -25,6 +25,7 @@ def train(settings: Settings) -> None:
     """One run, in a folder of its own."""
     trainer = settings.trainer
     with process_group(settings.device, trainer.timeout_minutes) as (ranks, device):
+        api.check_parts(settings, ranks)
         folder = choose_folder(settings.experiment, settings.run_dir, settings.resume, settings.set_aside)
         with folder.held(), explained(folder.rescue), RunLog(folder.path, ranks) as log:
             parts = api.build_parts(settings, ranks, device, log, fresh=not folder.resume)

@@ -88,6 +88,12 @@ def _private_memory(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.uint8)
 
 
+def check_canvas(canvas: Canvas, stride: int) -> None:
+    """Refuse a fixed canvas whose sides the model's stride does not divide."""
+    if canvas != "batch" and (canvas[0] % stride or canvas[1] % stride):
+        raise ValueError(f"data.canvas: expected sides that the model's stride {stride} divides, got {list(canvas)}.")
+
+
 def canvas_size(sizes: Sequence[Size], stride: int, canvas: Canvas) -> Size:
     """The (H, W) on which images of `sizes` are laid: the canvas given, or the least that the stride divides.
 

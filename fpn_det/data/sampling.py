@@ -35,11 +35,7 @@ class GlobalBatches:
     """
 
     def __init__(self, sizes: Tensor, batch_size: int, seed: int, parts: int = 1, group_by_aspect: bool = True) -> None:
-        if batch_size < 1 or batch_size % parts:
-            raise ValueError(
-                f"trainer.batch_size: expected a multiple of ranks x trainer.accumulate = {parts}, got {batch_size}. "
-                f"Use {max(batch_size // parts, 1) * parts}."
-            )
+        check_divides(parts, batch_size)
         if len(sizes) < parts:
             raise ValueError(
                 f"training set: expected at least one image for each of {parts} ranks x trainer.accumulate, got {len(sizes)}. "
@@ -72,6 +68,15 @@ class GlobalBatches:
         used = self.steps_per_epoch * self.batch_size - sum(map(len, whole))
         batches = np.concatenate([*whole, rest[:used]]).reshape(self.steps_per_epoch, self.batch_size)
         return random.permutation(batches)
+
+
+def check_divides(parts: int, batch_size: int) -> None:
+    """Refuse a batch that cannot be cut into `parts`: ranks times micro-batches."""
+    if batch_size < 1 or batch_size % parts:
+        raise ValueError(
+            f"trainer.batch_size: expected a multiple of ranks x trainer.accumulate = {parts}, got {batch_size}. "
+            f"Use {max(batch_size // parts, 1) * parts}."
+        )
 
 
 def micro_batches(indices: Tensor, ranks: Ranks, accumulate: int) -> Tensor:

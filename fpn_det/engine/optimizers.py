@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fpn_det.schema import Amount, Count, Decay, Positive
+
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -22,16 +24,16 @@ class Recipe(ABC):
     """What all optimizers share."""
 
     # peak learning rate at base_batch_size images per step
-    lr: float
+    lr: Positive
     # lr is scaled linearly from here to the batch size of the run; None: take lr as it stands
-    base_batch_size: int | None = 16
-    weight_decay: float = 1e-4
+    base_batch_size: Count | None = 16
+    weight_decay: Amount = 1e-4
     # weight decay of the weights and biases of norms
-    norm_weight_decay: float = 0.0
+    norm_weight_decay: Amount = 0.0
     # weight decay of all other biases; None: as for weights
-    bias_weight_decay: float | None = None
+    bias_weight_decay: Amount | None = None
     # learning rate of biases, times that of weights
-    bias_lr_factor: float = 1.0
+    bias_lr_factor: Amount = 1.0
 
     def scaled_lr(self, batch_size: int) -> float:
         """The peak learning rate at `batch_size` images per step, over all ranks and accumulation."""
@@ -76,8 +78,13 @@ class Recipe(ABC):
 class SGD(Recipe):
     """Stochastic gradient descent with momentum."""
 
-    momentum: float = 0.9
+    momentum: Decay = 0.9
+    # needs momentum
     nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        if self.nesterov and not self.momentum:
+            raise ValueError("optimizer.nesterov: expected momentum to look ahead with, got momentum=0. Set optimizer.momentum.")
 
     def build(self, model: nn.Module, batch_size: int) -> Optimizer:
         groups = self.groups(model, batch_size)
@@ -95,8 +102,8 @@ class SGD(Recipe):
 class AdamW(Recipe):
     """Adam with decoupled weight decay."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: Positive = 1e-8
 
     def build(self, model: nn.Module, batch_size: int) -> Optimizer:
         return torch.optim.AdamW(

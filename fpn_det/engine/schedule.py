@@ -11,6 +11,8 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from fpn_det.schema import CountOrZero, Fraction, Share
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(ABC):
@@ -19,12 +21,12 @@ class Schedule(ABC):
     # length of the run
     steps: int
     # None is a tenth of the run, at most 1000
-    warmup_steps: int | None = None
+    warmup_steps: CountOrZero | None = None
     # where the warm-up starts
-    warmup_factor: float = 0.001
+    warmup_factor: Fraction = 0.001
 
     def __post_init__(self) -> None:
-        if self.warmup_steps is not None and not 0 <= self.warmup_steps <= self.steps:
+        if self.warmup_steps is not None and self.warmup_steps > self.steps:
             raise ValueError(
                 f"schedule.warmup_steps: expected at most the length of the run ({self.steps} steps), got {self.warmup_steps}. "
                 "Train longer, or set it to null for a tenth of the run."
@@ -47,15 +49,16 @@ class MultiStep(Schedule):
     """Drops at milestones; without any, a constant."""
 
     # fractions of the run
-    milestones: tuple[float, ...] = (2 / 3, 8 / 9)
+    milestones: tuple[Share, ...] = (2 / 3, 8 / 9)
     # what each milestone multiplies by
-    gamma: float = 0.1
+    gamma: Fraction = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        wrong = [milestone for milestone in self.milestones if not 0 < milestone < 1]
-        if wrong:
+        if wrong := [milestone for milestone in self.milestones if not 0 < milestone < 1]:
             raise ValueError(f"schedule.milestones: expected fractions of the run, between 0 and 1, got {wrong}.")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"schedule.milestones: expected growing fractions of the run, got {list(self.milestones)}.")
 
     def decay(self, progress: float) -> float:
         return self.gamma ** sum(progress >= milestone for milestone in self.milestones)
@@ -65,7 +68,7 @@ class MultiStep(Schedule):
 class Cosine(Schedule):
     """Half a wave, from 1 down to `final_factor`."""
 
-    final_factor: float = 0.0
+    final_factor: Fraction = 0.0
 
     def decay(self, progress: float) -> float:
         wave = (1 + math.cos(math.pi * progress)) / 2

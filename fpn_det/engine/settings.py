@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fpn_det.schema import Amount, Count, CountOrZero, Fraction, Positive
+from fpn_det.schema import Amount, Count, CountOrZero, Positive, Share
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,20 @@ class Trainer:
     save_every: CountOrZero  # steps; 0 = only at the end
     log_every: Count  # steps
     clip_norm: Positive | None  # upper bound of the gradient's norm
-    ema: Fraction | None  # decay of the moving average of the weights, e.g. 0.999
+    ema: Share | None  # decay of the moving average of the weights, e.g. 0.999
     compile: bool  # compile backbone and neck
     keep_last: CountOrZero  # numbered checkpoints that stay; 0 = all
     best_metric: str  # decides which checkpoint is `best`
     early_stop: EarlyStop | None
     timeout_minutes: Positive  # until a rank that hears nothing from the others gives up
+
+    def __post_init__(self) -> None:
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("trainer: expected a length, got none. Set trainer.epochs or trainer.max_steps.")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"trainer.batch_size: expected a multiple of trainer.accumulate={self.accumulate}, got {self.batch_size}.")
+        if self.early_stop and not self.eval_every:
+            raise ValueError("trainer.early_stop: expected evaluations on the way, got none. Set trainer.eval_every.")
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """The length of the run."""

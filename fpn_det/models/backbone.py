@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import get_model_weights
 from torchvision.models import resnet as torchvision_resnet
 
-from fpn_det.models.layers import conv_norm, make_norm
+from fpn_det.models.layers import Norm, conv_norm, make_norm
+from fpn_det.schema import Amount
 
 
 class _Residual:
@@ -72,10 +72,10 @@ class ResNet(torchvision_resnet.ResNet):
         self,
         depth: int = 50,
         weights: str | None = None,
-        norm: str | None = None,
+        norm: Norm | None = None,
         frozen_stages: int | None = None,
         stride_in_1x1: bool = False,
-        norm_eps: float = 1e-5,
+        norm_eps: Amount = 1e-5,
     ) -> None:
         if depth not in _BLOCKS:
             raise ValueError(f"backbone.depth: expected one of {', '.join(map(str, _BLOCKS))}, got {depth}.")
@@ -128,6 +128,20 @@ class ResNet(torchvision_resnet.ResNet):
             outputs.append(x)
         return outputs
 
+    def check_pretrained(self) -> None:
+        """Refuse what `load_pretrained` would, as far as that is known without reading anything.
+
+        Raises:
+            ValueError: no such file, or random weights that would stay as they are.
+        """
+        if self.weights is None and (self.norm == "frozen" or self.frozen_stages):
+            raise ValueError(
+                f"model.backbone: expected trained weights under norm={self.norm} and frozen_stages={self.frozen_stages}, got "
+                f"random ones. Set model.backbone.weights or init_from, or norm=batch and frozen_stages=0."
+            )
+        if self.weights not in (None, "imagenet"):
+            check_file(self.depth, Path(self.weights))
+
     def load_pretrained(self) -> None:
         """Fill in the weights that `weights` names; nothing to do for None.
 
@@ -135,12 +149,8 @@ class ResNet(torchvision_resnet.ResNet):
             ValueError: no such file and none to be fetched, or a file that does not fit; or random weights that would
                 stay as they are.
         """
+        self.check_pretrained()
         if self.weights is None:
-            if self.norm == "frozen" or self.frozen_stages:
-                raise ValueError(
-                    f"model.backbone: expected trained weights under norm={self.norm} and frozen_stages={self.frozen_stages}, got "
-                    f"random ones. Set model.backbone.weights or init_from, or norm=batch and frozen_stages=0."
-                )
             return
         state = pretrained_weights(self.depth, self.weights)
         left_out = ("fc.", *(f"layer{number}." for number in range(len(self.channels) + 1, 5)))
@@ -190,8 +200,13 @@ def _imagenet_state(depth: int) -> dict[str, Tensor]:
 
 
 def _file_state(depth: int, path: Path) -> dict[str, Tensor]:
+    check_file(depth, path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def check_file(depth: int, path: Path) -> None:
+    """Refuse a file of weights that is not there."""
     if not path.is_file():
         raise ValueError(
             f"ResNet({depth}): no file for weights at {path.absolute()}. Give another path, or set model.backbone.weights=null."
         )
-    return torch.load(path, map_location="cpu", weights_only=True)

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fpn_det.models.layers import Norm
 from fpn_det.models.neck import ExtraLevels, Neck, apply_each, projection
+from fpn_det.schema import Count
 
 
 class BiFPN(Neck):
@@ -26,8 +28,8 @@ class BiFPN(Neck):
         self,
         in_channels: Sequence[int],
         in_strides: Sequence[int],
-        channels: int = 256,
-        norm: str | None = "batch",
+        channels: Count = 256,
+        norm: Norm | None = "batch",
         repeats: int = 3,
         extra_levels: int = 1,
         extra_method: str = "max_pool",
@@ -50,7 +52,7 @@ class BiFPN(Neck):
 class _Layer(nn.Module):
     """Once down and once up (Figure 2 d); a middle level also keeps a path straight from its input."""
 
-    def __init__(self, channels: int, num_levels: int, norm: str | None) -> None:
+    def __init__(self, channels: int, num_levels: int, norm: Norm | None) -> None:
         super().__init__()
         self.down = nn.ModuleList(_Node(channels, 2, norm) for _ in range(num_levels - 1))
         middle = [_Node(channels, 3, norm) for _ in range(num_levels - 2)]
@@ -73,7 +75,7 @@ class _Layer(nn.Module):
 class _Node(nn.Module):
     """Mix maps of one size by weights that are positive and sum to about 1 (3.3), then swish and a separable convolution."""
 
-    def __init__(self, channels: int, num_inputs: int, norm: str | None) -> None:
+    def __init__(self, channels: int, num_inputs: int, norm: Norm | None) -> None:
         super().__init__()
         self.weights = nn.Parameter(torch.ones(num_inputs))
         self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fpn_det.models.backbone import ResNet, fill, pretrained_weights
+from fpn_det.models.layers import Norm
 
 
 class Conv5Head(nn.Module):
@@ -27,7 +28,7 @@ class Conv5Head(nn.Module):
         bins: int,
         depth: int = 50,
         weights: str | None = None,
-        norm: str | None = None,
+        norm: Norm | None = None,
         stride_in_1x1: bool = False,
         norm_eps: float = 1e-5,
     ) -> None:

@@ -16,6 +16,7 @@ from fpn_det.models.roi_head import ROIHead
 from fpn_det.models.rpn import RPN
 from fpn_det.models.views import Views
 from fpn_det.pyramid import LevelAssigner
+from fpn_det.schema import Positive
 from fpn_det.structures import Batch, Candidates, Detections, Losses, Proposals, Pyramid
 
 
@@ -48,9 +49,9 @@ class Detector(nn.Module):
         neck: Callable[..., Neck] = FPN,
         rpn: Callable[..., RPN] = RPN,
         roi_head: Callable[..., ROIHead] | None = ROIHead,
-        pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
-        pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
-        pixel_divisor: float = 1.0,
+        pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53),
+        pixel_std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375),
+        pixel_divisor: Positive = 1.0,
         channel_order: str = "rgb",
         fold_norms: bool = True,
         channels_last: bool | None = None,
@@ -151,6 +152,9 @@ class Detector(nn.Module):
         proposer = copy.copy(self)
         proposer._modules = {**self._modules, "roi_head": None}
         return proposer
+    def check_pretrained(self) -> None:
+        """Refuse pretrained weights that cannot be had, before anything is read."""
+        self.backbone.check_pretrained()
 
     def load_pretrained(self) -> None:
         """Fetch or read the pretrained weights of the backbone, and of a box head that has some, if the settings name any."""

@@ -7,6 +7,7 @@ Folding it saves two passes over every activation and keeps nothing extra for th
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,8 @@ def _group_norm(channels: int, eps: float) -> nn.GroupNorm:
     return nn.GroupNorm(min(32, channels), channels, eps)
 
 
-NORMS: dict[str, Callable[..., nn.Module]] = {
+Norm = Literal["frozen", "fixed_statistics", "batch", "sync", "group"]
+NORMS: dict[Norm, Callable[..., nn.Module]] = {
     "frozen": FixedBatchNorm2d,
     "fixed_statistics": FixedStatisticsBatchNorm2d,
     "batch": nn.BatchNorm2d,
@@ -75,7 +77,7 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def make_norm(name: str, channels: int, eps: float = 1e-5) -> nn.Module:
+def make_norm(name: Norm, channels: int, eps: float = 1e-5) -> nn.Module:
     """A normalisation layer over `channels`; `eps` is added to the variance.
 
     Raises:
@@ -119,7 +121,7 @@ class ConvBlock(nn.Sequential):
     """Convolution, norm, ReLU; the last two where asked for. Weights are at `0.`, the norm's at `1.`."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, norm: str | None = None, relu: bool = False, stride: int = 1
+        self, in_channels: int, out_channels: int, kernel: int, norm: Norm | None = None, relu: bool = False, stride: int = 1
     ) -> None:
         conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=norm is None)
         super().__init__(conv, *([make_norm(norm, out_channels)] if norm else []))

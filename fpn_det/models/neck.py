@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpn_det.models.layers import ConvBlock
+from fpn_det.models.layers import ConvBlock, Norm
+from fpn_det.schema import Count
 
 MERGES = ("sum", "average")
 UPSAMPLINGS = ("nearest", "bilinear")
@@ -48,8 +49,8 @@ class FPN(Neck):
         self,
         in_channels: Sequence[int],
         in_strides: Sequence[int],
-        channels: int = 256,
-        norm: str | None = None,
+        channels: Count = 256,
+        norm: Norm | None = None,
         merge: str = "sum",
         upsampling: str = "nearest",
         extra_levels: int = 1,
@@ -142,7 +143,7 @@ def apply_each(layers: nn.ModuleList, maps: Sequence[Tensor]) -> list[Tensor]:
 
 
 def projection(
-    in_channels: int, out_channels: int, kernel: int, norm: str | None = None, relu: bool = False, stride: int = 1
+    in_channels: int, out_channels: int, kernel: int, norm: Norm | None = None, relu: bool = False, stride: int = 1
 ) -> nn.Module:
     """A convolution as necks use it; with a norm or ReLU, its weights are at `0.` and the norm's at `1.`."""
     block = ConvBlock(in_channels, out_channels, kernel, norm, relu, stride)

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from fpn_det.models.layers import Norm
 from fpn_det.models.neck import FPN, apply_each, projection
+from fpn_det.schema import Count
 
 
 class PAFPN(FPN):
@@ -21,8 +23,8 @@ class PAFPN(FPN):
         self,
         in_channels: Sequence[int],
         in_strides: Sequence[int],
-        channels: int = 256,
-        norm: str | None = None,
+        channels: Count = 256,
+        norm: Norm | None = None,
         merge: str = "sum",
         upsampling: str = "nearest",
         extra_levels: int = 1,

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from fpn_det.models.layers import Norm
 from fpn_det.models.neck import ExtraLevels, Neck, TopDown, apply_each, projection
+from fpn_det.schema import Count
 
 MAPS = ("C2", "C3", "C4", "C5")
 
@@ -25,8 +27,8 @@ class BottomUp(Neck):
         self,
         in_channels: Sequence[int],
         in_strides: Sequence[int],
-        channels: int = 256,
-        norm: str | None = None,
+        channels: Count = 256,
+        norm: Norm | None = None,
         extra_levels: int = 1,
         extra_method: str = "subsample",
     ) -> None:
@@ -60,8 +62,8 @@ class TopDownOnly(Neck):
         self,
         in_channels: Sequence[int],
         in_strides: Sequence[int],
-        channels: int = 256,
-        norm: str | None = None,
+        channels: Count = 256,
+        norm: Norm | None = None,
         upsampling: str = "nearest",
         extra_levels: int = 1,
         extra_method: str = "subsample",
@@ -97,8 +99,8 @@ class FinestLevel(Neck):
         self,
         in_channels: Sequence[int],
         in_strides: Sequence[int],
-        channels: int = 256,
-        norm: str | None = None,
+        channels: Count = 256,
+        norm: Norm | None = None,
         merge: str = "sum",
         upsampling: str = "nearest",
     ) -> None:
@@ -130,7 +132,7 @@ class SingleMap(Neck):
         in_strides: Sequence[int],
         level: str = "C5",
         channels: int | None = 256,
-        norm: str | None = None,
+        norm: Norm | None = None,
     ) -> None:
         super().__init__()
         self.index = _index(level, "neck.level")
@@ -168,8 +170,8 @@ class FeatureHierarchy(Neck):
         in_strides: Sequence[int],
         first: str = "C3",
         num_levels: int = 5,
-        channels: int = 256,
-        norm: str | None = None,
+        channels: Count = 256,
+        norm: Norm | None = None,
     ) -> None:
         super().__init__()
         self.index = _index(first, "neck.first")

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from fpn_det.boxes import MAX_LOG_SCALE, box_area, box_sides, clip_boxes, decode_deltas, encode_deltas
 from fpn_det.matching import Matcher, Sampler
-from fpn_det.models.layers import ConvBlock
+from fpn_det.models.layers import ConvBlock, Norm
 from fpn_det.models.losses import box_distance, check_normalizer, masked_sum, normalizer
-from fpn_det.nms import nms_keep
+from fpn_det.nms import Method, nms_keep
 from fpn_det.pyramid import RoIAlign
+from fpn_det.schema import Amount, Count, CountOrZero, Fraction, Positive
 from fpn_det.structures import Batch, Candidates, Detections, Losses, Proposals, Pyramid, Sample
 
 
@@ -32,7 +33,7 @@ class TwoLayerHead(nn.Module):
 
     mixes_boxes = False
 
-    def __init__(self, channels: int, bins: int, width: int = 1024) -> None:
+    def __init__(self, channels: int, bins: int, width: Count = 1024) -> None:
         super().__init__()
         self.width = width
         self.fc1 = nn.Linear(channels * bins * bins, width)
@@ -61,10 +62,10 @@ class ConvHead(nn.Module):
         self,
         channels: int,
         bins: int,
-        num_convs: int = 4,
-        conv_channels: int = 256,
-        width: int = 1024,
-        norm: str | None = "batch",
+        num_convs: Count = 4,
+        conv_channels: Count = 256,
+        width: Count = 1024,
+        norm: Norm | None = "batch",
     ) -> None:
         super().__init__()
         if num_convs < 1:
@@ -139,17 +140,17 @@ class ROIHead(nn.Module):
         sampler: Sampler | None = None,
         class_agnostic: bool = False,
         add_gt: bool = True,
-        box_beta: float = 0.0,
-        delta_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
+        box_beta: Amount = 0.0,
+        delta_weights: tuple[Positive, Positive, Positive, Positive] = (10.0, 10.0, 5.0, 5.0),
         normalizer: str = "constant",
-        score_threshold: float = 0.05,
-        nms_iou: float = 0.5,
-        max_detections: int = 100,
-        min_side: float = 0.0,
+        score_threshold: Fraction = 0.05,
+        nms_iou: Fraction = 0.5,
+        max_detections: Count = 100,
+        min_side: Amount = 0.0,
         drop_empty: bool = False,
         nms_frame: str = "input",
-        nms_method: str = "auto",
-        nms_first_label: int = 0,
+        nms_method: Method = "auto",
+        nms_first_label: CountOrZero = 0,
         min_log_scale: float = -float("inf"),
     ) -> None:
         super().__init__()
@@ -164,7 +165,7 @@ class ROIHead(nn.Module):
         self.sampler = sampler or Sampler(512, 0.25)
         self.add_gt = add_gt
         self.box_beta = box_beta
-        self.delta_weights: tuple[float, float, float, float] = tuple(delta_weights)  # type: ignore[assignment]
+        self.delta_weights = delta_weights
         self.normalizer = check_normalizer(normalizer)
         self.score_threshold = score_threshold
         self.nms_iou = nms_iou

@@ -17,8 +17,9 @@ from fpn_det.anchors import AnchorGenerator
 from fpn_det.boxes import MAX_LOG_SCALE, box_sides, clip_boxes, decode_deltas, encode_deltas
 from fpn_det.matching import Matcher, Sampler
 from fpn_det.models.losses import box_distance, check_normalizer, masked_sum, normalizer
-from fpn_det.nms import nms_keep, nms_keep_levels
+from fpn_det.nms import Method, nms_keep, nms_keep_levels
 from fpn_det.pyramid import gather_neighborhoods
+from fpn_det.schema import Amount, Count, Fraction
 from fpn_det.structures import Batch, Candidates, Detections, Losses, Proposals, Pyramid, Sample
 
 DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
@@ -36,7 +37,7 @@ class RPNHead(nn.Module):
         join_siblings: evaluate the last two as one convolution. Faster, and equal but for rounding; the peers do not.
     """
 
-    def __init__(self, channels: int, num_anchors: int, num_convs: int = 1, join_siblings: bool = True) -> None:
+    def __init__(self, channels: int, num_anchors: int, num_convs: Count = 1, join_siblings: bool = True) -> None:
         super().__init__()
         self.num_anchors = num_anchors
         self.join_siblings = join_siblings
@@ -100,11 +101,11 @@ class ProposalFilter:
 
     def __init__(
         self,
-        pre_nms: int,
-        post_nms: int,
-        nms_iou: float = 0.7,
-        min_side: float = 0.0,
-        nms_method: str = "auto",
+        pre_nms: Count,
+        post_nms: Count,
+        nms_iou: Fraction = 0.7,
+        min_side: Amount = 0.0,
+        nms_method: Method = "auto",
         ranking: str = "logits",
     ) -> None:
         if pre_nms < 1 or post_nms < 1:
@@ -166,7 +167,7 @@ class RPN(nn.Module):
         sampler: Sampler | None = None,
         train_filter: ProposalFilter | None = None,
         test_filter: ProposalFilter | None = None,
-        box_beta: float = 0.0,
+        box_beta: Amount = 0.0,
         normalizer: str = "constant",
         padding_anchors: str = "exclude",
         sampled_loss: bool = True,

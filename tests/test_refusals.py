@@ -1,0 +1,170 @@
+"""Wrong command lines: each is refused in one sentence that names the setting, before a folder is made or data are read."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import TINY
+
+from fpn_det.api import check_parts
+from fpn_det.config import compose
+from fpn_det.runtime import Ranks, process_group
+
+EARLY_STOP = "trainer.early_stop={patience:3,min_delta:0}"
+
+# What composition refuses.
+COMPOSED = [
+    # names
+    ("trainer.epoch=3", "trainer.epoch: there is no setting of that name. Did you mean trainer.epochs?"),
+    ("+trainer.epoch=3", "Did you mean trainer.epochs?"),
+    ("++trainer.epoch=3", "Did you mean trainer.epochs?"),
+    ("trainr.epochs=3", "Did you mean trainer?"),
+    ("+typo=1", "typo: there is no setting of that name. Known here: experiment, seed, device"),
+    ("data.train.image=x", "Did you mean data.train.images?"),
+    ("data.train_transforms.resize.side=[640]", "Did you mean data.train_transforms.resize.sides?"),
+    ("data.train_transforms.rezise=null", "Did you mean data.train_transforms.resize?"),
+    ("model.backbone.dept=18", "Did you mean model.backbone.depth?"),
+    ("+model.backbone.dept=18", "Did you mean model.backbone.depth?"),
+    ("model.rpn.anchors.size=[3]", "Did you mean model.rpn.anchors.sizes?"),
+    ("++optimizer.learning_rate=0.1", "optimizer.learning_rate: there is no setting of that name. Known here: lr,"),
+    ("++evaluation.maxdets=[1]", "Did you mean evaluation.max_dets?"),
+    ("optimizer.betas=[0.9,0.99]", "optimizer.betas: there is no setting of that name."),
+    ("+model.num_classes=3", "model.num_classes: follows from other settings and cannot be set."),
+    ("+model.neck.in_channels=[1]", "model.neck.in_channels: follows from other settings and cannot be set."),
+    ("+schedule.steps=9", "schedule.steps: follows from other settings and cannot be set."),
+    ("+data.train_transforms.blur={_target_:albumentations.Blur,blurlimit:3}", "Did you mean data.train_transforms.blur.blur_limit?"),
+    # groups and files
+    ("experiment=dem", "experiment: expected one of bccd,"),
+    ("neck=fpm", "neck: expected one of bifpn, bottom_up, "),
+    ("optimizer=adam", "optimizer: expected one of adamw or sgd, got 'adam'. Did you mean adamw?"),
+    ("schedule=cosinus", "Did you mean cosine?"),
+    # deletions
+    ("~trainer.epochs", "trainer.epochs: expected a value, got none: a setting cannot be deleted."),
+    ("~model.rpn.anchors", "model.rpn.anchors: expected a value, got none"),
+    ("~optimizer", "optimizer: expected a value, got none"),
+    # types
+    ("trainer.epochs=abc", "trainer.epochs: expected a number more than 0 or null, got 'abc'."),
+    ("trainer.compile=yes", "trainer.compile: expected true or false, got 'yes'."),
+    ("trainer.batch_size=4.5", "trainer.batch_size: expected a whole number"),
+    ("trainer.early_stop=true", "trainer.early_stop: expected {patience: ..., min_delta: ...} or null, got True."),
+    ("seed=1e3", "seed: expected a whole number, got 1000.0."),
+    ("data.root=null", "data.root: expected a text, got null."),
+    ("data.classes=cat", "data.classes: expected a list, each item a text or null, got 'cat'."),
+    ("data.canvas=[640]", "data.canvas: expected batch or a list of 2 values, got [640]."),
+    ("model.rpn.sampler.num_samples=many", "model.rpn.sampler.num_samples: expected a whole number, got 'many'."),
+    ("model.pixel_mean=[1,2]", "model.pixel_mean: expected a list of 3 values, got [1, 2]."),
+    ("model.backbone=null", "model.backbone: expected ResNet, got null."),
+    ("optimizer.lr=null", "optimizer.lr: expected a number, got null."),
+    # ranges
+    ("trainer.batch_size=0", "trainer.batch_size: expected a whole number at least 1"),
+    ("trainer.max_steps=-1", "trainer.max_steps: expected a whole number at least 1 or null, got -1."),
+    ("trainer.epochs=nan", "trainer.epochs: expected a number more than 0 or null, got nan."),
+    ("trainer.clip_norm=inf", "trainer.clip_norm: expected a number more than 0 or null, got inf."),
+    ("trainer.ema=1", "trainer.ema: expected a number more than 0 and less than 1 or null, got 1."),
+    ("trainer.keep_last=-1", "trainer.keep_last: expected a whole number at least 0, got -1."),
+    ("optimizer.lr=0", "optimizer.lr: expected a number more than 0, got 0."),
+    ("optimizer.lr=nan", "optimizer.lr: expected a number more than 0, got nan."),
+    ("optimizer.momentum=1", "optimizer.momentum: expected a number at least 0 and less than 1, got 1."),
+    ("optimizer.weight_decay=-1", "optimizer.weight_decay: expected a number at least 0, got -1."),
+    ("schedule.milestones=[60000,80000]", "schedule.milestones.0: expected a number more than 0 and less than 1, got 60000."),
+    ("schedule.warmup_factor=2", "schedule.warmup_factor: expected a number between 0 and 1, got 2."),
+    ("model.rpn.sampler.positive_fraction=1.5", "model.rpn.sampler.positive_fraction: expected a number between 0 and 1, got 1.5."),
+    ("model.roi_head.max_detections=0", "model.roi_head.max_detections: expected a whole number at least 1, got 0."),
+    ("model.neck.channels=-1", "model.neck.channels: expected a whole number at least 1, got -1."),
+    ("data.val_fraction=1", "data.val_fraction: expected a number more than 0 and less than 1 or null, got 1."),
+    ("data.num_workers=-1", "data.num_workers: expected a whole number at least 0, got -1."),
+    ("evaluation.max_dets=[100,10]", "evaluation.max_dets: expected growing numbers"),
+    ("evaluation.area_ranges.s=[9,1]", "evaluation.area_ranges.s: expected [smallest, largest] in px^2, got [9.0, 1.0]."),
+    # words of a few
+    ("precision=fp8", "precision: expected one of fp32, bf16 or fp16, got 'fp8'."),
+    ("data.on_error=ignore", "data.on_error: expected one of fail, fix or skip, got 'ignore'."),
+    ("model.neck.norm=gruop", "model.neck.norm: expected frozen, fixed_statistics, batch, sync or group or null, got 'gruop'."),
+    ("model.rpn.train_filter.nms_method=fast", "model.rpn.train_filter.nms_method: expected one of auto,"),
+    ("trainer.best_metric=mAP", "trainer.best_metric: expected one of AP, AP50, AP75, APs, "),
+    # what may be built
+    ("model._target_=os.system", "model._target_: expected a class of fpn_det, albumentations or torch.optim, got 'os.system'."),
+    ("model.backbone={_target_:torch.hub.load,repo_or_dir:x,model:y}", "model.backbone.repo_or_dir: there is no setting of that name."),
+    ("model.backbone._target_=torch.hub.load", "model.backbone._target_: expected a class of"),
+    ("model.backbone._target_=builtins.eval", "model.backbone._target_: expected a class of"),
+    ("model.backbone._target_=fpn_det.config.os", "model.backbone._target_: expected a class of"),
+    ("model.backbone._target_=fpn_det.models.backbone.ResNot", "model.backbone._target_: fpn_det.models.backbone has no class 'ResNot'."),
+    ("+data.train_transforms.evil={_target_:subprocess.Popen,args:[ls]}", "data.train_transforms.evil._target_: expected a class of"),
+    ("+data.train_transforms.evil={_target_:albumentations.Blur,p:{_target_:os.abort}}", "data.train_transforms.evil.p._target_: expected"),
+    # combinations
+    ("trainer.epochs=3 trainer.max_steps=3", "trainer.epochs: expected this or trainer.max_steps, got both."),
+    ("trainer.epochs=null", "trainer: expected a length, got none. Set trainer.epochs or trainer.max_steps."),
+    ("resume=auto init_from=x.pt", "resume: expected this or init_from, got both."),
+    ("data.val_fraction=0.1 data.val.images=x", "data.val_fraction: expected this or data.val, got both."),
+    ("data.val.annotations=null", "data.val: expected images and annotations, got none."),
+    ("data.classes=[cat,cat]", "data.classes: expected names, each once, got ['cat', 'cat']."),
+    ("trainer.accumulate=3", "trainer.batch_size: expected a multiple of trainer.accumulate=3, got 16."),
+    ("model.roi_head=null", "evaluation: expected proposals of a model without an ROI head, got detections."),
+    (EARLY_STOP, "trainer.early_stop: expected evaluations on the way, got none."),
+    # what would change nothing
+    ("run=runs/x experiment=demo", "experiment: has no effect here: all settings come from run"),
+    ("set_aside=true", "set_aside: has no effect here"),
+    ("set_aside=true run_dir=x resume=auto", "set_aside: has no effect here"),
+    ("schedule.warmup_steps=0 schedule.warmup_factor=0.1", "schedule.warmup_factor: has no effect here"),
+    ("hydra.job.chdir=true", "hydra.job.chdir: has no effect here"),
+    ("hydra.run.dir=x", "hydra.run.dir: has no effect here: the folder of a run is run_dir=<folder>."),
+    # the form of the command line
+    ("trainer.early_stop.patience=3", "trainer.early_stop: is null, so it has no patience."),
+    ("resume", "command line: expected name=value, got 'resume'."),
+    ("--epochs=3", "command line: expected name=value, got '--epochs=3'."),
+    ("data.root=a=b", "command line: expected name=value, got 'data.root=a=b'."),
+    ("trainer.epochs=3,4", "command line: Ambiguous value for argument 'trainer.epochs=3,4'. Say -m to try them in turn"),
+    ("data.train.images=???", "data.train.images: expected a value, got none."),
+    ("data.train.images=${data.rot}", "data.train.images: expected a value, got none: Interpolation key 'data.rot' not found."),
+]
+
+# What the parts refuse, in the demo made small.
+BUILT = [
+    ("model.backbone.depth=17", "backbone.depth: expected one of 18, 34, 50, 101, got 17."),
+    ("model.backbone.norm=frozen", "model.backbone: expected trained weights under norm=frozen and frozen_stages=0, got random ones."),
+    ("model.backbone.frozen_stages=2", "model.backbone: expected trained weights under norm=batch and frozen_stages=2, got random ones."),
+    ("model.backbone.weights=nowhere.pth", "nowhere.pth. Give another path, or set model.backbone.weights=null."),
+    ("model.rpn.anchors.sizes=[32,64]", "anchors.sizes: expected one size (or one list of equal length) for each of 5 levels"),
+    ("model.rpn.anchors.ratios=[]", "anchors.ratios: expected at least one"),
+    ("model.rpn.matcher.negative_iou=0.8", "matcher: expected 0 <= negative_iou <= positive_iou <= 1"),
+    ("model.roi_head.pooler.sampling_ratio=0", "pooler: sampling_ratio 0 has no fixed number of points."),
+    ("model.rpn.normalizer=sampled trainer.accumulate=2", "model.rpn.normalizer: expected constant with trainer.accumulate=2"),
+    ("optimizer=sgd optimizer.momentum=0 optimizer.nesterov=true", "optimizer.nesterov: expected momentum"),
+    ("schedule=multistep schedule.milestones=[0.9,0.3]", "schedule.milestones: expected growing fractions of the run, got [0.9, 0.3]."),
+    ("schedule.warmup_steps=100", "schedule.warmup_steps: expected at most the length of the run (2 steps), got 100."),
+    ("data.train_transforms.flip.p=2", "data.train_transforms.flip: albumentations.HorizontalFlip refuses its arguments: p Input should be less"),
+    ("+data.train_transforms.blur={p:0.1}", "data.train_transforms.blur: expected a class by name (_target_), got none."),
+    ("data.canvas=[100,100]", "data.canvas: expected sides that the model's stride 32 divides, got [100, 100]."),
+    ("init_from=nowhere.pt", "init_from: expected a file of weights, got nowhere.pt, which does not exist."),
+    ("device=gpu", "device: expected auto, cpu, cuda, cuda:<number> or mps, got 'gpu'."),
+    ("device=cuda:99", "device: 'cuda:99'"),
+]
+
+
+def assert_is_a_sentence(refusal: str, words: str) -> None:
+    assert words in refusal
+    assert "\n" not in refusal
+    assert "+trainer" not in refusal  # Hydra's advice, which would be wrong
+
+
+@pytest.mark.parametrize(("overrides", "words"), COMPOSED)
+def test_a_wrong_command_line_is_refused(overrides, words):
+    with pytest.raises(ValueError) as refusal:
+        compose(overrides.split(" "))
+    assert_is_a_sentence(str(refusal.value), words)
+
+
+@pytest.mark.parametrize(("overrides", "words"), BUILT)
+def test_parts_refuse_before_data_are_read(overrides, words):
+    settings = compose([*TINY, *overrides.split(" ")])
+    with pytest.raises(ValueError) as refusal, process_group(settings.device, timeout_minutes=1) as (ranks, _):
+        check_parts(settings, ranks)
+    assert_is_a_sentence(str(refusal.value), words)
+
+
+def test_ranks_must_divide_the_batch():
+    with pytest.raises(ValueError, match=r"trainer\.batch_size: expected a multiple of ranks x trainer\.accumulate = 3, got 4\. Use 3\."):
+        check_parts(compose(TINY), Ranks(0, 3))
+
+
+def test_a_good_command_line_passes():
+    settings = compose([*TINY, "~data.train_transforms.flip", "set_aside=false", "schedule.warmup_factor=0.1", EARLY_STOP, "trainer.eval_every=1"])
+    check_parts(settings, Ranks())
