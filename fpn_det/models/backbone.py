@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import get_model_weights
 from torchvision.models import resnet as torchvision_resnet
 
 from fpn_det.models.layers import Norm, conv_norm, make_norm
