@@ -18,11 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-<<<<<<< HEAD
-from fpn_det.data.collation import Canvas, Parcel, ResizeOn, SharedBuffers, pack
-=======
-from fpn_det.data.collation import Canvas, Parcel, SharedBuffers, check_canvas, pack
->>>>>>> 3cd6267 (Wrong settings are refused before a folder is made and data are read)
+from fpn_det.data.collation import Canvas, Parcel, ResizeOn, SharedBuffers, check_canvas, pack
 from fpn_det.data.dataset import DetectionDataset, Key
 from fpn_det.data.sampling import GlobalBatches, evaluation_batches, micro_batches
 from fpn_det.runtime import Ranks
@@ -126,16 +122,10 @@ class _BatchMaker(Dataset):
     Raised in a worker, it would reach the user as a traceback of torch's loader.
     """
 
-<<<<<<< HEAD
     def __init__(self, dataset: DetectionDataset, stride: int, canvas: Canvas, resize_on: ResizeOn) -> None:
         if resize_on == "device":
             dataset.transform.check_resize_is_last()
-        if canvas != "batch" and (canvas[0] % stride or canvas[1] % stride):
-            raise ValueError(f"data.canvas: expected sides that the model's stride {stride} divides, got {list(canvas)}.")
-=======
-    def __init__(self, dataset: DetectionDataset, stride: int, canvas: Canvas) -> None:
         check_canvas(canvas, stride)
->>>>>>> 3cd6267 (Wrong settings are refused before a folder is made and data are read)
         self._dataset = dataset
         self._stride = stride
         self._canvas = canvas
