@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from fpn_det.engine.log import RunLog
 from fpn_det.engine.optimization import PRECISIONS
 from fpn_det.engine.panels import draw_batch, draw_comparison, some_images
 from fpn_det.engine.predict import Predictor
+from fpn_det.engine.pyramid_panels import draw_levels, read_levels
 from fpn_det.engine.run import Parts
 from fpn_det.evaluation.coco import Evaluation
 from fpn_det.interop import loading
@@ -137,6 +139,12 @@ def build_eval_loader(settings: Settings, annotations: Annotations, stride: int,
     return EvalLoader(dataset, data.eval_batch_size, ranks, data.num_workers, *where)
 
 
+def single_images(settings: Settings, annotations: Annotations, rows: Sequence[int], stride: int, device: torch.device) -> EvalLoader:
+    """The images of some rows as the model gets them, one by one; `Batch.indices` count within `rows`."""
+    alone = replace(settings, data=replace(settings.data, eval_batch_size=1, num_workers=0))
+    return build_eval_loader(alone, select_images(annotations, torch.tensor(rows)), stride, Ranks(), device)
+
+
 def build_train_loader(settings: Settings, annotations: Annotations, stride: int, ranks: Ranks, device: torch.device) -> TrainLoader:
     """This rank's share of the training batches."""
     data, trainer = settings.data, settings.trainer
@@ -199,6 +207,8 @@ def build_parts(settings: Settings, ranks: Ranks, device: torch.device, log: Run
         for row in shown:
             log.picture(step, f"val/{val.path(row).name}", draw_comparison(val, evaluation.detections, row, named=named))
         log.picture(step, "train/batch", draw_batch(train_loader.rebuild(step)[0], train.class_names))
+        for batch in single_images(settings, val, shown[:1], model.stride, device):
+            log.picture(step, "val/levels", draw_levels(read_levels(model, batch), batch))
 
     return Parts(
         model=model,
@@ -266,12 +276,17 @@ def load(source: str | Path, weights: str | Path | None = None, device: str = "a
         found = loading.read_as_ours(weights)
     model = build_model(settings, found.num_classes)
     loading.load_weights(model, found)
-    chosen = pick_device(device)
+    return build_predictor(settings, model, found.names, pick_device(device), tta)
+
+
+def build_predictor(
+    settings: Settings, model: Detector, class_names: Sequence[str], device: torch.device, tta: Views | None = None
+) -> Predictor:
+    """A model with weights, and all that turns pictures into its input."""
     data = settings.data
     transform = build_transforms(data.eval_transforms, data, "data.eval_transforms")
-    dtype = PRECISIONS[settings.precision]
-    options = (dtype, tta, data.resize_on, data.reduced_decoding == "always")
-    return Predictor(model.to(chosen), found.names, transform, data.eval_batch_size, data.canvas, chosen, *options)
+    options = (PRECISIONS[settings.precision], tta, data.resize_on, data.reduced_decoding == "always")
+    return Predictor(model.to(device), class_names, transform, data.eval_batch_size, data.canvas, device, *options)
 
 
 def settings_of(weights: loading.Weights) -> Settings:

@@ -7,13 +7,9 @@ given anew. `evaluation=proposals` measures the RPN's boxes, also those of a who
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
-from typing import Any
-
 from fpn_det import api
 from fpn_det.config import EvalSettings, argument, launch
-from fpn_det.engine.checkpoint import load_checkpoint
+from fpn_det.engine.checkpoint import named_checkpoint
 from fpn_det.engine.evaluate import evaluate, write_evaluation
 from fpn_det.engine.log import RunLog
 from fpn_det.engine.optimization import PRECISIONS
@@ -21,18 +17,9 @@ from fpn_det.models.views import Views
 from fpn_det.runtime import process_group
 
 
-@cache
-def checkpoint(run: str | None, file: str | None) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that is meant: a file, or the best one of a run."""
-    if (run is None) == (file is None):
-        raise ValueError("tools/eval.py: expected run=<folder> or checkpoint=<file>, one of the two.")
-    path = Path(file) if file else Path(run or "") / "checkpoints" / "best.pt"
-    return path, load_checkpoint(path)
-
-
 def score(settings: EvalSettings) -> None:
     """Detect on all images of a split, score, and leave the numbers in a folder."""
-    path, state = checkpoint(settings.run, settings.checkpoint)
+    path, state = named_checkpoint(settings.run, settings.checkpoint)
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     kind = ("" if settings.split == "val" else f"_{settings.split}") + ("" if settings.tta == Views() else "_tta")
     kind += "_proposals" if settings.evaluation.target == "proposals" else ""
@@ -54,4 +41,4 @@ def score(settings: EvalSettings) -> None:
 
 
 if __name__ == "__main__":
-    launch(score, EvalSettings, "eval", lambda: checkpoint(argument("run"), argument("checkpoint"))[1]["config"])
+    launch(score, EvalSettings, "eval", lambda: named_checkpoint(argument("run"), argument("checkpoint"))[1]["config"])

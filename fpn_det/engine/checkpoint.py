@@ -22,6 +22,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,6 +46,19 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             torch.save(state, file)
         except RuntimeError as error:  # torch stumbles over its own end and hides what happened to the file
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
+@cache
+def named_checkpoint(run: str | None, file: str | None) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that is meant, and where it lies: a file, or the best one of a run.
+
+    Raises:
+        ValueError: neither is named, or both; or it cannot be read.
+    """
+    if (run is None) == (file is None):
+        raise ValueError("checkpoint: expected run=<folder> or checkpoint=<file>, one of the two.")
+    path = Path(file) if file else Path(run or "") / "checkpoints" / "best.pt"
+    return path, load_checkpoint(path)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

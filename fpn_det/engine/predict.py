@@ -20,6 +20,7 @@ from fpn_det.data.transforms import Original, Pipeline
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
 from fpn_det.runtime import Ranks
+from fpn_det.structures import Batch
 
 Picture = str | Path | Image.Image | np.ndarray
 
@@ -84,14 +85,18 @@ class Predictor:
         sizes = torch.tensor([_size(image) for image in images]).view(-1, 2)
         predictions: dict[int, Prediction] = {}
         for indices in evaluation_batches(sizes, self.batch_size, Ranks()):
-            examples = [self._example(images[index], index) for index in indices.tolist()]
-            batch = collate(examples, self.model.stride, self.canvas, self.resize_on, self.device)
+            batch = self.batch_of([images[index] for index in indices.tolist()])
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                 detections = self.model.detect(batch, self.tta)
             for index, (boxes, scores, labels) in zip(indices.tolist(), detections.to_original(batch).cpu().images(), strict=True):
                 names = tuple(self.class_names[label] for label in labels.tolist())
                 predictions[index] = Prediction(boxes, scores, labels, names)
         return [predictions[index] for index in range(len(images))]
+
+    def batch_of(self, images: Sequence[Picture]) -> Batch:
+        """Pictures as the model gets them, without objects."""
+        examples = [self._example(image, index) for index, image in enumerate(images)]
+        return collate(examples, self.model.stride, self.canvas, self.resize_on, self.device)
 
     def _example(self, image: Picture, index: int) -> Example:
         size = _size(image)

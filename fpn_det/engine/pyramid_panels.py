@@ -21,7 +21,7 @@ from fpn_det.models.rpn import RPNOutput
 from fpn_det.structures import Batch
 
 SIDE = 240  # px of the longer side of every picture
-NUM_BOXES = 40  # best proposals that are shown, over all levels
+NUM_BOXES = 20  # best proposals that are shown, over all levels
 LEVEL_COLORS = ((86, 180, 233), (0, 200, 140), (240, 228, 66), (230, 159, 0), (235, 90, 60), (204, 121, 200), (200, 200, 200))
 
 

@@ -12,13 +12,10 @@ from PIL import Image
 from _paper.rows import Row
 from fpn_det import api
 from fpn_det.config import compose
-from fpn_det.data.selection import select_images
 from fpn_det.engine.checkpoint import load_checkpoint
 from fpn_det.engine.panels import Picture, arrange, as_picture, scaled_to
 from fpn_det.engine.pyramid_panels import heat, read_levels
-from fpn_det.runtime import Ranks
 
-CPU = torch.device("cpu")
 SIDE = 150  # px of each map
 IMAGE = 3  # of the held-out ones: it has objects of all sizes
 
@@ -27,12 +24,12 @@ def draw_pyramids(rows: Sequence[Row], data: Path, folder: Path, file: Path) -> 
     """The feature vector's length in every cell: a line for each row of the page, a column for each stride."""
     maps: list[dict[int, Picture]] = []
     for row in rows:
-        settings = compose([*row.settings, f"data.root={data}", "data.num_workers=0", "data.eval_batch_size=1"])
-        annotations = select_images(api.read_training_data(settings.data, settings.seed)[1], torch.tensor([IMAGE]))
+        settings = compose([*row.settings, f"data.root={data}"])
+        annotations = api.read_training_data(settings.data, settings.seed)[1]
         model = api.build_model(settings, annotations.num_classes)
         checkpoint = folder / row.name / "seed0" / "checkpoints" / "last.pt"
         api.load_weights(model, load_checkpoint(checkpoint), str(checkpoint))
-        (batch,) = api.build_eval_loader(settings, annotations, model.stride, Ranks(), CPU)
+        (batch,) = api.single_images(settings, annotations, [IMAGE], model.stride, torch.device("cpu"))
         levels = read_levels(model, batch)
         image = scaled_to(as_picture(batch.pixels[0]), SIDE)
         maps.append({stride: heat(values, image) for stride, values in zip(levels.strides, levels.features, strict=True)})

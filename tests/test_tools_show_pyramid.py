@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+from tiny import TINY
+
+
+@pytest.fixture
+def run(run_tool, shapes_dataset, tmp_path):
+    trained = run_tool("train.py", *TINY, f"data.root={shapes_dataset}", "trainer.max_steps=1", "run_dir=run")
+    assert trained.returncode == 0, trained.stderr
+    return tmp_path / "run"
+
+
+def test_pictures_of_the_split_and_of_a_file(run, run_tool, shapes_dataset, tmp_path):
+    shown = run_tool("show_pyramid.py", "run=run", "count=2")
+    assert shown.returncode == 0, shown.stderr
+    pictures = sorted((run / "pyramid").glob("*.png"))
+    page = (run / "pyramid" / "index.html").read_text()
+    assert len(pictures) == 2 and all(f'src="{picture.name}"' in page for picture in pictures)
+    assert Image.open(pictures[0]).size[0] > 6 * 240  # all levels together, and five of them
+
+    one = run_tool("show_pyramid.py", "run=run", f"image={shapes_dataset}/val2017/val2017_000003.jpg", "output=elsewhere")
+    assert one.returncode == 0, one.stderr
+    assert [path.name for path in (tmp_path / "elsewhere").glob("*.png")] == ["val2017_000003.png"]
+
+
+def test_a_mistake_ends_in_one_sentence(run_tool):
+    refused = run_tool("show_pyramid.py", "checkpoint=nowhere.pt")
+    assert refused.returncode == 2 and refused.stderr.strip() == "nowhere.pt: expected a checkpoint, got no such file."
