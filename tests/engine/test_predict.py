@@ -26,7 +26,7 @@ def settings(shapes_dataset):
 
 @pytest.fixture(scope="module")
 def annotations(settings) -> Annotations:
-    return api.read_split(settings.data, "val", None)
+    return api.read_training_data(settings.data, settings.seed)[1]
 
 
 @pytest.fixture(scope="module")
