@@ -37,8 +37,7 @@ def evaluate(
 ) -> Evaluation:
     """Detect on the images of `loader` and score the detections of all ranks, on all ranks.
 
-    The other ranks wait while rank 0 scores (half a minute for 5,000 images of 100 detections): the timeout of the
-    process group has to be longer than that.
+    The other ranks wait while rank 0 scores (half a minute for 5,000 images of 100 detections).
 
     Args:
         model: the bare module; its modes are afterwards what they were.

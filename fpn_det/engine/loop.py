@@ -14,7 +14,7 @@ from fpn_det.engine.log import RunLog
 from fpn_det.engine.meters import Meters, Pace, memory_mib
 from fpn_det.engine.optimization import Optimization
 from fpn_det.engine.settings import Trainer
-from fpn_det.engine.signals import StopRequest
+from fpn_det.engine.signals import Stopped, StopRequest
 from fpn_det.runtime import Ranks, seed_step
 
 
@@ -23,7 +23,8 @@ class Loop:
     """What training is made of, and what is done along the way. Steps are counted as done: 1 is after the first update.
 
     Attributes:
-        evaluate: scores the weights after a step; returns whether to go on.
+        evaluated: the last step whose weights have been scored; one that is due and was cut short is made up for.
+        evaluate: scores the weights after a step, unless `Stopped`; returns whether to go on.
         save: keeps the state after a step; the flag says that a checkpoint is due, or else only the best is kept.
         explain: what was not finite since the last log point, as an error.
     """
@@ -35,7 +36,8 @@ class Loop:
     seed: int
     ranks: Ranks
     log: RunLog
-    evaluate: Callable[[int], bool]
+    evaluated: int
+    evaluate: Callable[[int, StopRequest], bool]
     save: Callable[[int, bool], None]
     explain: Callable[[], Exception]
 
@@ -46,7 +48,10 @@ class Loop:
         meters = Meters()
         batches = self.loader.iterate(step)
         self.optimization.model.train()
-        signal, going_on = 0, step < self.total_steps
+        signal, going_on = 0, True
+        if self.evaluated < step and self._is_due(self.trainer.eval_every, step):
+            signal, going_on = self._evaluate(step, stop, pace)
+            self.save(step, True)
         while going_on and not signal:
             seed_step(self.seed, step, self.ranks.rank)
             with pace.waiting():
@@ -57,7 +62,7 @@ class Loop:
             step += 1
             self.log.advance(step)
 
-            signal, going_on = stop.agreed(), step < self.total_steps
+            signal = stop.agreed()
             evaluating = self._is_due(self.trainer.eval_every, step)
             saving = self._is_due(self.trainer.save_every, step) or signal != 0
             if not (evaluating or saving or self._is_due(self.trainer.log_every, step)):
@@ -68,10 +73,19 @@ class Loop:
             host_values = {"lr": self.optimization.lr, "memory_mib": memory_mib(self.optimization.device)}
             self.log.train(step, values | host_values, pace)
             if evaluating:
-                with pace.evaluating():
-                    going_on = self.evaluate(step) and going_on
-            self.save(step, saving or not going_on)
+                signal, going_on = self._evaluate(step, stop, pace)
+            self.save(step, saving or signal != 0 or not going_on)
+            signal = signal or stop.agreed()
         return signal if going_on else 0
 
+    def _evaluate(self, step: int, stop: StopRequest, pace: Pace) -> tuple[int, bool]:
+        """Score the weights; returns the signal that came meanwhile, and whether there is more to do."""
+        try:
+            with pace.evaluating():
+                going_on = self.evaluate(step, stop)
+        except Stopped:
+            going_on = True
+        return stop.agreed(), going_on
+
     def _is_due(self, every: int, step: int) -> bool:
-        return step == self.total_steps or (every > 0 and step % every == 0)
+        return step >= self.total_steps or (every > 0 and step % every == 0)

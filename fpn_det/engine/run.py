@@ -82,7 +82,7 @@ class Run:
         self.has_improved = False
 
         state = folder.load(log.info)
-        self.first_step = 0 if state is None else state["progress"]["step"]
+        self.first_step = self.evaluated = 0 if state is None else state["progress"]["step"]
         batch_size = parts.train_loader.batch_size
         optimizer = parts.recipe.build(parts.model, batch_size)
         schedule = self._schedule(state)
@@ -122,6 +122,7 @@ class Run:
             seed=self.seed,
             ranks=self.ranks,
             log=self.log,
+            evaluated=self.evaluated,
             evaluate=self._evaluate,
             save=self._save,
             explain=self._explain,
@@ -129,13 +130,20 @@ class Run:
 
     def _is_over(self, step: int) -> bool:
         early_stop = self.trainer.early_stop
-        return step >= self.total_steps or (early_stop is not None and self.best.misses >= early_stop.patience)
+        is_last = self.total_steps <= step == self.evaluated
+        return is_last or (early_stop is not None and self.best.misses >= early_stop.patience)
 
-    def _evaluate(self, step: int) -> bool:
-        """Score the weights; returns whether to go on training."""
+    def _evaluate(self, step: int, stop: StopRequest) -> bool:
+        """Score the weights; returns whether to go on training.
+
+        Asked to stop, it does so while it detects; scoring, which is short, it brings to an end.
+
+        Raises:
+            Stopped: before anything was changed or written.
+        """
         model = self.optimization.model_to_evaluate
         annotations = self.parts.val_annotations
-        batches = self.log.track(self.parts.val_loader, "evaluating")
+        batches = stop.until_stopped(self.log.track(self.parts.val_loader, "evaluating"))
         self.evaluation = evaluation = evaluate(model, batches, annotations, self.parts.evaluation, self.optimization.dtype)
         weights: Literal["ema", "raw"] = "raw" if self.optimization.ema is None else "ema"
         checkpoint = f"step_{step:08d}.pt"
@@ -144,6 +152,7 @@ class Run:
         on_main(lambda: self.parts.show(step, evaluation))
         min_delta = self.trainer.early_stop.min_delta if self.trainer.early_stop else 0.0
         self.has_improved = self.best.update(step, self.evaluation.metrics, min_delta)
+        self.evaluated = step
         return not self._is_over(step)
 
     def _save(self, step: int, is_due: bool) -> None:
@@ -177,7 +186,7 @@ class Run:
             "versions": self.versions,
             **self.optimization.state(),
             "schedule": _plain(self.optimization.schedule),
-            "progress": {"step": step, "total_steps": self.total_steps},
+            "progress": {"step": step, "total_steps": self.total_steps, "evaluated": self.evaluated},
             "best": asdict(self.best),
             "rng": {"seed": self.seed},
             **self.parts.meaning,
@@ -200,6 +209,7 @@ class Run:
         if names[0] != names[1]:
             raise ValueError(f"resume: expected the classes of the checkpoint, {', '.join(names[0])}, got {', '.join(names[1])}.")
         self.optimization.load(state)
+        self.evaluated = state["progress"].get("evaluated", self.first_step)  # earlier versions never cut one short
         if state["best"]["metric"] == self.best.metric:
             self.best = Best(**state["best"])
         self.log.info(f"Going on after step {self.first_step} of {self.total_steps}.")

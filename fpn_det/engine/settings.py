@@ -32,7 +32,7 @@ class Trainer:
     keep_last: CountOrZero  # numbered checkpoints that stay; 0 = all
     best_metric: str  # decides which checkpoint is `best`
     early_stop: EarlyStop | None
-    timeout_minutes: Positive  # until a rank that hears nothing from the others gives up
+    timeout_minutes: Positive  # until a rank that hears nothing from the others in the midst of a step gives up
 
     def __post_init__(self) -> None:
         if self.epochs is None and self.max_steps is None:

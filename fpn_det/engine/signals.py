@@ -6,12 +6,20 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
+from typing import TypeVar
 
 from fpn_det.runtime import agree_on_max
 
+T = TypeVar("T")
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PATIENCE_S = 5.0  # launchers pass on what the whole process group got already: repeats within this time are the same request
+
+
+class Stopped(Exception):
+    """Some rank was asked to stop in the midst of work that can be done again."""
 
 
 class StopRequest:
@@ -43,6 +51,26 @@ class StopRequest:
 
     def agreed(self) -> int:
         """The signal that some rank got, 0 if none did; the same on all ranks, which all ask after the same step."""
+        return agree_on_max(self._look())
+
+    def until_stopped(self, batches: Iterable[T]) -> Iterator[T]:
+        """Hand out this rank's batches, of which other ranks may have more or fewer. All ranks go through theirs together.
+
+        Raises:
+            Stopped: on all ranks, as soon as one is asked to stop.
+        """
+        remaining = iter(batches)
+        while True:
+            batch = next(remaining, None)
+            answer = agree_on_max(2 * self._look() + (batch is not None))  # one question for both
+            if answer > 1:
+                raise Stopped
+            if batch is not None:
+                yield batch
+            elif not answer:
+                return
+
+    def _look(self) -> int:
         if self._launcher not in (None, os.getppid()):
             self._noted = self._noted or signal.SIGTERM
-        return agree_on_max(self._noted)
+        return self._noted

@@ -40,8 +40,22 @@ TRAINER = Trainer(
 RECIPE = SGD(lr=0.5, base_batch_size=None)
 
 
-def make_run(path: Path, resume: str | None = None, precision: str = "fp32", recipe=RECIPE, schedule=Cosine, touch=None, **changes):
-    """A run in `path`; `changes` are settings of the trainer."""
+class Watched(list):
+    """Batches; `look` hears of each before it is handed out, and of the end."""
+
+    def __init__(self, batches, look=None) -> None:
+        super().__init__(batches)
+        self.look = look or (lambda: None)
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            self.look()
+            yield batch
+        self.look()
+
+
+def make_run(path: Path, resume: str | None = None, precision: str = "fp32", recipe=RECIPE, schedule=Cosine, touch=None, look=None, **changes):
+    """A run in `path`; `changes` are settings of the trainer, `look` hears of every batch that is evaluated."""
     trainer = dataclasses.replace(TRAINER, **changes)
     torch.manual_seed(0)
     parts = Parts(
@@ -50,7 +64,7 @@ def make_run(path: Path, resume: str | None = None, precision: str = "fp32", rec
         schedule=schedule,
         train_loader=TinyLoader(accumulate=trainer.accumulate, **({"touch": touch} if touch else {})),
         train_annotations=make_annotations(16),
-        val_loader=[make_batch([0, 1, 2]), make_batch([3])],
+        val_loader=Watched([make_batch([0, 1, 2]), make_batch([3])], look),
         val_annotations=make_annotations(4),
         evaluation=EvaluationSettings(),
         meaning={"class_names": ["thing"], "category_ids": [7], "preprocessing": {}, "config": f"trainer: {changes}\n"},
@@ -117,10 +131,50 @@ def test_interrupt_saves_and_has_its_own_exit_code(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_signal_in_the_last_step_changes_nothing(tmp_path):
+@pytest.mark.parametrize("last_look", [0, 1, 2, 6, 8])
+def test_signal_in_an_evaluation_stops_at_once_and_it_is_done_again(tmp_path, last_look):
+    """Evaluations are of 3 looks; the second of the last one is the ninth."""
+
+    def look() -> None:
+        looks.append(len(looks))
+        if len(looks) - 1 == last_look:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    looks: list[int] = []
+    straight = make_run(tmp_path / "straight")
+    assert straight.train() == 0
+    stopped = make_run(tmp_path / "stopped", look=look)
+    assert stopped.train() == 143
+    assert len(looks) == last_look + 1 and not stopped.checkpoints.is_finished()
+    evaluations = (last_look // 3, 4 * (last_look // 3 + 1))
+    assert stopped.evaluated == 4 * evaluations[0]
+    resumed = make_run(tmp_path / "stopped", resume="auto")
+    assert resumed.first_step == evaluations[1]
+    assert resumed.train() == 0
+    assert resumed.checkpoints.is_finished()
+    assert differences(result(straight), result(resumed)) == []
+
+
+def test_signal_in_the_last_step_leaves_the_evaluation_to_the_next_life(tmp_path):
     run = make_run(tmp_path / "run", touch=stop_before(11, signal.SIGTERM))
-    assert run.train() == 0
-    assert run.checkpoints.is_finished()
+    assert run.train() == 143
+    again = make_run(tmp_path / "run", resume="auto")
+    assert again.first_step == 12 and again.train() == 0
+    assert again.evaluated == 12 and again.checkpoints.is_finished()
+    assert make_run(tmp_path / "run", resume="auto").train() == 0
+
+
+def test_signal_while_saving_is_obeyed_after_it(tmp_path):
+    run = make_run(tmp_path / "run")
+    save = run.checkpoints.save
+
+    def signaled(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return save(*arguments)
+
+    run.checkpoints.save = signaled
+    assert run.train() == 143
+    assert make_run(tmp_path / "run", resume="auto").first_step == 3
 
 
 def test_run_leaves_what_it_promises(tmp_path):
