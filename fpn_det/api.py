@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from hydra.errors import InstantiationException
 from fpn_det.config import Data, Node, Settings, Split, check, compose, is_for_people, read_yaml, to_yaml
 from fpn_det.data.collation import check_canvas
 from fpn_det.data.dataset import DetectionDataset
+from fpn_det.data.images import BadImage
 from fpn_det.data.loading import EvalLoader, TrainLoader
 from fpn_det.data.looking import Look, look_at
 from fpn_det.data.overlap import without_shared
@@ -23,6 +24,7 @@ from fpn_det.data.reading import Examined, examine, judge, load_tables
 from fpn_det.data.sampling import GlobalBatches, check_divides
 from fpn_det.data.selection import drop_empty, select_images, split_images
 from fpn_det.data.transforms import Pipeline
+from fpn_det.engine.bad_files import BadFiles
 from fpn_det.engine.folder import versions
 from fpn_det.engine.log import RunLog
 from fpn_det.engine.optimization import PRECISIONS
@@ -130,12 +132,17 @@ def _limited(annotations: Annotations, data: Data) -> Annotations:
     return select_images(annotations, torch.arange(min(data.max_images, len(annotations))))
 
 
-def build_eval_loader(settings: Settings, annotations: Annotations, stride: int, ranks: Ranks, device: torch.device) -> EvalLoader:
-    """This rank's images as the model gets them."""
+Tell = Callable[[BadImage], None]
+
+
+def build_eval_loader(
+    settings: Settings, annotations: Annotations, stride: int, ranks: Ranks, device: torch.device, tell: Tell | None = None
+) -> EvalLoader:
+    """This rank's images as the model gets them; with `tell`, without those that cannot be used."""
     data = settings.data
     transform = build_transforms(data.eval_transforms, data, "data.eval_transforms")
     dataset = DetectionDataset(annotations, transform, settings.seed, data.reduced_decoding == "always")
-    where = (stride, data.canvas, device, data.resize_on, data.start_method)
+    where = (stride, data.canvas, device, data.resize_on, data.start_method, tell)
     return EvalLoader(dataset, data.eval_batch_size, ranks, data.num_workers, *where)
 
 
@@ -145,14 +152,16 @@ def single_images(settings: Settings, annotations: Annotations, rows: Sequence[i
     return build_eval_loader(alone, select_images(annotations, torch.tensor(rows)), stride, Ranks(), device)
 
 
-def build_train_loader(settings: Settings, annotations: Annotations, stride: int, ranks: Ranks, device: torch.device) -> TrainLoader:
-    """This rank's share of the training batches."""
+def build_train_loader(
+    settings: Settings, annotations: Annotations, stride: int, ranks: Ranks, device: torch.device, tell: Tell | None = None
+) -> TrainLoader:
+    """This rank's share of the training batches; with `tell`, others take the place of images that cannot be used."""
     data, trainer = settings.data, settings.trainer
     transform = build_transforms(data.train_transforms, data, "data.train_transforms")
-    dataset = DetectionDataset(annotations, transform, settings.seed, data.reduced_decoding != "never")
+    dataset = DetectionDataset(annotations, transform, settings.seed, data.reduced_decoding != "never", replace=tell is not None)
     parts = ranks.world_size * trainer.accumulate
     batches = GlobalBatches(annotations.sizes, trainer.batch_size, settings.seed, parts, data.group_by_aspect)
-    where = (stride, data.canvas, device, data.resize_on, data.start_method)
+    where = (stride, data.canvas, device, data.resize_on, data.start_method, tell)
     return TrainLoader(dataset, batches, ranks, trainer.accumulate, data.num_workers, *where)
 
 
@@ -199,7 +208,9 @@ def build_parts(settings: Settings, ranks: Ranks, device: torch.device, log: Run
     elif fresh:
         model.load_pretrained()
     model.to(device)
-    train_loader = build_train_loader(settings, train, model.stride, ranks, device)
+    bad_files = BadFiles(log.folder, len(train) + len(val), settings.data.max_bad_fraction, log.info)
+    tell = bad_files if settings.data.on_error == "skip" else None
+    train_loader = build_train_loader(settings, train, model.stride, ranks, device, tell)
     shown = some_images(val, SHOWN_IMAGES)
     named = settings.evaluation.target == "detections"
 
@@ -216,7 +227,7 @@ def build_parts(settings: Settings, ranks: Ranks, device: torch.device, log: Run
         schedule=schedule,
         train_loader=train_loader,
         train_annotations=train,
-        val_loader=build_eval_loader(settings, val, model.stride, ranks, device),
+        val_loader=build_eval_loader(settings, val, model.stride, ranks, device, tell),
         val_annotations=val,
         evaluation=settings.evaluation,
         meaning={

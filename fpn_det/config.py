@@ -70,6 +70,7 @@ class Data:
     max_images: Count | None  # only the first of each part, for trials
     classes: list[str] | None  # a subset by name; null = all
     on_error: Literal["fail", "fix", "skip"]  # what to do about broken annotations and files
+    max_bad_fraction: Fraction  # of a part's images that may turn out to be unusable on the way, under on_error=skip
     check: bool  # look into every picture first; what was seen is remembered until the file changes
     keep_empty: bool  # train on images without objects too
     num_workers: CountOrZero  # processes that read and transform

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,21 @@ def test_one_batch_can_be_learned_by_heart(run_tool, tmp_path, shapes_dataset):
     trained = run_tool("train.py", "experiment=debug_overfit", f"data.root={shapes_dataset}", "run_dir=run")
     assert trained.returncode == 0, trained.stderr
     assert read(tmp_path / "run")["AP50"] > 0.9
+
+
+def test_a_bad_image_costs_that_image_and_no_more(run_tool, shapes_dataset, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(shapes_dataset, data)
+    (bad, *_) = sorted((data / "train2017").iterdir())
+    bad.write_bytes(bad.read_bytes()[:100])
+    command = (*TINY, f"data.root={data}", "data.check=false", "data.on_error=skip", "data.keep_empty=true", "data.num_workers=1")
+    skipped = run_tool("train.py", *command)
+    assert skipped.returncode == 0, skipped.stderr
+    run = tmp_path / "runs" / "demo"
+    (line,) = (run / "bad_files.txt").read_text().splitlines()
+    assert line.startswith(f"{bad}\t{bad}: expected a complete picture")
+    assert (run / "log.txt").read_text().count("left out:") == 1
+    (events,) = (run / "tensorboard").iterdir()
+    assert b"data/bad_files" in events.read_bytes()
+    strict = run_tool("train.py", *command, "data.max_bad_fraction=0.01")
+    assert strict.returncode == 2 and strict.stderr.startswith("data.max_bad_fraction: expected at most 0.01 of 16 images")

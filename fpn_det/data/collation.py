@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fpn_det.data.dataset import Example
+from fpn_det.data.images import BadImage
 from fpn_det.data.resizing import Plan, Size
 from fpn_det.structures import Batch, Targets
 
@@ -36,6 +37,7 @@ class Parcel:
     boxes: list[np.ndarray]
     labels: list[np.ndarray]
     indices: list[int]
+    bad: list[BadImage]  # images that were to be here and cannot be used
     slot: tuple[int, int] | None = None  # (worker, number)
 
     def unpack(self) -> Batch:
@@ -116,12 +118,15 @@ def pack(
     stride: int,
     canvas: Canvas,
     resize_on: ResizeOn = "worker",
+    bad: Sequence[BadImage] = (),
     memory: Callable[..., Tensor] = _private_memory,
 ) -> Parcel:
     """Lay the images on one canvas, padded with zeros right and bottom, or one after another for the device to do so.
 
-    The pixels are put in bytes from `memory(*shape)`.
+    The pixels are put in bytes from `memory(*shape)`. A batch without images tells of the `bad` ones only.
     """
+    if not examples:
+        return Parcel(memory(0), (0, 0), [], [], [], [], [], [], list(bad))
     plans = [example.plan for example in examples]
     height, width = canvas_size([plan.size for plan in plans], stride, canvas)
     kind = getattr(torch, examples[0].pixels.dtype.name)
@@ -147,6 +152,7 @@ def pack(
         [example.boxes for example in examples],
         [example.labels for example in examples],
         [example.index for example in examples],
+        [*bad, *(row for example in examples for row in example.replaced)],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +16,7 @@ from fpn_det.structures import Annotations
 Key = tuple[int, int]  # (row of Annotations, epoch)
 
 SHOWN_IDS = 8  # of annotations in a message
+MOST_IN_A_ROW = 10  # images that one image is replaced by, one after another
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Example:
     labels: np.ndarray  # i64 [G]
     original_size: Size  # in the original frame
     index: int  # row of Annotations
+    replaced: tuple[BadImage, ...] = ()  # images that were to be here and cannot be used
 
 
 class DetectionDataset:
@@ -34,13 +37,17 @@ class DetectionDataset:
 
     Args:
         reduce: decode JPEG files at a fraction of their size where the transforms are only a flip and a resize to less.
+        replace: let another image, drawn by (seed, epoch, index) too, take the place of one that cannot be used.
     """
 
-    def __init__(self, annotations: Annotations, transform: Pipeline, seed: int, reduce: bool = False) -> None:
+    def __init__(
+        self, annotations: Annotations, transform: Pipeline, seed: int, reduce: bool = False, replace: bool = False
+    ) -> None:
         self.annotations = annotations
         self.transform = transform
         self.seed = seed
         self.reduce = reduce
+        self.replace = replace
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -49,17 +56,31 @@ class DetectionDataset:
         """The image of row `key[0]` as epoch `key[1]` sees it.
 
         Raises:
-            ValueError: it cannot be read, has not the size that the annotations give, a box or label of it is none, or a
-                transform fails on it.
+            BadImage: it cannot be read, or has not the size that the annotations give.
+            ValueError: a box or label of it is none, or a transform fails on it.
         """
         index, epoch = key
+        if not self.replace:
+            return self._example(index, epoch)
+        bad: list[BadImage] = []
+        while True:
+            try:
+                return dataclasses.replace(self._example(index, epoch), replaced=tuple(bad))
+            except BadImage as error:
+                bad.append(error)
+                if len(bad) > MOST_IN_A_ROW:
+                    raise ValueError(f"{error} It is the last of {len(bad)} images, drawn at random, none of which can be used.") from None
+                index = int(np.random.default_rng((self.seed, epoch, key[0], len(bad))).integers(len(self)))
+
+    def _example(self, index: int, epoch: int) -> Example:
         original = self.original(index)
         try:
             prepared = self.transform.prepare(original, (self.seed, epoch, index))
         except BadImage:
             raise
         except Exception as error:  # whatever a transform raises, it has to say at which image
-            raise ValueError(f"{self._place(index)}: a transform failed: {type(error).__name__}: {error}") from error
+            place = f"{self.annotations.path(index)} ({self._describe(index)})"
+            raise ValueError(f"{place}: a transform failed: {type(error).__name__}: {error}") from error
         return Example(prepared.pixels, prepared.plan, prepared.boxes, prepared.labels, original.size, index)
 
     def original(self, index: int) -> Original:
@@ -74,13 +95,17 @@ class DetectionDataset:
     def _read(self, index: int, size: Size, least: Size | None) -> np.ndarray:
         path = self.annotations.path(index)
         reduction = reduction_to(size, least) if self.reduce and least else 1
-        pixels = read_image(path, reduction)
+        try:
+            pixels = read_image(path, reduction)
+        except BadImage as error:
+            raise BadImage(path, f"{error} It is {self._describe(index)}.") from None
         found = pixels.shape[:2]
         if found != size and found != (size[0] // reduction, size[1] // reduction):
             turned = " It is turned by its EXIF orientation, which the annotations left out." if found == size[::-1] else ""
             raise BadImage(
+                path,
                 f"{path}: expected {size[1]} x {size[0]} px as annotated, got {found[1]} x {found[0]}.{turned} "
-                f"Correct the annotations or the file."
+                f"Correct the annotations or the file. It is {self._describe(index)}.",
             )
         return pixels
 
@@ -96,9 +121,9 @@ class DetectionDataset:
                 f"a finite box and a label below {self.annotations.num_classes}, got {boxes[row].tolist()} and {labels[row]}."
             )
 
-    def _place(self, index: int) -> str:
-        """File, image and annotations of a row, for messages."""
+    def _describe(self, index: int) -> str:
+        """Image and annotations of a row, for messages."""
         ids = self.annotations.annotation_ids[self.annotations.rows(index)].tolist()
         more = ", ..." if len(ids) > SHOWN_IDS else ""
         drawn = f", annotations {', '.join(map(str, ids[:SHOWN_IDS]))}{more}" if ids else ""
-        return f"{self.annotations.path(index)} (image {self.annotations.image_ids[index].item()}{drawn})"
+        return f"image {self.annotations.image_ids[index].item()}{drawn}"

@@ -23,7 +23,14 @@ REDUCED = {
 
 
 class BadImage(ValueError):
-    """A picture that cannot be used, and why: the file is at fault, not the program."""
+    """A picture that cannot be used, and why, as text: the file is at fault, not the program."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(path, why)  # all of them, so that it can be pickled
+        self.path = path
+
+    def __str__(self) -> str:
+        return self.args[1]
 
 
 def read_image(path: Path, reduction: int = 1) -> np.ndarray:
@@ -38,9 +45,9 @@ def read_image(path: Path, reduction: int = 1) -> np.ndarray:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise BadImage(f"{path}: cannot be read: {error.strerror}.") from error
+        raise BadImage(path, f"{path}: cannot be read: {error.strerror}.") from error
     if not content:
-        raise BadImage(f"{path}: expected a picture, got an empty file.")
+        raise BadImage(path, f"{path}: expected a picture, got an empty file.")
     pixels = None if _is_transparent_tiff(content) else _decode_opencv(content, reduction)
     return _decode_pillow(content, path) if pixels is None else pixels
 
@@ -74,10 +81,10 @@ def _decode_pillow(content: bytes, path: Path) -> np.ndarray:
     try:
         picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
         if picture.mode[0] in "IF":
-            raise BadImage(f"{path}: expected 8 or 16 bits per channel, got mode {picture.mode}. Convert the file.")
+            raise BadImage(path, f"{path}: expected 8 or 16 bits per channel, got mode {picture.mode}. Convert the file.")
         return np.asarray(picture.convert("RGB"))
     except (OSError, SyntaxError) as error:  # Pillow's PNG reader raises SyntaxError
-        raise BadImage(f"{path}: expected a complete picture, got {len(content)} bytes that do not decode: {error}.") from error
+        raise BadImage(path, f"{path}: expected a complete picture, got {len(content)} bytes that do not decode: {error}.") from error
 
 
 def image_size(path: Path) -> tuple[int, int] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from itertools import chain, count
 from typing import Any
@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from fpn_det.data.collation import Canvas, Parcel, ResizeOn, SharedBuffers, check_canvas, pack
-from fpn_det.data.dataset import DetectionDataset, Key
+from fpn_det.data.dataset import DetectionDataset, Example, Key
+from fpn_det.data.images import BadImage
 from fpn_det.data.sampling import GlobalBatches, evaluation_batches, micro_batches
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Batch
@@ -37,6 +38,7 @@ class TrainLoader:
         canvas: `batch` or a fixed (H, W).
         resize_on: whether a worker makes the last flip and resize, or the device.
         start_method: of the workers: fork, spawn, forkserver, or None for the platform's own.
+        tell: hears of each image that could not be used, when the batch arrives in which another one took its place.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class TrainLoader:
         device: torch.device,
         resize_on: ResizeOn = "worker",
         start_method: str | None = None,
+        tell: Callable[[BadImage], None] | None = None,
     ) -> None:
         self._batches = batches
         self._ranks = ranks
@@ -59,6 +62,7 @@ class TrainLoader:
         self._num_workers = num_workers
         self._device = device
         self._start_method = start_method
+        self._tell = tell
 
     @property
     def steps_per_epoch(self) -> int:
@@ -71,7 +75,7 @@ class TrainLoader:
 
     def iterate(self, first_step: int) -> Iterator[Batch]:
         """The micro-batches of step `first_step` and of all that follow, on the device. Has its own workers."""
-        return _on_device(self.parcels(first_step), self._device)
+        return _on_device(self.parcels(first_step), self._device, self._tell)
 
     def parcels(self, first_step: int) -> Iterable[Parcel | ValueError]:
         """The same as the workers send them."""
@@ -80,7 +84,7 @@ class TrainLoader:
 
     def rebuild(self, step: int) -> list[Batch]:
         """The micro-batches of one step, made again here and now, on the device."""
-        return list(_on_device(map(self._maker.__getitem__, self.keys(step)), self._device))
+        return list(_on_device(map(self._maker.__getitem__, self.keys(step)), self._device, self._tell))
 
     def keys(self, step: int) -> list[list[Key]]:
         """Which images, of which epoch, this rank sees in each micro-batch of a step."""
@@ -89,7 +93,11 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """This rank's images, once each; over all ranks every image exactly once. The order is by aspect ratio."""
+    """This rank's images, once each; over all ranks every image exactly once. The order is by aspect ratio.
+
+    Args:
+        tell: hears of each image that cannot be used and is left out. Without, such an image is an error.
+    """
 
     def __init__(
         self,
@@ -102,18 +110,20 @@ class EvalLoader:
         device: torch.device,
         resize_on: ResizeOn = "worker",
         start_method: str | None = None,
+        tell: Callable[[BadImage], None] | None = None,
     ) -> None:
         batches = evaluation_batches(dataset.annotations.sizes, batch_size, ranks)
         keys = [[(index, 0) for index in batch.tolist()] for batch in batches]
         self._num_batches = len(keys)
-        self._loader = _loader(_BatchMaker(dataset, stride, canvas, resize_on), keys, num_workers, start_method)
+        self._loader = _loader(_BatchMaker(dataset, stride, canvas, resize_on, tell is not None), keys, num_workers, start_method)
         self._device = device
+        self._tell = tell
 
     def __len__(self) -> int:
         return self._num_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        return _on_device(self._loader, self._device)
+        return _on_device(self._loader, self._device, self._tell)
 
 
 class _BatchMaker(Dataset):
@@ -122,7 +132,7 @@ class _BatchMaker(Dataset):
     Raised in a worker, it would reach the user as a traceback of torch's loader.
     """
 
-    def __init__(self, dataset: DetectionDataset, stride: int, canvas: Canvas, resize_on: ResizeOn) -> None:
+    def __init__(self, dataset: DetectionDataset, stride: int, canvas: Canvas, resize_on: ResizeOn, leave_out: bool = False) -> None:
         if resize_on == "device":
             dataset.transform.check_resize_is_last()
         check_canvas(canvas, stride)
@@ -130,16 +140,25 @@ class _BatchMaker(Dataset):
         self._stride = stride
         self._canvas = canvas
         self._resize_on = resize_on
+        self._leave_out = leave_out
         # one more than is read ahead: the main process copies out of one while the worker may fill the others
         self._buffers = SharedBuffers(READ_AHEAD + 1)
 
     def __getitem__(self, keys: list[Key]) -> Parcel | ValueError:
+        examples: list[Example] = []
+        bad: list[BadImage] = []
         try:
-            examples = [self._dataset[key] for key in keys]
+            for key in keys:
+                try:
+                    examples.append(self._dataset[key])
+                except BadImage as error:
+                    if not self._leave_out:
+                        raise
+                    bad.append(error)
             worker = get_worker_info()
-            if worker is None:
-                return pack(examples, self._stride, self._canvas, self._resize_on)
-            parcel = pack(examples, self._stride, self._canvas, self._resize_on, self._buffers)
+            if worker is None or not examples:
+                return pack(examples, self._stride, self._canvas, self._resize_on, bad)
+            parcel = pack(examples, self._stride, self._canvas, self._resize_on, bad, self._buffers)
             return replace(parcel, slot=(worker.id, self._buffers.slot))
         except ValueError as error:
             return error
@@ -182,12 +201,19 @@ def _end_workers() -> None:
             child.kill()
 
 
-def _receive(items: Iterable[Parcel | ValueError], device: torch.device) -> Iterator[tuple[Parcel, Batch]]:
+def _receive(
+    items: Iterable[Parcel | ValueError], device: torch.device, tell: Callable[[BadImage], None] | None
+) -> Iterator[tuple[Parcel, Batch]]:
     """Unpack what the workers send, into memory of its own that the device can copy from."""
     mapped = {}  # keeps the shared buffers in this process's address space from one use to the next
     for item in items:
         if isinstance(item, ValueError):
             raise item
+        for bad in item.bad:
+            assert tell is not None, "who lets images be left out hears of them"
+            tell(bad)
+        if not item.indices:
+            continue
         batch = item.unpack()
         if item.slot is not None:
             mapped[item.slot] = item.pixels.untyped_storage()
@@ -198,16 +224,18 @@ def _receive(items: Iterable[Parcel | ValueError], device: torch.device) -> Iter
         yield item, batch
 
 
-def _on_device(items: Iterable[Parcel | ValueError], device: torch.device) -> Iterator[Batch]:
+def _on_device(
+    items: Iterable[Parcel | ValueError], device: torch.device, tell: Callable[[BadImage], None] | None = None
+) -> Iterator[Batch]:
     """Hand out batches on the device. With CUDA, the next one is copied and resized while the model works on this one."""
     if device.type != "cuda":
-        for parcel, batch in _receive(items, device):
+        for parcel, batch in _receive(items, device, tell):
             yield parcel.finish(batch.to(device))
         return
     side = torch.cuda.Stream(device)
     ready: Batch | None = None
     end: list[tuple[Parcel, Batch] | None] = [None]
-    for upcoming in chain(_receive(items, device), end):
+    for upcoming in chain(_receive(items, device, tell), end):
         main = torch.cuda.current_stream(device)
         main.wait_stream(side)  # `ready` has arrived; nothing else is on its way yet
         with torch.cuda.stream(side):

@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
+from fpn_det.engine.bad_files import listed
 from fpn_det.engine.meters import Pace
 from fpn_det.evaluation.coco import Evaluation
 from fpn_det.runtime import Ranks
@@ -113,6 +114,8 @@ class RunLog:
         Throughput is measured here, since the last call.
         """
         values = {**values, **pace.read(step)}
+        if bad_files := listed(self.folder):
+            values["data/bad_files"] = len(bad_files)
         eta_s = pace.eta_s(step)
         eta = "" if eta_s is None else f"eta {datetime.timedelta(seconds=round(eta_s))}"
         shown = [f"{name} {_number(value)}" for name, value in values.items() if "/" not in name]
