@@ -17,7 +17,8 @@ from typing import Literal
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from _paper.page import Results, write_pages
+from _paper.chart import draw_bars
+from _paper.page import DETECTION_METRICS, PROPOSAL_METRICS, Results, write_pages
 from _paper.pictures import draw_pyramids
 from _paper.rows import DETECTORS, PROPOSALS, Row
 from _paper.runs import finish, jobs_of, make_data
@@ -82,9 +83,12 @@ def main() -> None:
     page = Path(options.output) / f"{'paper_quick' if options.quick else 'paper'}.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.with_suffix(".json").write_text(json.dumps(asdict(results), indent=2) + "\n")
-    drawn = [row for row in rows if row in PROPOSALS or row.name == "feature_hierarchy"]
+    proposals, detectors = ([row for row in rows if row in table] for table in (PROPOSALS, DETECTORS))
+    draw_bars(results, proposals, PROPOSAL_METRICS, page.with_name(f"{page.stem}_proposals.png"))
+    draw_bars(results, detectors, DETECTION_METRICS, page.with_name(f"{page.stem}_detection.png"))
+    drawn = [*proposals, *(row for row in detectors if row.name == "feature_hierarchy")]
     draw_pyramids(drawn, data, folder, page.with_name(f"{page.stem}_maps.jpg"))
-    write_pages(results, [row for row in rows if row in PROPOSALS], [row for row in rows if row in DETECTORS], page)
+    write_pages(results, proposals, detectors, page)
     console.print(f"written: {page}, and the same as .html and .json")
 
 

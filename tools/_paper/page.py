@@ -15,23 +15,9 @@ from _paper.rows import Row
 
 PROPOSAL_METRICS = {"AR100": "AR100", "AR1000": "AR1000", "ARs1000": "small", "ARm1000": "medium", "ARl1000": "large"}
 DETECTION_METRICS = {"AP": "AP", "AP50": "AP50", "APs": "small", "APm": "medium", "APl": "large"}
+SIZES = ("small", "medium", "large")
 NAMES = PROPOSAL_METRICS | DETECTION_METRICS
-NOTES = Path(__file__).parent / "notes.md"  # what the numbers do not say themselves
-INTRODUCTION = """\
-The tables of *Feature Pyramid Networks for Object Detection* (Lin et al. 2017) in miniature: ResNet-18 from scratch in place of
-a pretrained ResNet-50, drawn shapes in place of COCO, 128 px in place of 800, minutes of one core in place of days of eight
-GPUs. The numbers mean nothing beside those of COCO; what can be compared is which row is better than which, by how much, and
-for which objects. `make paper` makes this page, `make paper-quick` a part of it.
-
-- **Data**: `datasets/make_shapes.py`, 3,200 + 300 images of 128 x 128 px with up to 16 objects of 8 to 107 px, and things that
-  are none. Small, medium and large are below 16, below 48 and from 48 px (square root of the area): COCO's 32 and 96 px halved,
-  so that the ranges hold 42, 44 and 14 % of the objects; in COCO these are 41, 34 and 24 %.
-- **Model**: anchors of 8 to 128 px and the levels of RoIs at a quarter of the paper's sizes, all necks 64 channels wide.
-- **Training**: AdamW, cosine; 600 steps of 4 images for proposals, 900 for detectors; the same images in the same order for
-  every row, three seeds. Numbers are means over seeds with their standard deviation.
-- Experiments are the paper's, `configs/experiment/paper/`, with `configs/miniature/` on top. In row (a) of Table 3 the head on
-  C4 has two layers, as in (b) and (c), not all of conv5: that would cost more per box than the backbone does per image.
-"""
+TEXTS = Path(__file__).parent
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
@@ -148,16 +134,18 @@ def write_pages(results: Results, proposals: Sequence[Row], detectors: Sequence[
     is_whole = all(claim.better in rows and claim.worse in rows for claim in CLAIMS)
     parts = [
         "# The pyramids of the FPN paper, side by side",
-        INTRODUCTION,
+        (TEXTS / "introduction.md").read_text().strip(),
         "## Proposals (Table 1)",
         "The RPN alone; average recall in percent, by the number of proposals and by the size of objects (among 1000 proposals).",
         table(results, proposals, PROPOSAL_METRICS),
+        f"![recall by size]({file.stem}_proposals.png)",
         "## Detection (Table 3 and Figure 1)",
         "Faster R-CNN; average precision in percent.",
         table(results, detectors, DETECTION_METRICS),
+        f"![precision by size]({file.stem}_detection.png)",
     ]
     if is_whole:
-        parts += ["## What the paper found", claims_table(results, rows), NOTES.read_text().strip()]
+        parts += ["## What the paper found", claims_table(results, rows), (TEXTS / "notes.md").read_text().strip()]
     else:
         parts += ["One seed of some rows: this shows that everything works, and ranks nothing."]
     parts += [
@@ -171,9 +159,9 @@ def write_pages(results: Results, proposals: Sequence[Row], detectors: Sequence[
     text = "\n\n".join(parts) + "\n"
     file.write_text(text)
     html = markdown.markdown(text, extensions=["tables", "fenced_code"])
-    for picture in file.parent.glob(f"{file.stem}_*.jpg"):
+    for picture in file.parent.glob(f"{file.stem}_*.[jp][pn]g"):
         data = base64.b64encode(picture.read_bytes()).decode()
-        html = html.replace(f'src="{picture.name}"', f'src="data:image/jpeg;base64,{data}"')
+        html = html.replace(f'src="{picture.name}"', f'src="data:image/{picture.suffix[1:].replace("jpg", "jpeg")};base64,{data}"')
     file.with_suffix(".html").write_text(PAGE.format(style=STYLE, body=html))
 
 
@@ -184,5 +172,5 @@ def measured(results: Results) -> str:
         f"torch {results.versions['torch']}, revision {results.versions['git']}, {results.versions['device']}. "
         f"The machine did other work meanwhile: on average {statistics.mean(loads):.1f} processes wanted one of its "
         f"{results.runs[0]['cores']} cores. So times are not those of the runs, but of single images and of training steps of 4 images, "
-        "measured afterwards: on one core, all rows in turns, by the clock of the process."
+        "measured afterwards in fp32: on one core, all rows in turns, by the clock of the process."
     )

@@ -1,4 +1,4 @@
-"""One image as every pyramid sees it, and the recall of objects by size."""
+"""One image as every pyramid sees it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from _paper.rows import Row
 from fpn_det import api
 from fpn_det.config import compose
 from fpn_det.engine.checkpoint import load_checkpoint
-from fpn_det.engine.panels import Picture, arrange, as_picture, scaled_to
+from fpn_det.engine.panels import GREY, Picture, arrange, as_picture, scaled_to
 from fpn_det.engine.pyramid_panels import heat, read_levels
 
 SIDE = 150  # px of each map
@@ -34,7 +34,7 @@ def draw_pyramids(rows: Sequence[Row], data: Path, folder: Path, file: Path) -> 
         image = scaled_to(as_picture(batch.pixels[0]), SIDE)
         maps.append({stride: heat(values, image) for stride, values in zip(levels.strides, levels.features, strict=True)})
     strides = sorted(set().union(*maps))
-    nothing = np.zeros_like(image)
+    nothing = np.full_like(image, GREY)
     pictures, titles = [], []
     for row, of_stride in zip(rows, maps, strict=True):
         pictures += [image, *(of_stride.get(stride, nothing) for stride in strides)]
