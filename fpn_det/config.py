@@ -120,9 +120,7 @@ class Settings:
     evaluation: EvaluationSettings
 
     def __post_init__(self) -> None:
-        known, best = self.evaluation.metric_names, self.trainer.best_metric
-        if best not in known:
-            raise ValueError(f"trainer.best_metric: expected one of {listed(known)}, got '{best}'.{did_you_mean(best, known)}")
+        self.trainer.check_best_metric(self.evaluation.metric_names)
         if self.model.get("roi_head", "") is None and self.evaluation.target == "detections":
             raise ValueError("evaluation: expected proposals of a model without an ROI head, got detections. Say evaluation=proposals.")
         if self.resume and self.init_from:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from fpn_det.data.collation import Canvas, Parcel, ResizeOn, SharedBuffers, check_canvas, pack
 from fpn_det.data.dataset import DetectionDataset, Example, Key
+from fpn_det.data.extremes import largest_batch
 from fpn_det.data.images import BadImage
 from fpn_det.data.sampling import GlobalBatches, evaluation_batches, micro_batches
 from fpn_det.runtime import Ranks
@@ -86,6 +87,12 @@ class TrainLoader:
         """The micro-batches of one step, made again here and now, on the device."""
         return list(_on_device(map(self._maker.__getitem__, self.keys(step)), self._device, self._tell))
 
+    def largest(self) -> Batch:
+        """A micro-batch of this rank that asks for the most memory, on the device; what it shows is black."""
+        num_images = self.batch_size // (self._ranks.world_size * self._accumulate)
+        maker = self._maker
+        return largest_batch(maker.dataset, num_images, maker.stride, maker.canvas).to(self._device)
+
     def keys(self, step: int) -> list[list[Key]]:
         """Which images, of which epoch, this rank sees in each micro-batch of a step."""
         epoch, indices = self._batches.slice(step)
@@ -136,9 +143,9 @@ class _BatchMaker(Dataset):
         if resize_on == "device":
             dataset.transform.check_resize_is_last()
         check_canvas(canvas, stride)
-        self._dataset = dataset
-        self._stride = stride
-        self._canvas = canvas
+        self.dataset = dataset
+        self.stride = stride
+        self.canvas = canvas
         self._resize_on = resize_on
         self._leave_out = leave_out
         # one more than is read ahead: the main process copies out of one while the worker may fill the others
@@ -150,15 +157,15 @@ class _BatchMaker(Dataset):
         try:
             for key in keys:
                 try:
-                    examples.append(self._dataset[key])
+                    examples.append(self.dataset[key])
                 except BadImage as error:
                     if not self._leave_out:
                         raise
                     bad.append(error)
             worker = get_worker_info()
             if worker is None or not examples:
-                return pack(examples, self._stride, self._canvas, self._resize_on, bad)
-            parcel = pack(examples, self._stride, self._canvas, self._resize_on, bad, self._buffers)
+                return pack(examples, self.stride, self.canvas, self._resize_on, bad)
+            parcel = pack(examples, self.stride, self.canvas, self._resize_on, bad, self._buffers)
             return replace(parcel, slot=(worker.id, self._buffers.slot))
         except ValueError as error:
             return error

@@ -34,6 +34,7 @@ def evaluate(
     settings: EvaluationSettings,
     dtype: torch.dtype | None = None,
     tta: Views | None = None,
+    with_losses: bool = False,
 ) -> Evaluation:
     """Detect on the images of `loader` and score the detections of all ranks, on all ranks.
 
@@ -46,6 +47,8 @@ def evaluate(
         settings: what is counted.
         dtype: that of autocast; None computes as the model is.
         tta: test-time augmentation; None looks once.
+        with_losses: measure the losses too, as the metric `loss` and its terms as statistics. The same anchors and boxes are
+            sampled every time.
     """
     start = time.perf_counter()
     finder = model.without_roi_head() if settings.target == "proposals" else model
@@ -53,26 +56,41 @@ def evaluate(
     images: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
     tables: list[DetectionTable] = []
     levels = torch.zeros(assigner.num_levels, dtype=torch.int64)
+    losses: dict[str, Tensor] = {}  # summed over images
     with evaluation_mode(model):
         for batch in loader:
             with torch.autocast(batch.pixels.device.type, dtype, enabled=dtype is not None):
                 detections = finder.detect(batch, tta)
+                for name, mean in (_losses(model, batch) if with_losses else {}).items():
+                    losses[name] = losses.get(name, 0) + mean * len(batch)
             levels = levels.to(detections.boxes.device) + count_levels(detections, assigner)
             batch_images, table = to_host(detections.to_original(batch), batch.indices)
             images.append(batch_images)
             tables.append(table)
 
-    shards = gather_objects((np.concatenate(images), DetectionTable.join(tables), levels.cpu().numpy()))
+    shards = gather_objects((np.concatenate(images), DetectionTable.join(tables), levels.cpu().numpy(), _to_floats(losses)))
     scored = None
     if shards is not None:
-        evaluated, found, counts = (list(column) for column in zip(*shards, strict=True))
+        evaluated, found, counts, sums = (list(column) for column in zip(*shards, strict=True))
         scored = score(annotations, DetectionTable.join(found), np.concatenate(evaluated), settings, cap)
         per_image = sum(counts) / max(scored.num_images, 1)
         names = [f"detections/P{assigner.first + index}" for index in range(assigner.num_levels)]
         statistics = dict(zip(names, per_image.tolist(), strict=True))
-        scored = replace(scored, statistics=statistics, seconds=time.perf_counter() - start)
+        means = {name: sum(part.get(name, 0.0) for part in sums) / scored.num_images for part in sums for name in part}
+        metrics: dict[str, float | None] = {**scored.metrics, **{name: means.pop(name) for name in ("loss",) if name in means}}
+        scored = replace(scored, metrics=metrics, statistics=statistics | means, seconds=time.perf_counter() - start)
     told = broadcast_object(scored and replace(scored, detections=DetectionTable.join([])))
     return scored or told
+
+
+@torch.no_grad()
+def _losses(model: Detector, batch: Batch) -> dict[str, Tensor]:
+    losses = model(batch, step=0)
+    return {"loss": losses.total(), **{f"val_loss/{name}": term for name, term in losses.terms.items()}}
+
+
+def _to_floats(scalars: dict[str, Tensor]) -> dict[str, float]:
+    return dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True)) if scalars else {}
 
 
 @contextmanager

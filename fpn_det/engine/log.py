@@ -127,7 +127,8 @@ class RunLog:
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """The tables of an evaluation, and a point per metric and class."""
-        self.info(f"evaluation at step {step}: {evaluation.num_images} images in {evaluation.seconds:.1f} s")
+        loss = f", loss {_number(evaluation.metrics['loss'] or 0)}" if "loss" in evaluation.metrics else ""
+        self.info(f"evaluation at step {step}: {evaluation.num_images} images in {evaluation.seconds:.1f} s{loss}")
         self._show(metrics_table(evaluation))
         self._show(classes_table(evaluation))
         for remark in evaluation.remarks():

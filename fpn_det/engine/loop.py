@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fpn_det.data.loading import TrainLoader
+from fpn_det.engine import memory
 from fpn_det.engine.log import RunLog
 from fpn_det.engine.meters import Meters, Pace, memory_mib
 from fpn_det.engine.optimization import Optimization
@@ -56,7 +57,9 @@ class Loop:
             seed_step(self.seed, step, self.ranks.rank)
             with pace.waiting():
                 micro_batches = [next(batches) for _ in range(self.trainer.accumulate)]
-            for losses in self.optimization.step(micro_batches, step):
+            with memory.explained(micro_batches[0]):
+                all_losses = self.optimization.step(micro_batches, step)
+            for losses in all_losses:
                 meters.add({"loss": losses.total(), **losses.terms, **losses.statistics})
             meters.add(self.optimization.measures())
             step += 1

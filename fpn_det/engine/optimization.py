@@ -141,6 +141,13 @@ class Optimization:
         self._update(step, finite)
         return losses
 
+    def rehearse(self, batches: Sequence[Batch]) -> None:
+        """Go through a whole step that changes nothing, to the bit: after an alarm, none does."""
+        alarm, scale, good_steps = self.alarm, self.scale.value, self.scale.good_steps
+        self.alarm = torch.zeros_like(alarm)
+        self.step(batches, step=0)
+        self.alarm, self.scale.value, self.scale.good_steps = alarm, scale, good_steps
+
     def measures(self) -> dict[str, Tensor]:
         """What is worth logging of the last step, on the device: the gradient's length before clipping (of the last good
         step, if this one was bad), and whether there is an alarm.

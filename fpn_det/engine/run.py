@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fpn_det.data.loading import TrainLoader
-from fpn_det.engine import nonfinite
+from fpn_det.engine import memory, nonfinite
 from fpn_det.engine.best import Best
 from fpn_det.engine.evaluate import evaluate, write_evaluation
 from fpn_det.engine.folder import RunFolder, versions
@@ -64,9 +64,7 @@ class Run:
     def __init__(
         self, parts: Parts, trainer: Trainer, precision: str, seed: int, ranks: Ranks, folder: RunFolder, log: RunLog
     ) -> None:
-        if trainer.best_metric not in parts.evaluation.metric_names:
-            names = ", ".join(parts.evaluation.metric_names)
-            raise ValueError(f"trainer.best_metric: expected one of {names}, got '{trainer.best_metric}'.")
+        trainer.check_best_metric(parts.evaluation.metric_names)
         self.parts = parts
         self.trainer = trainer
         self.seed = seed
@@ -101,6 +99,9 @@ class Run:
                 "For more, set a larger trainer.max_steps or trainer.epochs."
             )
             return 0
+        if self.trainer.probe:
+            self.optimization.model.train()
+            self.log.info(memory.probe(self.optimization, self.parts.train_loader.largest(), self.trainer.accumulate))
         with StopRequest() as stop:
             number = self._loop().run(self.first_step, stop)
         if number:
@@ -144,7 +145,9 @@ class Run:
         model = self.optimization.model_to_evaluate
         annotations = self.parts.val_annotations
         batches = stop.until_stopped(self.log.track(self.parts.val_loader, "evaluating"))
-        self.evaluation = evaluation = evaluate(model, batches, annotations, self.parts.evaluation, self.optimization.dtype)
+        self.evaluation = evaluation = evaluate(
+            model, batches, annotations, self.parts.evaluation, self.optimization.dtype, with_losses=self.trainer.val_loss
+        )
         weights: Literal["ema", "raw"] = "raw" if self.optimization.ema is None else "ema"
         checkpoint = f"step_{step:08d}.pt"
         on_main(lambda: write_evaluation(self.folder, evaluation, annotations, step, checkpoint, weights))

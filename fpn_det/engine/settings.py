@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fpn_det.schema import Amount, Count, CountOrZero, Positive, Share
+from fpn_det.schema import Amount, Count, CountOrZero, Positive, Share, did_you_mean, listed
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Trainer:
     keep_last: CountOrZero  # numbered checkpoints that stay; 0 = all
     best_metric: str  # decides which checkpoint is `best`
     early_stop: EarlyStop | None
+    val_loss: bool  # measure the losses on the validation images too, with every evaluation
+    probe: bool  # begin with a step of the largest images and most objects, which changes nothing but tells the peak of memory
     timeout_minutes: Positive  # until a rank that hears nothing from the others in the midst of a step gives up
 
     def __post_init__(self) -> None:
@@ -41,6 +44,13 @@ class Trainer:
             raise ValueError(f"trainer.batch_size: expected a multiple of trainer.accumulate={self.accumulate}, got {self.batch_size}.")
         if self.early_stop and not self.eval_every:
             raise ValueError("trainer.early_stop: expected evaluations on the way, got none. Set trainer.eval_every.")
+
+    def check_best_metric(self, names: Sequence[str]) -> None:
+        """Refuse a `best_metric` that is not among those that an evaluation gives."""
+        known = [*names, *(["loss"] if self.val_loss else [])]
+        if self.best_metric not in known:
+            way_out = " Set trainer.val_loss=true." if self.best_metric == "loss" else did_you_mean(self.best_metric, known)
+            raise ValueError(f"trainer.best_metric: expected one of {listed(known)}, got '{self.best_metric}'.{way_out}")
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """The length of the run."""

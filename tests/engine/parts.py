@@ -80,6 +80,9 @@ class TinyLoader:
         rows = self.order[step % self.steps_per_epoch, :, self.rank].tolist()
         return [self.touch(step, make_batch(row)) for row in rows]
 
+    def largest(self) -> Batch:
+        return self.rebuild(0)[0]
+
     def iterate(self, first_step: int) -> Iterator[Batch]:
         step = first_step
         while True:

@@ -14,6 +14,12 @@ def test_best_prefers_anything_to_undefined():
     assert [best.update(step, {"APs": value}) for step, value in [(1, None), (2, None), (3, 0.0), (4, None)]] == [True, False, True, False]
 
 
+def test_best_loss_is_the_smallest():
+    best = Best("loss")
+    assert [best.update(step, {"loss": value}) for step, value in [(1, 0.5), (2, 0.7), (3, 0.3)]] == [True, False, True]
+    assert (best.value, best.step, best.misses) == (0.3, 3, 0)
+
+
 def test_best_counts_evaluations_without_progress():
     best = Best("AP")
     misses = []

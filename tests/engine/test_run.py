@@ -12,6 +12,7 @@ import torch
 from parts import TinyDetector, TinyLoader, differences, make_annotations, make_batch, snapshot
 from rich.console import Console
 
+from fpn_det.engine.faults import Fault
 from fpn_det.engine.folder import choose_folder
 from fpn_det.engine.log import RunLog
 from fpn_det.engine.optimizers import SGD, AdamW
@@ -35,6 +36,8 @@ TRAINER = Trainer(
     keep_last=2,
     best_metric="AP",
     early_stop=None,
+    val_loss=False,
+    probe=False,
     timeout_minutes=1.0,
 )
 RECIPE = SGD(lr=0.5, base_batch_size=None)
@@ -272,6 +275,49 @@ def test_metric_names_are_those_of_an_evaluation(tmp_path):
     run.train()
     assert run.evaluation is not None
     assert tuple(run.evaluation.metrics) == run.parts.evaluation.metric_names
+
+
+def test_validation_loss_changes_nothing_but_the_record(tmp_path):
+    plain, measured = make_run(tmp_path / "plain"), make_run(tmp_path / "measured", val_loss=True)
+    plain.train(), measured.train()
+    assert differences(snapshot(plain.optimization), snapshot(measured.optimization)) == []
+    records = [json.loads(line) for line in (measured.folder / "metrics.jsonl").read_text().splitlines()]
+    expected = [json.loads(line) for line in (plain.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [{**record, "loss": None} for record in records] == [{**record, "loss": None} for record in expected]
+    model = measured.optimization.model_to_evaluate.eval()
+    with torch.no_grad():  # three images and one
+        batches = [measured.parts.val_loader[0], measured.parts.val_loader[1]]
+        by_hand = sum(len(batch) * model(batch, 0).total().item() for batch in batches) / 4
+    assert records[-1]["loss"] == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_best_may_be_the_smallest_loss(tmp_path):
+    run = make_run(tmp_path / "run", val_loss=True, best_metric="loss")
+    run.train()
+    losses = {record["step"]: record["loss"] for record in map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())}
+    assert run.best.step == min(losses, key=losses.__getitem__)
+    with pytest.raises(ValueError, match=r"trainer.best_metric: expected one of AP, .* got 'loss'. Set trainer.val_loss=true."):
+        make_run(tmp_path / "other", best_metric="loss")
+
+
+@pytest.mark.parametrize("options", [{"precision": "fp16", "accumulate": 2}, {"recipe": AdamW(lr=0.01, base_batch_size=None)}], ids=str)
+def test_probe_changes_nothing(tmp_path, options):
+    plain, probed = make_run(tmp_path / "plain", **options), make_run(tmp_path / "probed", probe=True, **options)
+    plain.train(), probed.train()
+    assert differences(result(plain), result(probed)) == []
+    assert f"probe: a step with {4 // options.get('accumulate', 1)} images of 8 x 8 px (h x w) with up to 1 objects takes" in log_of(probed)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory.\nTried"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+)
+def test_too_little_memory_ends_in_one_sentence(tmp_path, error):
+    run = make_run(tmp_path / "run")
+    run.parts.model.forward = lambda batch, step: (_ for _ in ()).throw(error)
+    with pytest.raises(Fault) as fault:
+        run.train()
+    assert str(fault.value).startswith("memory: expected room for 4 images of 8 x 8 px (h x w) with up to 1 objects, got: ")
+    assert "trainer.accumulate" in str(fault.value) and "\n" not in str(fault.value)
 
 
 def test_resume_refuses_other_classes(tmp_path):
