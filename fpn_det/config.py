@@ -20,7 +20,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -264,11 +264,22 @@ def read_yaml(text: str) -> DictConfig:
     if neck and "extra_level" in neck:  # before there could be several
         neck.extra_levels = int(neck.pop("extra_level"))
     root = OmegaConf.select(tree, "data.root")
+    for key in ("train.format", "val.format", "test.format", "check"):  # before there were other formats and a check
+        if OmegaConf.select(tree, f"data.{key}") is None:
+            OmegaConf.update(tree, f"data.{key}", True if key == "check" else None)
     for split in ("train", "val", "test") if root else ():
-        for name, path in (OmegaConf.select(tree, f"data.{split}") or {}).items():
-            if path is not None and path.startswith(f"{root}/"):
-                OmegaConf.update(tree, f"data.{split}.{name}", f"${{data.root}}{path.removeprefix(root)}")
+        for name in ("images", "annotations"):
+            paths = OmegaConf.select(tree, f"data.{split}.{name}")
+            several = isinstance(paths, ListConfig)
+            under = [_under_root(path, root) for path in (paths if several else [paths])]
+            OmegaConf.update(tree, f"data.{split}.{name}", under if several else under[0])
     return tree
+
+
+def _under_root(path: str | None, root: str) -> str | None:
+    if path is None or not (path == root or path.startswith(f"{root}/")):
+        return path
+    return f"${{data.root}}{path.removeprefix(root)}"
 
 
 def argument(name: str) -> str | None:

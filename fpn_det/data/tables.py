@@ -29,6 +29,36 @@ class Tables:
     states_classes: bool = True  # else the classes are those that happen to occur
     findings: list[Finding] = field(default_factory=list)  # what could not even become a record
 
+    def add_box(self, image: Record, category_id: int | None, corners: list[float], where: str, offset: int = 0, iscrowd: int = 0) -> None:
+        """Append an object that its format describes by corners x1, y1, x2, y2.
+
+        Args:
+            image: its record.
+            category_id: None for a class without name.
+            corners: NaN for what is no number; exchanged corners are put in order.
+            where: file and line, or the like.
+            offset: number of the first pixel. Equal corners are a slip of the mouse, not an object one pixel wide.
+            iscrowd: as in COCO.
+        """
+        x1, y1, x2, y2 = corners
+        if x1 > x2 or y1 > y2:
+            message = f"expected x1 <= x2 and y1 <= y2, got {x1:g}, {y1:g}, {x2:g}, {y2:g}; exchanged"
+            self.findings.append(Finding("box_corners_exchanged", message, "error", image["id"], image["file_name"], where=where))
+            x1, x2, y1, y2 = min(x1, x2), max(x1, x2), min(y1, y2), max(y1, y2)
+        if x1 < x2 and y1 < y2:
+            x1, y1 = x1 - offset, y1 - offset
+        self.annotations.append(
+            {
+                "id": len(self.annotations) + 1,
+                "image_id": image["id"],
+                "category_id": category_id,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": max(x2 - x1, 0.0) * max(y2 - y1, 0.0),
+                "iscrowd": iscrowd,
+                "where": where,
+            }
+        )
+
     @property
     def class_names(self) -> list[str]:
         """By category id, as far as the file makes sense."""

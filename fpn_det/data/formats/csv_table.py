@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from pathlib import Path
 
 from fpn_det.data.findings import Finding
@@ -67,17 +66,5 @@ def load(source: Path, folder: Path | None) -> Tables:
             message = f"expected the same size as before, got width {row['width']}, height {row['height']}"
             tables.findings.append(Finding("image_size_differs", message, image_id=image["id"], file_name=row["file"], where=where))
         if row["class"] or row["x1"]:
-            x1, y1, x2, y2 = (real(row[side]) for side in ("x1", "y1", "x2", "y2"))
-            box = [x1, y1, x2 - x1, y2 - y1]
-            tables.annotations.append(
-                {
-                    "id": len(tables.annotations) + 1,
-                    "image_id": image["id"],
-                    "category_id": category_of.get(row["class"]),
-                    "bbox": box,
-                    "area": abs(box[2] * box[3]) if all(map(math.isfinite, box)) else 0,
-                    "iscrowd": 0,
-                    "where": where,
-                }
-            )
+            tables.add_box(image, category_of.get(row["class"]), [real(row[side]) for side in ("x1", "y1", "x2", "y2")], where)
     return tables

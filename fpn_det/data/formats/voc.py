@@ -32,7 +32,8 @@ def load(source: Path, folder: Path | None, split: str, pixel_offset: int | None
     """
     root = source.parents[2] if source.is_file() and len(source.parents) > 2 else source
     files_in = root / "Annotations" if (root / "Annotations").is_dir() else root if source.is_dir() else source.parent
-    folder = folder or (root / "JPEGImages" if (root / "JPEGImages").is_dir() else files_in)
+    pictures = files_in.parent / "JPEGImages"
+    folder = folder or (pictures if pictures.is_dir() else files_in)
     tables = Tables(source, folder, [], [], [], states_classes=False)
     parsed: dict[str, ElementTree.Element | None] = {path.stem: _parse(path, tables) for path in sorted(files_in.glob("*.xml"))}
     if not parsed:
@@ -40,7 +41,7 @@ def load(source: Path, folder: Path | None, split: str, pixel_offset: int | None
     category_of = _categories(parsed, tables)
     offset = _pixel_offset(parsed) if pixel_offset is None else pixel_offset
     for stem in _stems(source, root, split) or list(parsed):
-        path, image_id = files_in / f"{stem}.xml", len(tables.images) + 1
+        path = files_in / f"{stem}.xml"
         element = parsed.get(stem)
         if element is None:
             if stem not in parsed:
@@ -49,27 +50,13 @@ def load(source: Path, folder: Path | None, split: str, pixel_offset: int | None
         name = _picture(element, stem, folder)
         size = [count(element.findtext(f"size/{side}", "").strip()) for side in ("height", "width")]
         height, width = size if all(size) else image_size(folder / name) or size
-        tables.images.append({"id": image_id, "file_name": name, "height": height, "width": width})
+        image = {"id": len(tables.images) + 1, "file_name": name, "height": height, "width": width}
+        tables.images.append(image)
         for number, item in enumerate(element.iter("object"), start=1):
-            where = f"{path.name} object {number}"
-            x1, y1, x2, y2 = (real((item.findtext(f"bndbox/{side}") or "").strip()) for side in SIDES)
-            if x1 > x2 or y1 > y2:
-                message = f"expected xmin <= xmax and ymin <= ymax, got {x1:g}, {y1:g}, {x2:g}, {y2:g}; exchanged"
-                tables.findings.append(Finding("box_corners_exchanged", message, image_id=image_id, file_name=name, where=where))
-                x1, x2, y1, y2 = min(x1, x2), max(x1, x2), min(y1, y2), max(y1, y2)
-            if x1 < x2 and y1 < y2:  # equal corners are a slip of the mouse, not an object one pixel wide
-                x1, y1 = x1 - offset, y1 - offset
-            tables.annotations.append(
-                {
-                    "id": len(tables.annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": category_of.get((item.findtext("name") or "").strip()),
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": max(x2 - x1, 0) * max(y2 - y1, 0),
-                    "iscrowd": int((item.findtext("difficult") or "").strip() == "1"),
-                    "where": where,
-                }
-            )
+            category_id = category_of.get((item.findtext("name") or "").strip())
+            corners = [real((item.findtext(f"bndbox/{side}") or "").strip()) for side in SIDES]
+            difficult = (item.findtext("difficult") or "").strip() == "1"
+            tables.add_box(image, category_id, corners, f"{path.name} object {number}", offset, int(difficult))
     return tables
 
 

@@ -38,13 +38,13 @@ def load(source: Path, folder: Path | None, split: str) -> Tables:
     base = folder or _common(files)
     tables = Tables(described, base, [], [], [{"id": number, "name": name} for number, name in enumerate(names)])
     for file in files:
-        image_id = len(tables.images) + 1
         height, width = image_size(file) or (0, 0)
-        tables.images.append({"id": image_id, "file_name": file.relative_to(base).as_posix(), "height": height, "width": width})
+        image = {"id": len(tables.images) + 1, "file_name": file.relative_to(base).as_posix(), "height": height, "width": width}
+        tables.images.append(image)
         labels = _labels_of(file)
         for number, line in enumerate(read_text(labels).splitlines() if labels.is_file() else [], start=1):
             where = f"{labels.name} line {number}"
-            place: dict[str, Any] = {"image_id": image_id, "file_name": file.name, "where": where}
+            place: dict[str, Any] = {"image_id": image["id"], "file_name": file.name, "where": where}
             values = [real(word) for word in line.split()]
             if not values:
                 continue
@@ -56,17 +56,8 @@ def load(source: Path, folder: Path | None, split: str) -> Tables:
                 tables.findings.append(Finding("label_columns", f"expected class cx cy w h, got '{line[:80]}'; left out", **place))
                 continue
             x, y, w, h = box
-            tables.annotations.append(
-                {
-                    "id": len(tables.annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": values[0],
-                    "bbox": [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height],
-                    "area": abs(w * width * h * height),
-                    "iscrowd": 0,
-                    "where": where,
-                }
-            )
+            category_id = int(values[0]) if values[0] % 1 == 0 else None
+            tables.add_box(image, category_id, [(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height], where)
     _report_lonely_labels(files, tables)
     return tables
 
