@@ -20,6 +20,7 @@ from fpn_det.data.images import BadImage
 from fpn_det.data.loading import EvalLoader, TrainLoader
 from fpn_det.data.looking import Look, look_at
 from fpn_det.data.overlap import without_shared
+from fpn_det.data.proposals import SavedProposals, read_proposals
 from fpn_det.data.reading import Examined, examine, judge, load_tables
 from fpn_det.data.sampling import GlobalBatches, check_divides
 from fpn_det.data.selection import drop_empty, select_images, split_images
@@ -103,7 +104,7 @@ def read_training_data(data: Data, seed: int) -> tuple[Annotations, Annotations]
     return train.share_memory(), val.share_memory()
 
 
-def read_evaluation_data(data: Data, split: Literal["val", "test"], class_names: Sequence[str], seed: int) -> Annotations:
+def read_evaluation_data(data: Data, split: SplitName, class_names: Sequence[str], seed: int) -> Annotations:
     """The ground truth to score against; its classes are those that the weights were trained for."""
     source: SplitName = "train" if split == "val" and data.val_fraction is not None else split
     examined = examine_split(data, source, class_names)
@@ -135,13 +136,31 @@ def _limited(annotations: Annotations, data: Data) -> Annotations:
 Tell = Callable[[BadImage], None]
 
 
+def read_saved_proposals(data: Data, split: SplitName, annotations: Annotations, train: bool) -> SavedProposals | None:
+    """Those of `data.proposals` for the images of a split; None where the model has an RPN."""
+    files = data.proposals
+    if files is None:
+        return None
+    file: str | None = getattr(files, split)
+    if file is None:
+        raise ValueError(f"data.proposals.{split}: expected a file in the COCO results format, got none.")
+    return read_proposals(Path(file), annotations, files.train_limit if train else files.eval_limit)
+
+
 def build_eval_loader(
-    settings: Settings, annotations: Annotations, stride: int, ranks: Ranks, device: torch.device, tell: Tell | None = None
+    settings: Settings,
+    annotations: Annotations,
+    stride: int,
+    ranks: Ranks,
+    device: torch.device,
+    tell: Tell | None = None,
+    split: SplitName = "val",
 ) -> EvalLoader:
-    """This rank's images as the model gets them; with `tell`, without those that cannot be used."""
+    """This rank's images as the model gets them; with `tell`, without those that cannot be used. `split` says whose they are."""
     data = settings.data
     transform = build_transforms(data.eval_transforms, data, "data.eval_transforms")
-    dataset = DetectionDataset(annotations, transform, settings.seed, data.reduced_decoding == "always")
+    proposals = read_saved_proposals(data, split, annotations, train=False)
+    dataset = DetectionDataset(annotations, transform, settings.seed, data.reduced_decoding == "always", proposals=proposals)
     where = (stride, data.canvas, device, data.resize_on, data.start_method, tell)
     return EvalLoader(dataset, data.eval_batch_size, ranks, data.num_workers, *where)
 
@@ -158,7 +177,9 @@ def build_train_loader(
     """This rank's share of the training batches; with `tell`, others take the place of images that cannot be used."""
     data, trainer = settings.data, settings.trainer
     transform = build_transforms(data.train_transforms, data, "data.train_transforms")
-    dataset = DetectionDataset(annotations, transform, settings.seed, data.reduced_decoding != "never", replace=tell is not None)
+    proposals = read_saved_proposals(data, "train", annotations, train=True)
+    reduce, replace_bad = data.reduced_decoding != "never", tell is not None
+    dataset = DetectionDataset(annotations, transform, settings.seed, reduce, replace_bad, proposals)
     parts = ranks.world_size * trainer.accumulate
     batches = GlobalBatches(annotations.sizes, trainer.batch_size, settings.seed, parts, data.group_by_aspect)
     where = (stride, data.canvas, device, data.resize_on, data.start_method, tell)
@@ -218,7 +239,7 @@ def build_parts(settings: Settings, ranks: Ranks, device: torch.device, log: Run
         for row in shown:
             log.picture(step, f"val/{val.path(row).name}", draw_comparison(val, evaluation.detections, row, named=named))
         log.picture(step, "train/batch", draw_batch(train_loader.rebuild(step)[0], train.class_names))
-        for batch in single_images(settings, val, shown[:1], model.stride, device):
+        for batch in single_images(settings, val, shown[:1], model.stride, device) if model.rpn else ():
             log.picture(step, "val/levels", draw_levels(read_levels(model, batch), batch))
 
     return Parts(

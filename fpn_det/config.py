@@ -59,6 +59,17 @@ class Split:
 
 
 @dataclass(frozen=True)
+class ProposalFiles:
+    """What a model without an RPN gets instead: boxes in the COCO results format."""
+
+    train: str
+    val: str
+    test: str | None  # read on demand
+    train_limit: Count  # the best of an image that are used
+    eval_limit: Count
+
+
+@dataclass(frozen=True)
 class Data:
     """Where pictures and boxes come from, and how they become batches."""
 
@@ -84,6 +95,7 @@ class Data:
     min_area: Amount  # a box smaller than this in the input frame goes, px^2
     train_transforms: dict[str, Node | None]  # in this order; null leaves one out
     eval_transforms: dict[str, Node | None]
+    proposals: ProposalFiles | None = None
 
     def __post_init__(self) -> None:
         for name in ("train", "val") if self.val_fraction is None else ("train",):
@@ -120,9 +132,14 @@ class Settings:
     evaluation: EvaluationSettings
 
     def __post_init__(self) -> None:
-        self.trainer.check_best_metric(self.evaluation.metric_names)
+        if not isinstance(self, EvalSettings):
+            self.trainer.check_best_metric(self.evaluation.metric_names)
         if self.model.get("roi_head", "") is None and self.evaluation.target == "detections":
             raise ValueError("evaluation: expected proposals of a model without an ROI head, got detections. Say evaluation=proposals.")
+        if self.model.get("rpn", "") is None and self.evaluation.target == "proposals":
+            raise ValueError("evaluation: expected detections of a model without an RPN, got proposals. Say evaluation=coco.")
+        if (self.model.get("rpn", "") is None) != (self.data.proposals is not None):
+            raise ValueError("data.proposals: expected with model.rpn=null only, and then always. See experiment=fast_rcnn_r50_fpn.")
         if self.resume and self.init_from:
             raise ValueError(
                 "resume: expected this or init_from, got both. resume goes on with a run, init_from starts a new one with its weights."
@@ -134,7 +151,7 @@ class EvalSettings(Settings):
     """Those of the run or checkpoint that is evaluated, and what to do with it."""
 
     checkpoint: str | None  # file; null = the run's best
-    split: Literal["val", "test"]
+    split: Literal["train", "val", "test"]
     weights: Literal["auto", "ema", "raw"]  # auto = the moving average if there is one
     tta: Views  # test-time augmentation
 

@@ -30,7 +30,7 @@ def _map_tensors(record: T, function) -> T:
         value = getattr(record, item.name)
         if isinstance(value, Tensor):
             changed[item.name] = function(value)
-        elif isinstance(value, Targets):
+        elif isinstance(value, Targets | Proposals):
             changed[item.name] = _map_tensors(value, function)
     return replace(record, **changed)  # type: ignore[type-var]
 
@@ -126,12 +126,17 @@ class Batch:
     original_sizes: Tensor  # i64 [B, 2], (h, w) in the original frame
     targets: Targets
     indices: Tensor  # i64 [B], rows of Annotations
+    proposals: Proposals | None = None  # of a saved file, for a model without an RPN
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def to(self, device: torch.device | str) -> Batch:
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def select(self, rows: slice) -> Batch:
+        """Some of the images, on the same canvas."""
+        return _map_tensors(self, lambda tensor: tensor[rows])
 
     def pin_memory(self) -> Batch:
         return _map_tensors(self, lambda tensor: tensor.pin_memory())
@@ -194,8 +199,14 @@ class Proposals:
     """The RPN's boxes after filtering: clipped to the image, best first, without gradient."""
 
     boxes: Tensor  # f32 [B, R, 4], input frame
-    logits: Tensor  # f32 [B, R]
+    logits: Tensor  # f32 [B, R]; 0 of those read from a file
     valid: Tensor  # bool [B, R]
+
+    @classmethod
+    def stack(cls, boxes: list[Tensor]) -> Proposals:
+        """Those of single images, `boxes[i]` [R, 4]; a row of zeros is an empty slot."""
+        stacked = torch.stack(boxes)
+        return cls(stacked, torch.zeros(stacked.shape[:2]), stacked.any(dim=2))
 
     def as_candidates(self) -> Candidates:
         """The same as candidates of a single class, "object"; K is 1."""

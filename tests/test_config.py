@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from fpn_det.schema import locate
 
 FILES = {str(path.relative_to(CONFIGS / "experiment").with_suffix("")): path for path in (CONFIGS / "experiment").rglob("*.yaml")}
 EXPERIMENTS = sorted(FILES)
-NEEDED = {"bccd": ["data.root=somewhere"]}  # what an experiment leaves to the command line
+# what an experiment leaves to the command line
+NEEDED = {"bccd": ["data.root=somewhere"]} | {
+    name: ["data.proposals.train=a.json", "data.proposals.val=b.json"] for name in EXPERIMENTS if re.search("fast_rcnn|table2", name)
+}
 
 # Where a choice of ours is not the default of a class that serves several places.
 CHOSEN = {

@@ -98,6 +98,13 @@ COMPOSED = [
     ("data.classes=[cat,cat]", "data.classes: expected names, each once, got ['cat', 'cat']."),
     ("trainer.accumulate=3", "trainer.batch_size: expected a multiple of trainer.accumulate=3, got 16."),
     ("model.roi_head=null", "evaluation: expected proposals of a model without an ROI head, got detections."),
+    ("model.rpn=null", "data.proposals: expected with model.rpn=null only, and then always."),
+    ("data.proposals={train:a,val:b,test:null,train_limit:9,eval_limit:9}", "data.proposals: expected with model.rpn=null only"),
+    ("experiment=fast_rcnn_r50_fpn data.proposals.val=a", "data.proposals.train: expected a value, got none."),
+    (
+        "experiment=fast_rcnn_r50_fpn data.proposals.train=a data.proposals.val=a evaluation=proposals trainer.best_metric=AR100",
+        "evaluation: expected detections of a model without an RPN, got proposals.",
+    ),
     (EARLY_STOP, "trainer.early_stop: expected evaluations on the way, got none."),
     # what would change nothing
     ("run=runs/x experiment=demo", "experiment: has no effect here: all settings come from run"),

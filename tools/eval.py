@@ -1,4 +1,4 @@
-"""Score a detector the COCO way: python tools/eval.py run=<folder>, or checkpoint=<file> [split=test] [setting=value ...].
+"""Score a detector the COCO way: python tools/eval.py run=<folder>, or checkpoint=<file> [split=test|train] [setting=value ...].
 
 Settings, classes and preprocessing are those that the checkpoint was trained with; data paths, device and the like may be
 given anew. `evaluation=proposals` measures the RPN's boxes, also those of a whole detector. Results go to
@@ -29,7 +29,7 @@ def score(settings: EvalSettings) -> None:
         model = api.build_model(settings, annotations.num_classes)
         weights = api.load_weights(model, state, str(path), settings.weights)
         model.to(device)
-        loader = api.build_eval_loader(settings, annotations, model.stride, ranks, device)
+        loader = api.build_eval_loader(settings, annotations, model.stride, ranks, device, split=settings.split)
         with RunLog(folder, ranks) as log:
             dtype = PRECISIONS[settings.precision]
             evaluation = evaluate(model, loader, annotations, settings.evaluation, dtype, settings.tta)

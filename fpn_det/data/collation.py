@@ -19,7 +19,7 @@ from torch import Tensor
 from fpn_det.data.dataset import Example
 from fpn_det.data.images import BadImage
 from fpn_det.data.resizing import Plan, Size
-from fpn_det.structures import Batch, Targets
+from fpn_det.structures import Batch, Proposals, Targets
 
 Canvas = Literal["batch"] | tuple[int, int]  # as large as the batch needs, or (H, W) px
 ResizeOn = Literal["worker", "device"]
@@ -38,6 +38,7 @@ class Parcel:
     labels: list[np.ndarray]
     indices: list[int]
     bad: list[BadImage]  # images that were to be here and cannot be used
+    proposals: list[np.ndarray]  # empty if there are none
     slot: tuple[int, int] | None = None  # (worker, number)
 
     def unpack(self) -> Batch:
@@ -48,6 +49,7 @@ class Parcel:
             original_sizes=torch.tensor(self.original_sizes),
             targets=Targets.pad(list(map(torch.from_numpy, self.boxes)), list(map(torch.from_numpy, self.labels))),
             indices=torch.tensor(self.indices),
+            proposals=Proposals.stack(list(map(torch.from_numpy, self.proposals))) if self.proposals else None,
         )
 
     def finish(self, batch: Batch) -> Batch:
@@ -126,7 +128,7 @@ def pack(
     The pixels are put in bytes from `memory(*shape)`. A batch without images tells of the `bad` ones only.
     """
     if not examples:
-        return Parcel(memory(0), (0, 0), [], [], [], [], [], [], list(bad))
+        return Parcel(memory(0), (0, 0), [], [], [], [], [], [], list(bad), [])
     plans = [example.plan for example in examples]
     height, width = canvas_size([plan.size for plan in plans], stride, canvas)
     kind = getattr(torch, examples[0].pixels.dtype.name)
@@ -153,6 +155,7 @@ def pack(
         [example.labels for example in examples],
         [example.index for example in examples],
         [*bad, *(row for example in examples for row in example.replaced)],
+        [example.proposals for example in examples if example.proposals is not None],
     )
 
 

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 from fpn_det.data.images import BadImage, read_image, reduction_to
+from fpn_det.data.proposals import SavedProposals
 from fpn_det.data.resizing import Plan, Size
 from fpn_det.data.transforms import Original, Pipeline
 from fpn_det.structures import Annotations
@@ -30,6 +31,7 @@ class Example:
     original_size: Size  # in the original frame
     index: int  # row of Annotations
     replaced: tuple[BadImage, ...] = ()  # images that were to be here and cannot be used
+    proposals: np.ndarray | None = None  # f32 [R, 4], input frame, best first; rows of zeros where there are no more
 
 
 class DetectionDataset:
@@ -38,16 +40,24 @@ class DetectionDataset:
     Args:
         reduce: decode JPEG files at a fraction of their size where the transforms are only a flip and a resize to less.
         replace: let another image, drawn by (seed, epoch, index) too, take the place of one that cannot be used.
+        proposals: of these images, to go with them.
     """
 
     def __init__(
-        self, annotations: Annotations, transform: Pipeline, seed: int, reduce: bool = False, replace: bool = False
+        self,
+        annotations: Annotations,
+        transform: Pipeline,
+        seed: int,
+        reduce: bool = False,
+        replace: bool = False,
+        proposals: SavedProposals | None = None,
     ) -> None:
         self.annotations = annotations
         self.transform = transform
         self.seed = seed
         self.reduce = reduce
         self.replace = replace
+        self.proposals = proposals
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -81,15 +91,20 @@ class DetectionDataset:
         except Exception as error:  # whatever a transform raises, it has to say at which image
             place = f"{self.annotations.path(index)} ({self._describe(index)})"
             raise ValueError(f"{place}: a transform failed: {type(error).__name__}: {error}") from error
-        return Example(prepared.pixels, prepared.plan, prepared.boxes, prepared.labels, original.size, index)
+        boxes, labels, proposals = prepared.boxes, prepared.labels, None
+        if self.proposals is not None:
+            boxes, labels, proposals = self.proposals.part(boxes, labels)
+        return Example(prepared.pixels, prepared.plan, boxes, labels, original.size, index, proposals=proposals)
 
     def original(self, index: int) -> Original:
-        """The image of a row, not read yet, with all that is drawn on it but crowd regions."""
+        """The image of a row, not read yet, with all that is drawn on it but crowd regions, and its proposals, if there are some."""
         height, width = self.annotations.sizes[index].tolist()
         rows = self.annotations.rows(index)
         drawn = ~self.annotations.iscrowd[rows].numpy()
         boxes, labels = self.annotations.boxes[rows].numpy()[drawn], self.annotations.labels[rows].numpy()[drawn]
         self._check(index, boxes, labels)
+        if self.proposals is not None:
+            boxes, labels = self.proposals.join(index, boxes, labels)
         return Original((height, width), boxes, labels, partial(self._read, index, (height, width)))
 
     def _read(self, index: int, size: Size, least: Size | None) -> np.ndarray:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from fpn_det.engine.checkpoint import load_checkpoint, save_checkpoint
 from fpn_det.engine.optimization import Optimization
 from fpn_det.models.detector import Detector
 from fpn_det.runtime import Ranks, agree_on_max, broadcast_object, gather_objects, on_main, seed_step
-from fpn_det.structures import Annotations, Batch, Targets
+from fpn_det.structures import Annotations, Batch, Proposals, Targets
 
 FOLDER = "nan_dump"
 NEVER = 2**62
@@ -84,7 +84,7 @@ def examine(
         images = []
         for number in range(len(batch)):
             with torch.no_grad(), autocast():
-                if not torch.isfinite(model(_image_alone(batch, number), step).total()):
+                if not torch.isfinite(model(batch.select(slice(number, number + 1)), step).total()):
                     images.append(number)
         examinations.append(Examination(found, _bad_inputs(batch), module, images))
     return examinations, gradient_norms
@@ -152,8 +152,12 @@ def load_dump(folder: Path, rank: int) -> tuple[dict[str, Any], dict[str, Any], 
         ValueError: it is not there, or damaged.
     """
     share = load_checkpoint(_share_of(folder, rank))
-    batches = [Batch(**{**batch, "targets": Targets(**batch["targets"])}) for batch in share["batches"]]
-    return load_checkpoint(folder / "checkpoint.pt"), share, batches
+    return load_checkpoint(folder / "checkpoint.pt"), share, list(map(_as_batch, share["batches"]))
+
+
+def _as_batch(record: dict[str, Any]) -> Batch:
+    proposals = record.get("proposals")
+    return Batch(**{**record, "targets": Targets(**record["targets"]), "proposals": proposals and Proposals(**proposals)})
 
 
 def _share_of(folder: Path, rank: int) -> Path:
@@ -227,14 +231,6 @@ def _bad_inputs(batch: Batch) -> list[tuple[str, int]]:
         finite = torch.isfinite(tensor).flatten(1).all(dim=1)
         found += [(what, number) for number, is_finite in enumerate(finite.tolist()) if not is_finite]
     return found
-
-
-def _image_alone(batch: Batch, number: int) -> Batch:
-    """One image of a batch, on the same canvas."""
-    row = slice(number, number + 1)
-    targets = Targets(**{field.name: getattr(batch.targets, field.name)[row] for field in fields(Targets)})
-    others = {field.name: getattr(batch, field.name)[row] for field in fields(Batch) if field.name != "targets"}
-    return replace(batch, targets=targets, **others)
 
 
 def _describe_image(annotations: Annotations, row: int) -> dict[str, Any]:

@@ -42,6 +42,8 @@ class Levels:
 def read_levels(model: Detector, batch: Batch) -> Levels:
     """Look into a detector at work on the one image of a batch, which is on its device."""
     assert len(batch) == 1, "one image at a time"
+    if model.rpn is None:
+        raise ValueError("levels: expected a model with an RPN, got one without: there are no anchors to show.")
     with evaluation_mode(model):
         pyramid = model.pyramid(batch)
         output = model.rpn(pyramid)

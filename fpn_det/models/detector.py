@@ -1,4 +1,4 @@
-"""Faster R-CNN on a Feature Pyramid Network, assembled; or its RPN alone."""
+"""Faster R-CNN on a Feature Pyramid Network, assembled; or one of its two stages alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class Detector(nn.Module):
         num_classes: K, foreground only.
         backbone: gives maps, and declares their channels and strides.
         neck, rpn, roi_head: make the parts, from what the part before declares. Without an ROI head (None) the RPN alone is
-            trained, and its proposals are the detections, all of label 0.
+            trained, and its proposals are the detections, all of label 0. Without an RPN the ROI head is (Fast R-CNN), on the
+            proposals that come with the batch.
         pixel_mean, pixel_std: of the three channels, in the order that `channel_order` names; on 0..255.
         pixel_divisor: by which pixels are divided before that; with 255, mean and deviation are those of 0..1.
         channel_order: what the backbone's weights expect, `rgb` or `bgr`; batches are always RGB.
@@ -47,7 +48,7 @@ class Detector(nn.Module):
         num_classes: int,
         backbone: ResNet,
         neck: Callable[..., Neck] = FPN,
-        rpn: Callable[..., RPN] = RPN,
+        rpn: Callable[..., RPN] | None = RPN,
         roi_head: Callable[..., ROIHead] | None = ROIHead,
         pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53),
         pixel_std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375),
@@ -63,12 +64,14 @@ class Detector(nn.Module):
             raise ValueError(f"Detector: expected at least one class, got num_classes={num_classes}.")
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"model.channel_order: expected rgb or bgr, got '{channel_order}'.")
+        if rpn is None and roi_head is None:
+            raise ValueError("model: expected an RPN, an ROI head or both, got neither.")
         self.num_classes = num_classes
+        self.backbone = backbone
         self.neck = neck(in_channels=backbone.channels, in_strides=backbone.strides)
         backbone.end_after(self.neck.num_inputs or len(backbone.channels))
-        self.backbone = backbone
         self.stride = max(backbone.strides)
-        self.rpn = rpn(channels=self.neck.channels, strides=self.neck.strides, canvas_stride=self.stride)
+        self.rpn = rpn and rpn(channels=self.neck.channels, strides=self.neck.strides, canvas_stride=self.stride)
         self.roi_head = roi_head and roi_head(channels=self.neck.channels, strides=self.neck.roi_strides, num_classes=num_classes)
         self.assigner = self.roi_head.pooler.assigner if self.roi_head else LevelAssigner(self.neck.roi_strides)
         self.pixel_divisor = pixel_divisor
@@ -89,19 +92,23 @@ class Detector(nn.Module):
         return Losses.mean([self._losses(view, step) for view, _ in self.train_views.of(batch, self.stride)])
 
     def _losses(self, batch: Batch, step: int) -> Losses:
-        pyramid = self.pyramid(batch)
-        rpn = self.rpn(pyramid)
-        losses = self.rpn.losses(rpn, pyramid, batch, step)
-        if self.roi_head is None:
-            return losses
-        proposals = self.rpn.propose(rpn, batch, self.rpn.train_filter)
-        return losses | self.roi_head.losses(pyramid, proposals, batch, step)
+        pyramid, losses = self.pyramid(batch), Losses()
+        if self.rpn:
+            output = self.rpn(pyramid)
+            losses = self.rpn.losses(output, pyramid, batch, step)
+        if self.roi_head:
+            proposals = self.rpn.propose(output, batch, self.rpn.train_filter) if self.rpn else _given(batch)
+            losses |= self.roi_head.losses(pyramid, proposals, batch, step)
+        return losses
 
     @torch.no_grad()
     def detect(self, batch: Batch, views: Views | None = None) -> Detections:
         """Detections in the input frame; with test-time augmentation, those of all its `views`."""
         candidates = self.raw(batch) if views is None else views.merge(self.raw, batch, self.stride)
-        return self.roi_head.select(candidates, batch) if self.roi_head else self.rpn.select(candidates)
+        if self.roi_head:
+            return self.roi_head.select(candidates, batch)
+        assert self.rpn is not None
+        return self.rpn.select(candidates)
 
     @torch.no_grad()
     def raw(self, batch: Batch) -> Candidates:
@@ -115,11 +122,11 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def propose(self, batch: Batch) -> Proposals:
-        """The RPN's answer alone, with its test filter."""
+        """The RPN's answer alone, with its test filter; without an RPN, what comes with the batch."""
         return self._proposals(self.pyramid(batch), batch)
 
     def _proposals(self, pyramid: Pyramid, batch: Batch) -> Proposals:
-        return self.rpn.propose(self.rpn(pyramid), batch, self.rpn.test_filter)
+        return self.rpn.propose(self.rpn(pyramid), batch, self.rpn.test_filter) if self.rpn else _given(batch)
 
     def pyramid(self, batch: Batch) -> Pyramid:
         """Normalise, blank the padding, and run backbone and neck."""
@@ -145,7 +152,10 @@ class Detector(nn.Module):
     @property
     def max_detections(self) -> int:
         """D, per image."""
-        return self.roi_head.max_detections if self.roi_head else self.rpn.test_filter.post_nms
+        if self.roi_head:
+            return self.roi_head.max_detections
+        assert self.rpn is not None
+        return self.rpn.test_filter.post_nms
 
     def without_roi_head(self) -> Detector:
         """The same detector, with the same weights, whose detections are its proposals."""
@@ -161,3 +171,9 @@ class Detector(nn.Module):
         self.backbone.load_pretrained()
         if self.roi_head and isinstance(self.roi_head.box_head, Conv5Head):
             self.roi_head.box_head.load_pretrained()
+
+
+def _given(batch: Batch) -> Proposals:
+    if batch.proposals is None:
+        raise ValueError("model.rpn: expected proposals in the batch for a model without an RPN, got none. Set data.proposals.")
+    return batch.proposals

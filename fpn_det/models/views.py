@@ -64,8 +64,11 @@ def look(batch: Batch, scale: float, mirrored: bool, stride: int) -> Batch:
     columns = _resampling(batch.sizes[:, 1], sizes[:, 1], batch.pixels.shape[3], width, mirrored)
     with torch.autocast(batch.pixels.device.type, enabled=False):  # gray levels need more than 8 bits
         pixels = rows @ batch.pixels.float() @ columns.transpose(2, 3)  # [B, 3, H, W] -> [B, 3, H', W']
-    boxes = carry(batch.targets.boxes, batch.sizes, sizes, mirrored)
-    return replace(batch, pixels=pixels, sizes=sizes, targets=replace(batch.targets, boxes=boxes))
+    boxed = {}
+    for name in ("targets", "proposals"):
+        if (record := getattr(batch, name)) is not None:
+            boxed[name] = replace(record, boxes=carry(record.boxes, batch.sizes, sizes, mirrored))
+    return replace(batch, pixels=pixels, sizes=sizes, **boxed)
 
 
 def carry(boxes: Tensor, source: Tensor, target: Tensor, mirrored: bool) -> Tensor:

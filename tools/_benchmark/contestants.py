@@ -114,6 +114,7 @@ class Ours(Contestant):
 
     def rpn_loss(self) -> Run:
         pyramid, rpn = self._pyramid(), self.model.rpn
+        assert rpn is not None, "the benchmark's settings have one"
 
         def step() -> None:
             leaves = self._leaves(pyramid)

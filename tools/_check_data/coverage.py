@@ -51,7 +51,14 @@ class Coverage:
 
 
 def cover(annotations: Annotations, model: Detector, transform: Pipeline) -> Coverage:
-    """Lay the boxes into the input frame of the evaluation, and find the best anchor of each."""
+    """Lay the boxes into the input frame of the evaluation, and find the best anchor of each.
+
+    Raises:
+        ValueError: the model has no anchors.
+    """
+    rpn = model.rpn
+    if rpn is None:
+        raise ValueError("tools/check_data.py: expected a model with an RPN, got one without, and so without anchors. Name another experiment.")
     owners = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets.numpy()))
     rows = np.flatnonzero(~annotations.iscrowd.numpy())
     sizes = annotations.sizes.numpy()
@@ -59,18 +66,18 @@ def cover(annotations: Annotations, model: Detector, transform: Pipeline) -> Cov
     scale = (input_sizes / np.maximum(sizes, 1))[owners[rows]]
     boxes = annotations.boxes.numpy()[rows] * np.tile(scale[:, ::-1], 2)
     canvases = -(-input_sizes[owners[rows]] // model.stride) * model.stride
-    cells = model.rpn.anchors.cell_anchors  # [L, A, 4]
+    cells = rpn.anchors.cell_anchors  # [L, A, 4]
     shapes = (cells[..., 2:] - cells[..., :2]).double()
     return Coverage(
         rows=rows,
         boxes=boxes,
         levels=model.assigner(torch.from_numpy(boxes)).numpy(),
-        ious=_best_ious(boxes, canvases, shapes.numpy(), model.rpn.anchors.strides, model.rpn.anchors.offset),
+        ious=_best_ious(boxes, canvases, shapes.numpy(), rpn.anchors.strides, rpn.anchors.offset),
         names=[f"P{model.assigner.first + index}" for index in range(model.assigner.num_levels)],
         anchor_sizes=sorted({round(float(side), 3) for side in shapes.prod(dim=2).sqrt().flatten()}),
         anchor_ratios=sorted({round(float(ratio), 3) for ratio in (shapes[..., 1] / shapes[..., 0]).flatten()}),
-        threshold=model.rpn.matcher.positive_iou,
-        background=model.rpn.matcher.negative_iou,
+        threshold=rpn.matcher.positive_iou,
+        background=rpn.matcher.negative_iou,
     )
 
 

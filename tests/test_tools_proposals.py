@@ -1,0 +1,26 @@
+"""Fast R-CNN in two runs, as one types it: an RPN, its proposals on the training images, and a second stage on them."""
+
+from __future__ import annotations
+
+import json
+
+from tiny import TINY
+
+
+def test_a_second_stage_is_trained_on_the_proposals_of_an_rpn(shapes_dataset, run_tool, tmp_path):
+    few = ["trainer.max_steps=1", "trainer.batch_size=2", "data.max_images=4", "data.eval_batch_size=4", *TINY[1:4]]
+    common = ["experiment=demo", f"data.root={shapes_dataset}", "data.val=${data.train}", *few]
+    rpn = ["run_dir=rpn", "model.roi_head=null", "evaluation=proposals", "trainer.best_metric=ARs300"]
+    trained = run_tool("train.py", *common, *rpn)
+    assert trained.returncode == 0, trained.stderr
+    scored = run_tool("eval.py", "run=rpn", "evaluation=proposals", "split=train", "model.rpn.test_filter.post_nms=60")
+    assert scored.returncode == 0, scored.stderr
+    file = tmp_path / "rpn" / "eval" / "best_train_proposals" / "predictions.json"
+    counts = [row["image_id"] for row in json.loads(file.read_text())]
+    assert {counts.count(image_id) for image_id in (1, 2, 3, 4)} == {60} and len(counts) == 240
+
+    files = f"data.proposals={{train: {file}, val: {file}, test: null, train_limit: 50, eval_limit: 50}}"
+    trained = run_tool("train.py", *common, "run_dir=fast", "model.rpn=null", files)
+    assert trained.returncode == 0, trained.stderr
+    metrics = json.loads((tmp_path / "fast" / "metrics.json").read_text())
+    assert metrics["AP"] is not None and metrics["num_images"] == 4
