@@ -168,7 +168,7 @@ def build_eval_loader(
 def single_images(settings: Settings, annotations: Annotations, rows: Sequence[int], stride: int, device: torch.device) -> EvalLoader:
     """The images of some rows as the model gets them, one by one; `Batch.indices` count within `rows`."""
     alone = replace(settings, data=replace(settings.data, eval_batch_size=1, num_workers=0))
-    return build_eval_loader(alone, select_images(annotations, torch.tensor(rows)), stride, Ranks(), device)
+    return build_eval_loader(alone, select_images(annotations, torch.tensor(rows, dtype=torch.int64)), stride, Ranks(), device)
 
 
 def build_train_loader(

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
-from _paper import page
+from _paper import page, runs
 from _paper.rows import DETECTORS, PROPOSALS
 from _paper.runs import finish, jobs_of
 from fpn_det.config import compose
@@ -52,8 +52,8 @@ def test_a_run_that_fails_says_why(tmp_path):
 
 
 def results(numbers: dict[str, list[float]]) -> page.Results:
-    runs = [{"row": row, "metrics": {"AP": value}} for row, values in numbers.items() for value in values]
-    return page.Results(runs, {}, {})
+    found = [{"row": row, "metrics": {"AP": value}} for row, values in numbers.items() for value in values]
+    return page.Results(found, {}, {})
 
 
 @pytest.mark.parametrize(
@@ -84,3 +84,16 @@ def test_a_wrong_command_line_is_refused(word, words):
     with pytest.raises(ValueError) as refusal:
         parse([word])
     assert words in str(refusal.value)
+
+
+@pytest.mark.slow
+def test_the_quick_list_ends_with_pages_and_is_not_trained_again(run_tool, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "SHAPES", (*runs.SHAPES, "--train", "8", "--val", "8"))
+    words = ["quick=true", "data=shapes", "output=pages", "trainer.max_steps=1", "data.num_workers=0", "precision=fp32"]
+    first = run_tool("paper.py", *words)
+    assert first.returncode == 0, first.stderr
+    page = (tmp_path / "pages" / "paper_quick.md").read_text()
+    assert "FPN" in page and "ranks nothing" in page and "data:image/png" in (tmp_path / "pages" / "paper_quick.html").read_text()
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "paper").rglob("*.pt")}
+    assert made and run_tool("paper.py", *words).returncode == 0
+    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "paper").rglob("*.pt")}

@@ -23,7 +23,6 @@ from _paper.pictures import draw_pyramids
 from _paper.rows import DETECTORS, PROPOSALS, Row
 from _paper.runs import finish, jobs_of, make_data
 from _paper.speed import measure
-from fpn_det.engine.folder import versions
 from fpn_det.schema import Count, fit
 
 
@@ -79,7 +78,7 @@ def main() -> None:
     costs = folder / ("costs_quick.json" if options.quick else "costs.json")
     if not costs.is_file():
         costs.write_text(json.dumps(measure({row.name: row for row in rows}, data, folder, overrides), indent=2) + "\n")
-    results = Results(runs, json.loads(costs.read_text()), versions())
+    results = Results(runs, json.loads(costs.read_text()), json.loads((jobs[0].folder / "versions.json").read_text()))
     page = Path(options.output) / f"{'paper_quick' if options.quick else 'paper'}.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.with_suffix(".json").write_text(json.dumps(asdict(results), indent=2) + "\n")

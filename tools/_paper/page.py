@@ -145,6 +145,12 @@ def write_pages(results: Results, proposals: Sequence[Row], detectors: Sequence[
         f"![precision by size]({file.stem}_detection.png)",
     ]
     if is_whole:
+        seconds = {name: cost["inference_s"] for name, cost in results.costs.items()}
+        one, pyramid, fpn = (seconds[name] for name in ("table3_a", "image_pyramid", "table3_c"))
+        parts += [
+            f"\"Inference time increases considerably\": the image pyramid takes {pyramid / one:.1f} times as long as the same detector on "
+            f"one scale, and {pyramid / fpn:.1f} times as long as the FPN."
+        ]
         parts += ["## What the paper found", claims_table(results, rows), (TEXTS / "notes.md").read_text().strip()]
     else:
         parts += ["One seed of some rows: this shows that everything works, and ranks nothing."]
