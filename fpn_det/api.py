@@ -22,7 +22,7 @@ from fpn_det.data.looking import Look, look_at
 from fpn_det.data.overlap import without_shared
 from fpn_det.data.proposals import SavedProposals, read_proposals
 from fpn_det.data.reading import Examined, examine, judge, load_tables
-from fpn_det.data.sampling import GlobalBatches, check_divides
+from fpn_det.data.sampling import GlobalBatches, check_divides, describe_repeats, repeat_factors
 from fpn_det.data.selection import drop_empty, select_images, split_images
 from fpn_det.data.transforms import Pipeline
 from fpn_det.engine.bad_files import BadFiles
@@ -181,7 +181,8 @@ def build_train_loader(
     reduce, replace_bad = data.reduced_decoding != "never", tell is not None
     dataset = DetectionDataset(annotations, transform, settings.seed, reduce, replace_bad, proposals)
     parts = ranks.world_size * trainer.accumulate
-    batches = GlobalBatches(annotations.sizes, trainer.batch_size, settings.seed, parts, data.group_by_aspect)
+    repeats = repeat_factors(annotations, data.repeat_threshold)[0] if data.repeat_threshold else None
+    batches = GlobalBatches(annotations.sizes, trainer.batch_size, settings.seed, parts, data.group_by_aspect, repeats)
     where = (stride, data.canvas, device, data.resize_on, data.start_method, tell)
     return TrainLoader(dataset, batches, ranks, trainer.accumulate, data.num_workers, *where)
 
@@ -232,6 +233,8 @@ def build_parts(settings: Settings, ranks: Ranks, device: torch.device, log: Run
     bad_files = BadFiles(log.folder, len(train) + len(val), settings.data.max_bad_fraction, log.info)
     tell = bad_files if settings.data.on_error == "skip" else None
     train_loader = build_train_loader(settings, train, model.stride, ranks, device, tell)
+    if settings.data.repeat_threshold:
+        log.info(describe_repeats(*repeat_factors(train, settings.data.repeat_threshold), train.class_names))
     shown = some_images(val, SHOWN_IMAGES)
     named = settings.evaluation.target == "detections"
 

@@ -35,7 +35,7 @@ from fpn_det.engine.settings import Trainer
 from fpn_det.evaluation.coco import EvaluationSettings
 from fpn_det.models.views import Views
 from fpn_det.runtime import is_echo
-from fpn_det.schema import Amount, Count, CountOrZero, Fraction, Share, check_names, did_you_mean, fit, listed
+from fpn_det.schema import Amount, Count, CountOrZero, Fraction, Positive, Share, check_names, did_you_mean, fit, listed
 
 PACKAGE = Path(__file__).parent
 HYDRA = Path(hydra.__file__).parent
@@ -90,6 +90,7 @@ class Data:
     reduced_decoding: Literal["never", "train", "always"]  # of JPEG files at 1/2, 1/4 or 1/8, if the resize asks for less
     canvas: Literal["batch"] | tuple[Count, Count]  # size of a batch: its largest image's, or [H, W] always
     group_by_aspect: bool  # batches of landscape or of portrait images
+    repeat_threshold: Positive | None  # repeat images of classes that are in less than this share of them; null = never
     eval_batch_size: Count  # images per rank
     min_visibility: Fraction  # a box of which a transform leaves less than this goes
     min_area: Amount  # a box smaller than this in the input frame goes, px^2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +15,7 @@ from fpn_det.data.resizing import Plan, Size
 from fpn_det.data.transforms import Original, Pipeline
 from fpn_det.structures import Annotations
 
-Key = tuple[int, int]  # (row of Annotations, epoch)
+Key = tuple[int, int]  # (row of Annotations, epoch); see GlobalBatches.showings
 
 SHOWN_IDS = 8  # of annotations in a message
 MOST_IN_A_ROW = 10  # images that one image is replaced by, one after another
@@ -105,7 +106,10 @@ class DetectionDataset:
         self._check(index, boxes, labels)
         if self.proposals is not None:
             boxes, labels = self.proposals.join(index, boxes, labels)
-        return Original((height, width), boxes, labels, partial(self._read, index, (height, width)))
+        return Original((height, width), boxes, labels, partial(self._read, index, (height, width)), self._other)
+
+    def _other(self, draw: random.Random) -> Original:
+        return self.original(draw.randrange(len(self)))
 
     def _read(self, index: int, size: Size, least: Size | None) -> np.ndarray:
         path = self.annotations.path(index)

@@ -95,8 +95,9 @@ class TrainLoader:
 
     def keys(self, step: int) -> list[list[Key]]:
         """Which images, of which epoch, this rank sees in each micro-batch of a step."""
-        epoch, indices = self._batches.slice(step)
-        return [[(index, epoch) for index in row] for row in micro_batches(indices, self._ranks, self._accumulate).tolist()]
+        _, indices = self._batches.slice(step)
+        rows, showings = (micro_batches(part, self._ranks, self._accumulate).tolist() for part in (indices, self._batches.showings(step)))
+        return [list(zip(*pair, strict=True)) for pair in zip(rows, showings, strict=True)]
 
 
 class EvalLoader:

@@ -10,10 +10,12 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
+from fpn_det.data.mixing import Mixing, Scene
 from fpn_det.data.resizing import Backend, Plan, Rounding, Size, resize, resized_size
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else the import asks the network for a newer version
@@ -28,6 +30,11 @@ class Original:
     boxes: np.ndarray  # f64 [G, 4] xyxy; what lies outside is clipped
     labels: np.ndarray  # i64 [G]
     read: Callable[[Size | None], np.ndarray]  # u8 [h, w, 3] RGB, in full, or reduced to no less than this
+    other: Callable[[random.Random], Original] | None = None  # draws another image of the same data set
+
+    def scene(self) -> Scene:
+        """What was drawn, all of it visible."""
+        return Scene(self.read(None), self.boxes, self.labels, np.ones(len(self.boxes)))
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,8 @@ class Pipeline:
     flips and the last ResizeShortestSide of the chain are drawn and applied to the boxes, but only planned for the pixels.
 
     Args:
-        transforms: any of albumentations' transforms or compositions that leave uint8 RGB, in their order.
+        transforms: any of albumentations' transforms or compositions that leave uint8 RGB, in their order; those that mix
+            several images first.
         min_visibility: a box goes when a smaller share of its area is left, after all cuts together; in [0, 1].
         min_area: a box smaller than this in the input frame goes; px^2.
     """
@@ -55,7 +63,7 @@ class Pipeline:
     def __init__(self, transforms: Sequence[Any], min_visibility: float = 0.0, min_area: float = 1.0) -> None:
         self.min_visibility = min_visibility
         self.min_area = min_area
-        self.head, self.tail = _split(transforms)
+        self.mixing, self.head, self.tail = _split(transforms)
         in_float = any(isinstance(step, Normalize) or getattr(step, "backend", "") == "torch_float" for step in self.head)
         self.dtype = np.dtype(np.float32 if in_float else np.uint8)  # after the head
         # the no-op takes boxes, which albumentations asks of at least one transform
@@ -91,14 +99,17 @@ class Pipeline:
         words = np.random.SeedSequence(key).generate_state(4)
         random_state = random.Random(words.tobytes())
         size, pixels = original.size, None
+        boxes, labels, visible = original.boxes, original.labels, np.ones(len(original.boxes))
+        if self.mixing:
+            scene = self._mix(original, random_state)
+            size, pixels, boxes, labels, visible = scene.size, scene.pixels, scene.boxes, scene.labels, scene.visible
         # Relative coordinates in float64: a change of scale then leaves them as they are, to the bit.
         # Columns: x1, y1, x2, y2, row, share of the area that is still visible.
-        rows = np.arange(len(original.boxes))
-        table = np.column_stack([original.boxes / (size[1], size[0], size[1], size[0]), rows, np.ones(len(rows))])
+        table = np.column_stack([boxes / (size[1], size[0], size[1], size[0]), np.arange(len(boxes)), visible])
         table = self._keep_visible(table)
         if self.head:
             self.compose.set_random_state(np.random.default_rng(words), random_state)
-            result = self.compose(image=original.read(None), bboxes=table)
+            result = self.compose(image=original.read(None) if pixels is None else pixels, bboxes=table)
             pixels, table = result["image"], result["bboxes"]
             if pixels.dtype != self.dtype or pixels.ndim != 3 or pixels.shape[2] != 3:
                 found = f"{pixels.dtype} {list(pixels.shape)}"
@@ -115,7 +126,17 @@ class Pipeline:
         boxes = (corners * (width, height, width, height)).astype(np.float32)
         sides = boxes[:, 2:] - boxes[:, :2]
         keep = (sides > 0).all(axis=1) & (sides.prod(axis=1) >= self.min_area)
-        return Prepared(pixels, plan, boxes[keep], original.labels[table[keep, 4].astype(np.int64)])
+        return Prepared(pixels, plan, boxes[keep], labels[table[keep, 4].astype(np.int64)])
+
+    def _mix(self, original: Original, random_state: random.Random) -> Scene:
+        scene = original.scene()
+        for step in self.mixing:
+            if random_state.random() < step.p:
+                if original.other is None:
+                    raise ValueError(f"{type(step).__name__}: expected images of a data set, got a single one. Leave it to training.")
+                others = [original.other(random_state).scene() for _ in range(step.num_others)]
+                scene = step(scene, others, random_state)
+        return scene
 
     def check_resize_is_last(self) -> None:
         """Refuse a chain of which the resize cannot be planned.
@@ -151,12 +172,16 @@ class Pipeline:
         there = (sides > 0).all(axis=1)  # not where a coordinate is NaN
         table, clipped, sides = table[there], clipped[there], sides[there]
         visible = table[:, 5] * sides.prod(axis=1) / (table[:, 2:4] - table[:, :2]).prod(axis=1)
-        return np.column_stack([clipped, table[:, 4], visible])[visible >= self.min_visibility]
+        return np.column_stack([clipped, table[:, 4], visible])[(visible >= self.min_visibility) & (visible > 0)]
 
 
-def _split(transforms: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """A chain without the moves at its end that can be planned, and those: flips, and one ResizeShortestSide."""
-    head, tail = list(transforms), list[Any]()
+def _split(transforms: Sequence[Any]) -> tuple[list[Mixing], list[Any], list[Any]]:
+    """The steps that mix images, what follows, and the moves at the end that can be planned: flips, and one ResizeShortestSide."""
+    mixing = list(takewhile(lambda step: isinstance(step, Mixing), transforms))
+    head, tail = list(transforms[len(mixing) :]), list[Any]()
+    late = [type(step).__name__ for step in head if isinstance(step, Mixing)]
+    if late:
+        raise ValueError(f"transforms: expected {', '.join(late)} before all others, got it after {type(head[0]).__name__}. Change the order.")
     while head:
         if isinstance(head[-1], ResizeShortestSide):
             if any(isinstance(step, ResizeShortestSide) for step in tail):
@@ -164,7 +189,7 @@ def _split(transforms: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         elif type(head[-1]) is not A.HorizontalFlip:
             break
         tail.insert(0, head.pop())
-    return head, tail
+    return mixing, head, tail
 
 
 def _trust(table: np.ndarray, shape: Any) -> None:

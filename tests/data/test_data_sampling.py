@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fpn_det.data.sampling import GlobalBatches, evaluation_batches, micro_batches
+from fpn_det.data.sampling import GlobalBatches, describe_repeats, evaluation_batches, micro_batches, repeat_factors
 from fpn_det.runtime import Ranks
+from fpn_det.structures import Annotations
 
 
 def sizes(landscape: int, portrait: int) -> torch.Tensor:
@@ -98,3 +99,60 @@ def test_evaluation_sees_every_image_once_over_all_ranks(images, world_size, bat
             assert 0 < len(batch) <= batch_size
             seen += batch.tolist()
     assert sorted(seen) == list(range(images))
+
+
+def with_labels(labels: list[list[int]], num_classes: int) -> Annotations:
+    """Images with one box for each of their labels; 99 is a crowd of class 0."""
+    flat = torch.tensor([label for image in labels for label in image])
+    count = len(flat)
+    return Annotations(
+        image_ids=torch.arange(len(labels)),
+        path_bytes=torch.zeros(0, dtype=torch.uint8),
+        path_offsets=torch.zeros(len(labels) + 1, dtype=torch.int64),
+        sizes=sizes(len(labels), 0),
+        offsets=torch.tensor([0, *[len(image) for image in labels]]).cumsum(0),
+        boxes=torch.tensor([[0.0, 0, 4, 4]], dtype=torch.float64).repeat(count, 1),
+        labels=flat.where(flat < 99, 0),
+        iscrowd=flat == 99,
+        area=torch.full((count,), 16.0, dtype=torch.float64),
+        annotation_ids=torch.arange(count) + 1,
+        class_names=tuple(f"class {label}" for label in range(num_classes)),
+        category_ids=tuple(range(num_classes)),
+    )
+
+
+def test_repeat_factors_are_those_of_lvis():
+    # of eight images class 0 is in 8, class 1 in 2 (twice in one of them), class 2 in 1, class 3 only as a crowd
+    annotations = with_labels([[0], [0, 1, 1], [0, 1, 2], [0], [0], [0], [0], [0, 99]], 4)
+    of_images, of_classes = repeat_factors(annotations, 0.5)
+    # sqrt(0.5 / 1) < 1; sqrt(0.5 / 0.25); sqrt(0.5 / 0.125)
+    torch.testing.assert_close(of_classes, torch.tensor([1, 2**0.5, 2, 1], dtype=torch.float64))
+    torch.testing.assert_close(of_images, torch.tensor([1, 2**0.5, 2, 1, 1, 1, 1, 1], dtype=torch.float64))
+    words = describe_repeats(of_images, of_classes, annotations.class_names)
+    assert "an epoch shows 9 instead of 8 images" in words and "class 2 2.00, class 1 1.41." in words
+
+
+def test_an_epoch_shows_each_image_as_often_as_its_factor_says():
+    repeats = torch.tensor([1.0, 2.5, 1.0, 3.0, 1.25, 1.0, 1.0, 1.25], dtype=torch.float64)  # 12
+    batches = GlobalBatches(sizes(5, 3), 4, seed=0, repeats=repeats)
+    assert batches.steps_per_epoch == 3
+    total = torch.zeros(8)
+    for epoch in range(200):
+        rows = torch.cat([batches.slice(3 * epoch + step)[1] for step in range(3)])
+        counts = torch.bincount(rows, minlength=8)
+        assert (counts >= repeats.floor()).all() and (counts <= repeats.ceil()).all()
+        showings = torch.cat([batches.showings(3 * epoch + step) for step in range(3)])
+        assert len(set(zip(rows.tolist(), showings.tolist(), strict=True))) == 12  # never the same augmentation
+        assert set((showings % (1 << 32)).tolist()) == {epoch}
+        total += counts
+    torch.testing.assert_close(total / 200, repeats.float(), atol=0.12, rtol=0)
+    again = GlobalBatches(sizes(5, 3), 4, seed=0, repeats=repeats)
+    assert torch.equal(again.slice(500)[1], batches.slice(500)[1])
+
+
+def test_repeats_of_one_change_nothing_in_number():
+    plain, repeated = (GlobalBatches(sizes(5, 4), 4, seed=0, repeats=repeats) for repeats in (None, torch.ones(9, dtype=torch.float64)))
+    assert plain.steps_per_epoch == repeated.steps_per_epoch == 2
+    for step in range(20):
+        assert len(set(repeated.slice(step)[1].tolist())) == 4
+        assert repeated.showings(step).tolist() == plain.showings(step).tolist() == [step // 2] * 4
