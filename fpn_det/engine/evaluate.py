@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fpn_det.evaluation.coco import DetectionTable, Evaluation, EvaluationSettings, score
+from fpn_det.evaluation.diagnosis import ABOUT_ZERO, diagnose
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
 from fpn_det.pyramid import LevelAssigner
@@ -78,7 +79,10 @@ def evaluate(
         statistics = dict(zip(names, per_image.tolist(), strict=True))
         means = {name: sum(part.get(name, 0.0) for part in sums) / scored.num_images for part in sums for name in part}
         metrics: dict[str, float | None] = {**scored.metrics, **{name: means.pop(name) for name in ("loss",) if name in means}}
-        scored = replace(scored, metrics=metrics, statistics=statistics | means, seconds=time.perf_counter() - start)
+        ap = metrics.get("AP")
+        causes = () if ap is None or ap >= ABOUT_ZERO else diagnose(annotations, scored.detections, np.concatenate(evaluated))
+        seconds = time.perf_counter() - start
+        scored = replace(scored, metrics=metrics, statistics=statistics | means, seconds=seconds, diagnosis=tuple(causes))
     told = broadcast_object(scored and replace(scored, detections=DetectionTable.join([])))
     return scored or told
 

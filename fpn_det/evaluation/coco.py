@@ -100,6 +100,13 @@ class DetectionTable:
         rows = json.loads(file.read_text())
         image_of = {image_id: row for row, image_id in enumerate(annotations.image_ids.tolist())}
         label_of = {category_id: label for label, category_id in enumerate(annotations.category_ids)}
+        strangers = [row["image_id"] for row in rows if row["image_id"] not in image_of]
+        if rows and len(strangers) == len(rows):
+            known = ", ".join(map(str, list(image_of)[:3]))
+            raise ValueError(
+                f"{file}: none of its image ids is in the annotations: it has {strangers[0]}, ..., they have {known}, ... "
+                f"Take the annotations that the detections were made for."
+            )
         for row in rows:
             if row["image_id"] not in image_of or row["category_id"] not in label_of:
                 what = f"image {row['image_id']}, category {row['category_id']}"
@@ -140,12 +147,13 @@ class Evaluation:
     detections: DetectionTable  # on rank 0; empty elsewhere
     statistics: dict[str, float] = field(default_factory=dict)  # only logged, such as detections/P2 per image
     seconds: float = 0.0  # from the first image to the numbers
+    diagnosis: tuple[str, ...] = ()  # what explains an AP of about 0
 
     def remarks(self) -> list[str]:
         """What a reader of the numbers should know."""
         if not self.per_class:
             return []
-        remarks = []
+        remarks = list(self.diagnosis)
         if not any(row["detections"] for row in self.per_class.values()):
             remarks.append("There is not a single detection.")
         if self.capped_images:
