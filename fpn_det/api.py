@@ -13,7 +13,7 @@ import hydra.utils
 import torch
 from hydra.errors import InstantiationException
 
-from fpn_det.config import Data, Node, Settings, Split, check, compose, is_for_people, read_yaml, to_yaml
+from fpn_det.config import Data, Node, Settings, Split, check, compose, is_for_people
 from fpn_det.data.collation import check_canvas
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.images import BadImage
@@ -39,6 +39,7 @@ from fpn_det.interop.coco_classes import category_ids
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
 from fpn_det.runtime import Ranks, broadcast_object, current_ranks, pick_device, seed_everything
+from fpn_det.saved import read_yaml, to_yaml
 from fpn_det.structures import Annotations
 
 SplitName = Literal["train", "val", "test"]

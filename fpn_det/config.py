@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,8 +19,9 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -28,18 +29,21 @@ from omegaconf.errors import (
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
+from rich.console import Console
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fpn_det.engine.faults import Fault, explained
+from fpn_det.engine.log import PLAIN_WIDTH
+from fpn_det.engine.runs import compare, find_runs, runs_table, write_results
 from fpn_det.engine.settings import Trainer
 from fpn_det.evaluation.coco import EvaluationSettings
 from fpn_det.models.views import Views
 from fpn_det.runtime import is_echo
+from fpn_det.saved import CONFIGS, read_yaml
 from fpn_det.schema import Amount, Count, CountOrZero, Fraction, Positive, Share, check_names, did_you_mean, fit, listed
 
 PACKAGE = Path(__file__).parent
 HYDRA = Path(hydra.__file__).parent
-CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"  # installed, or a checkout
 PACKAGES = ("fpn_det", "albumentations", "torch.optim")  # whose classes a `_target_` may name
 COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)  # what goes wrong before there are settings
 FOR_PEOPLE = (ValueError, FloatingPointError, Fault)  # what a user did wrong, training that diverged, bad luck
@@ -205,7 +209,7 @@ def check(tree: DictConfig, overrides: Sequence[str], schema: type[S]) -> S:
     """
     if deleted := [name for name in overrides if name[0] == "~" and not name[1:].startswith(DELETABLE)]:
         raise ValueError(f"{deleted[0][1:]}: expected a value, got none: a setting cannot be deleted. Give it another value, or null.")
-    named = {override.lstrip("+~").split("=")[0] for override in overrides}
+    named = _names(overrides)
     for one, other in EITHER:
         _choose(tree, one, other, named)
     try:
@@ -219,6 +223,10 @@ def check(tree: DictConfig, overrides: Sequence[str], schema: type[S]) -> S:
         if _is_named(key, named) and is_idle(settings):
             raise ValueError(f"{key}: has no effect here: {why}. Leave it out.")
     return settings
+
+
+def _names(overrides: Sequence[str]) -> set[str]:
+    return {override.lstrip("+~").split("=")[0] for override in overrides}
 
 
 def _is_named(key: str, named: set[str]) -> bool:
@@ -269,37 +277,6 @@ def explain(error: Exception) -> str:
     return f"config: {' '.join(str(error).split())}" if isinstance(error, YAMLError) else f"config: {str(error).splitlines()[0]}"
 
 
-def to_yaml(settings: Settings) -> str:
-    """The settings as a file that composes to them again."""
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(settings)))
-
-
-def read_yaml(text: str) -> DictConfig:
-    """The tree of a saved `config.yaml`; its paths under `data.root` follow that setting again."""
-    tree = OmegaConf.create(text)
-    assert isinstance(tree, DictConfig)
-    neck = OmegaConf.select(tree, "model.neck")
-    if neck and "extra_level" in neck:  # before there could be several
-        neck.extra_levels = int(neck.pop("extra_level"))
-    root = OmegaConf.select(tree, "data.root")
-    for key in ("train.format", "val.format", "test.format", "check"):  # before there were other formats and a check
-        if OmegaConf.select(tree, f"data.{key}") is None:
-            OmegaConf.update(tree, f"data.{key}", True if key == "check" else None)
-    for split in ("train", "val", "test") if root else ():
-        for name in ("images", "annotations"):
-            paths = OmegaConf.select(tree, f"data.{split}.{name}")
-            several = isinstance(paths, ListConfig)
-            under = [_under_root(path, root) for path in (paths if several else [paths])]
-            OmegaConf.update(tree, f"data.{split}.{name}", under if several else under[0])
-    return tree
-
-
-def _under_root(path: str | None, root: str) -> str | None:
-    if path is None or not (path == root or path.startswith(f"{root}/")):
-        return path
-    return f"${{data.root}}{path.removeprefix(root)}"
-
-
 def argument(name: str) -> str | None:
     """The value of `name=value` on the command line, where it is needed before anything is composed."""
     values = [word.removeprefix(f"{name}=") for word in sys.argv[1:] if word.startswith(f"{name}=")]
@@ -325,7 +302,7 @@ def launch(task: Callable[[S], None], schema: type[S], config_name: str, saved: 
         join_cluster()
         try:
             with explained():
-                task(check(tree, HydraConfig.get().overrides.task, schema))
+                task(_placed(check(tree, HydraConfig.get().overrides.task, schema)))
         except FOR_PEOPLE as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # to the sweep, which tells its jobs apart
@@ -333,12 +310,38 @@ def launch(task: Callable[[S], None], schema: type[S], config_name: str, saved: 
 
     try:
         if saved:
-            ConfigStore.instance().store("saved", read_yaml(saved()))
+            ConfigStore.instance().store("saved", read_yaml(saved(), _remark))
         main()
     except COMPOSING as error:
         _end(ValueError(explain(error)).with_traceback(error.__traceback__))
     except FOR_PEOPLE as error:
         _end(error)
+
+
+def _placed(settings: S) -> S:
+    """In a sweep a run lies in the folder of its job, unless the command line says where."""
+    job = HydraConfig.get()
+    has_place = settings.run_dir is not None and "run_dir" in _names(job.overrides.task)
+    if job.mode != RunMode.MULTIRUN or has_place or settings.resume not in (None, "auto"):
+        return settings
+    return replace(settings, run_dir=job.runtime.output_dir, set_aside=False)
+
+
+class SweepResults(Callback):
+    """When a sweep is over, shows its runs in one table, which also lies in its folder."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        if runs := find_runs(folder):
+            names, rows = compare(runs, folder)
+            write_results(folder, names, rows)
+            Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(runs_table(names, rows))
+            print(f"{folder / 'results.md'} and results.csv")
+
+
+def _remark(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def join_cluster() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from fpn_det.config import CONFIGS, PACKAGES, Settings, check, compose, read_yaml, to_yaml
+from fpn_det.config import PACKAGES, Settings, check, compose
+from fpn_det.saved import CONFIGS, read_yaml, to_yaml
 from fpn_det.schema import locate
 
 FILES = {str(path.relative_to(CONFIGS / "experiment").with_suffix("")): path for path in (CONFIGS / "experiment").rglob("*.yaml")}

@@ -13,7 +13,7 @@ SOURCES = sorted([*(ROOT / "fpn_det").rglob("*.py"), *(ROOT / "tools").rglob("*.
 RANKS = {
     "": 0,
     **dict.fromkeys(["structures", "boxes", "runtime", "schema"], 0),
-    **dict.fromkeys(["anchors", "matching", "pyramid", "nms"], 1),
+    **dict.fromkeys(["saved", "anchors", "matching", "pyramid", "nms"], 1),
     **dict.fromkeys(["models", "data", "evaluation", "interop"], 2),
     "engine": 3,
     **dict.fromkeys(["config", "doctor"], 4),
@@ -23,8 +23,8 @@ RANKS = {
 
 # A library that only some files may know.
 IMPORTERS = {
-    "hydra": {"fpn_det/config.py", "fpn_det/api.py", "tools"},
-    "omegaconf": {"fpn_det/config.py", "fpn_det/api.py", "tools"},
+    "hydra": {"fpn_det/config.py", "fpn_det/saved.py", "fpn_det/api.py", "tools"},
+    "omegaconf": {"fpn_det/config.py", "fpn_det/saved.py", "fpn_det/api.py", "tools"},
     "pycocotools": {"fpn_det/evaluation/coco.py"},
     "torch.utils.tensorboard": {"fpn_det/engine/log.py"},
     "tensorboard": {"fpn_det/engine/log.py"},

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from fpn_det import api
-from fpn_det.config import CONFIGS, compose
+from fpn_det.config import compose
 from fpn_det.engine.evaluate import evaluate
 from fpn_det.runtime import Ranks
+from fpn_det.saved import CONFIGS
 
 ROWS = sorted(path.stem for path in (CONFIGS / "experiment" / "paper").glob("*.yaml"))
 ANCHORS = {"a": 47_000, "b": 12_000, "c": 200_000, "d": 200_000, "e": 200_000, "f": 750_000}  # of 800 x 1000 px

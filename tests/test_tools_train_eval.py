@@ -93,10 +93,15 @@ def test_two_ranks_leave_one_run_folder_and_score_like_one_process(run_tool, sha
 
 @pytest.mark.slow
 def test_a_sweep_gives_every_job_a_folder(run_tool, shapes_dataset, tmp_path):
-    settings = [f"data.root={shapes_dataset}", "trainer.max_steps=1", "run_dir=null", "optimizer.lr=0.01,0.02"]
-    assert run_tool("train.py", "-m", *TINY, *settings).returncode == 0
-    configs = [yaml.safe_load((run / "config.yaml").read_text()) for run in (tmp_path / "runs" / "demo").iterdir()]
-    assert sorted(config["optimizer"]["lr"] for config in configs) == [0.01, 0.02]
+    settings = [f"data.root={shapes_dataset}", "trainer.max_steps=1", "optimizer.lr=0.01,0.02"]
+    swept = run_tool("train.py", "-m", *TINY, *settings)
+    assert swept.returncode == 0, swept.stderr
+    (sweep,) = (tmp_path / "runs" / "sweeps").iterdir()
+    configs = [yaml.safe_load((sweep / job / "config.yaml").read_text()) for job in "01"]
+    assert [config["optimizer"]["lr"] for config in configs] == [0.01, 0.02]
+    assert [line.split(",")[:2] for line in (sweep / "results.csv").read_text().splitlines()[1:]] == [["0", "finished"], ["1", "finished"]]
+    listed = run_tool("runs.py")
+    assert "optimizer.lr" in listed.stdout and f"{sweep.relative_to(tmp_path / 'runs')}/1" in listed.stdout
 
 
 @pytest.mark.slow

@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fpn_det import api
-from fpn_det.config import Settings, check, is_for_people, read_yaml
+from fpn_det.config import Settings, check, is_for_people
 from fpn_det.engine.nonfinite import examine, load_dump
 from fpn_det.engine.optimization import PRECISIONS
 from fpn_det.runtime import seed_step
+from fpn_det.saved import read_yaml
 
 DEPTH = 3  # parts of a module's name by which gradients are put together
 

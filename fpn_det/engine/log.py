@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from fpn_det.engine.bad_files import listed
 from fpn_det.engine.meters import Pace
@@ -35,6 +36,7 @@ from fpn_det.runtime import Ranks
 T = TypeVar("T")
 
 CLASSES_PER_COLUMN = 20
+SLOW_DATA = 0.3  # part of the time spent waiting for data that is worth a warning
 PLAIN_WIDTH = 140  # of tables where there is no terminal to measure
 
 
@@ -61,6 +63,7 @@ class RunLog:
         without_bar = self._screen is None or not self._screen.is_terminal
         self._bar = Progress(*columns, console=self._screen, transient=True, expand=True, disable=without_bar)
         self._training: TaskID | None = None
+        self._has_warned = False
         self._opened = time.perf_counter()
 
     def __enter__(self) -> RunLog:
@@ -121,6 +124,12 @@ class RunLog:
         shown = [f"{name} {_number(value)}" for name, value in values.items() if "/" not in name]
         width = len(str(pace.total_steps))
         self.info("  ".join([f"step {step:{width}}/{pace.total_steps}", *shown, eta]))
+        if pace.data_share > SLOW_DATA and not self._has_warned and pace.is_warm:
+            self._has_warned = True
+            self.info(
+                f"Training waits for data: {pace.data_share:.0%} of the time since the last line. Raise data.num_workers; "
+                "let the device resize (data.resize_on=device) or files be decoded smaller (data.reduced_decoding=train)."
+            )
         self.scalars(step, {name if "/" in name else f"train/{name}": value for name, value in values.items()})
         if self._training is not None:
             self._bar.update(self._training, completed=step, note=eta)
@@ -129,8 +138,8 @@ class RunLog:
         """The tables of an evaluation, and a point per metric and class."""
         loss = f", loss {_number(evaluation.metrics['loss'] or 0)}" if "loss" in evaluation.metrics else ""
         self.info(f"evaluation at step {step}: {evaluation.num_images} images in {evaluation.seconds:.1f} s{loss}")
-        self._show(metrics_table(evaluation))
-        self._show(classes_table(evaluation))
+        self.show(metrics_table(evaluation))
+        self.show(classes_table(evaluation))
         for remark in evaluation.remarks():
             self.info(remark)
         classes = {f"val_class_AP/{name}": row["AP"] for name, row in evaluation.per_class.items()}
@@ -146,6 +155,16 @@ class RunLog:
                 self._writer.add_scalar(name, value, step)
         self._writer.flush()  # a killed run goes on from its last checkpoint, and so should its curves
 
+    def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float | None]) -> None:
+        """The settings beside what they led to, for TensorBoard's HParams; among the other curves, not in a run of their own."""
+        if self._writer is None:
+            return
+        plain = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in settings.items()}
+        reached = {f"val/{name}": value for name, value in metrics.items() if value is not None}
+        writer = self._writer._get_file_writer()
+        for summary in hparams(plain, reached):
+            writer.add_summary(summary)
+
     def picture(self, step: int, name: str, picture: NDArray[np.uint8]) -> None:
         """A picture for TensorBoard, [h, w, 3] RGB."""
         if self._writer is not None:
@@ -154,7 +173,7 @@ class RunLog:
     def summary(self, metric: str, best: float | None, best_step: int, evaluation: Evaluation) -> None:
         """The last words: what came out (of the last evaluation), where it lies, and what to type next."""
         self.info("last evaluation")
-        self._show(metrics_table(evaluation))
+        self.show(metrics_table(evaluation))
         python, folder = shown_path(Path(sys.executable)), shown_path(self.folder)
         seconds = datetime.timedelta(seconds=round(time.perf_counter() - self._opened))
         self.info(
@@ -164,7 +183,8 @@ class RunLog:
             f"  next         {python} tools/eval.py run={folder}"
         )
 
-    def _show(self, picture: RenderableType) -> None:
+    def show(self, picture: RenderableType) -> None:
+        """A table, for people."""
         self._plain.print(picture)
         if self._screen is not None:
             self._screen.print(picture)

@@ -50,6 +50,10 @@ class Pace:
         batch_size: images per step, over all ranks.
         eval_every: steps from one evaluation to the next; 0 is only at the end.
         clock: seconds that only grow.
+
+    Attributes:
+        data_share: of the time between the last two reads, the part spent waiting for data.
+        is_warm: there was a read before the last one; what is measured until then includes the start of the workers.
     """
 
     def __init__(
@@ -64,6 +68,8 @@ class Pace:
         self._started = self._last_read = clock()
         self._waited_s = self._evaluated_s = self._evaluated_since_read_s = 0.0
         self._num_evaluations = 0
+        self.data_share = 0.0
+        self.is_warm = False
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -88,6 +94,8 @@ class Pace:
         steps = max(step - self._last_step, 1)
         seconds = now - self._last_read - self._evaluated_since_read_s
         speed = {"images_per_s": steps * self._batch_size / max(seconds, 1e-9), "data_s": self._waited_s / steps}
+        self.is_warm = self._last_step > self.first_step
+        self.data_share = self._waited_s / max(seconds, 1e-9)
         self._last_step, self._last_read = step, now
         self._waited_s = self._evaluated_since_read_s = 0.0
         return speed

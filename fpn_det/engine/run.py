@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import signal
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from typing import Any, Literal
 from fpn_det.data.loading import TrainLoader
 from fpn_det.engine import memory, nonfinite
 from fpn_det.engine.best import Best
+from fpn_det.engine.comparison import changes_table, read_settings
 from fpn_det.engine.evaluate import evaluate, write_evaluation
 from fpn_det.engine.folder import RunFolder, versions
 from fpn_det.engine.log import RunLog, shown_path
@@ -111,6 +111,7 @@ class Run:
             )
             return 128 + number
         assert self.evaluation is not None, "the last step is evaluated"
+        self.log.hparams(read_settings(self.parts.meaning["config"]), self.evaluation.metrics)
         self.log.summary(self.best.metric, self.best.value, self.best.step, self.evaluation)
         return 0
 
@@ -216,10 +217,10 @@ class Run:
         if state["best"]["metric"] == self.best.metric:
             self.best = Best(**state["best"])
         self.log.info(f"Going on after step {self.first_step} of {self.total_steps}.")
-        lines = (state["config"].splitlines(), self.parts.meaning["config"].splitlines())
-        for line in difflib.unified_diff(*lines, n=0, lineterm=""):
-            if line[0] in "+-" and line[:3] not in ("+++", "---"):
-                self.log.info(f"  setting {'now' if line[0] == '+' else 'was'}: {line[1:].strip()}")
+        table = changes_table(read_settings(state["config"]), read_settings(self.parts.meaning["config"]))
+        if table is not None:
+            self.log.info("Settings have changed since the checkpoint:")
+            self.log.show(table)
 
 
 def _plain(schedule: Schedule) -> State:

@@ -113,6 +113,31 @@ def test_log_pictures_arrive(tmp_path):
     assert (image.width, image.height, image.step) == (12, 8, 1)
 
 
+def test_log_warns_once_when_training_waits_for_data(tmp_path, capsys):
+    now = [0.0]
+    with RunLog(tmp_path, Ranks()) as log:
+        pace = Pace(0, 40, 2, 0, clock=lambda: now[0])
+        for step, waiting in ((10, 9.0), (20, 2.0), (30, 4.0), (40, 9.0)):
+            with pace.waiting():
+                now[0] += waiting
+            now[0] += 10 - waiting
+            log.train(step, {"loss": 0.5}, pace)
+    lines = capsys.readouterr().out.splitlines()
+    # the first interval holds the start of the workers; a fifth is fine; two fifths are not
+    assert [line for line in lines if "waits" in line] == [lines[3]]
+    assert "40% of the time" in lines[3] and "data.num_workers" in lines[3] and "data.resize_on=device" in lines[3]
+
+
+def test_log_puts_settings_and_results_side_by_side(tmp_path):
+    with RunLog(tmp_path, Ranks()) as log:
+        log.begin(Pace(0, 10, 1, 0))
+        log.hparams({"optimizer.lr": 0.1, "model.backbone.weights": None, "trainer.compile": False}, {"AP": 0.5, "APs": None})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.summary_metadata) >= {"_hparams_/experiment", "_hparams_/session_start_info"}
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
 def test_log_summary_says_what_to_type_next(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with RunLog(tmp_path / "runs" / "demo", Ranks()) as log:
