@@ -6,8 +6,10 @@ What is in a batch follows from the step alone, never from the number of workers
 from __future__ import annotations
 
 import atexit
+import ctypes
 import multiprocessing
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from itertools import chain, count
@@ -26,6 +28,7 @@ from fpn_det.data.sampling import GlobalBatches, evaluation_batches, micro_batch
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Batch
 
+PR_SET_PDEATHSIG = 1  # of Linux
 READ_AHEAD = 2  # batches that each worker may have ready or in the making
 
 
@@ -192,7 +195,12 @@ def _as_it_is(item: Any) -> Any:
 
 
 def _set_up_worker(worker: int) -> None:
-    """A worker is one thread on one core, and leaves it to the main process what a signal to all processes means."""
+    """A worker is one thread on one core, and leaves it to the main process what a signal to all processes means.
+
+    It goes when the main process goes, however that ends: it might wait for ever to hand over its batch.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from itertools import islice
+from pathlib import Path
 
 import albumentations as A
 import numpy as np
@@ -205,6 +206,31 @@ def test_a_process_with_abandoned_workers_ends():
     )
     ended = subprocess.run([sys.executable, "-c", "import sys\n" + "\n".join(lines)], capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they look every five seconds")
+def test_workers_go_with_a_killed_main_process():
+    """Also one that waits to hand over a batch that is larger than a pipe."""
+    lines = (
+        "from itertools import count",
+        "from fpn_det.data.loading import _loader",
+        "class Large: __getitem__ = lambda self, key: bytes(10**6)",
+        "batches = iter(_loader(Large(), count(), 1, None))",
+        "next(batches)",
+        "print(batches._workers[0].pid, flush=True)",
+        "input()",
+    )
+    process = subprocess.Popen([sys.executable, "-c", "\n".join(lines)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    worker = Path("/proc") / process.stdout.readline().strip() / "stat"
+    assert worker.exists()
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        if not worker.exists() or worker.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker is still there")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
