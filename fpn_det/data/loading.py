@@ -5,7 +5,6 @@ What is in a batch follows from the step alone, never from the number of workers
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import multiprocessing
 import signal
@@ -13,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from itertools import chain, count
+from multiprocessing.util import Finalize
 from typing import Any
 
 import cv2
@@ -176,6 +176,7 @@ class _BatchMaker(Dataset):
 
 
 def _loader(maker: _BatchMaker, keys: Iterable[list[Key]], num_workers: int, start_method: str | None) -> DataLoader:
+    Finalize(None, _end_workers, exitpriority=0)  # unlike atexit, also in a process that multiprocessing has started
     return DataLoader(
         maker,
         sampler=keys,
@@ -207,7 +208,6 @@ def _set_up_worker(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-@atexit.register
 def _end_workers() -> None:
     """At exit, multiprocessing asks its daemons to end by SIGTERM and waits for them: ours would never hear it."""
     if hasattr(signal, "SIGCHLD"):

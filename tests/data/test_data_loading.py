@@ -197,14 +197,20 @@ def test_a_broken_picture_ends_in_one_sentence_from_any_process(document, write,
 
 
 def test_a_process_with_abandoned_workers_ends():
-    """Its workers do not listen to SIGTERM, by which multiprocessing would end them."""
+    """Its workers do not listen to SIGTERM, by which multiprocessing would end them; first in a child of its own, too."""
     lines = (
+        "import sys, multiprocessing",
         "from fpn_det.data.loading import _loader",
-        "batches = iter(_loader({1: 1, 2: 2}, [1, 2], 2, None))",
-        "next(batches)",
-        "sys.modules['kept'] = batches",
+        "def abandon():",
+        "    batches = iter(_loader({1: 1, 2: 2}, [1, 2], 2, None))",
+        "    next(batches)",
+        "    sys.modules['kept'] = batches",
+        "child = multiprocessing.get_context('fork').Process(target=abandon)",
+        "child.start()",
+        "child.join()",
+        "abandon()",
     )
-    ended = subprocess.run([sys.executable, "-c", "import sys\n" + "\n".join(lines)], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=200)
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
