@@ -16,6 +16,8 @@ from fpn_det.data.findings import Finding
 Record = dict[str, Any]
 PICTURE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 
+OTHER_NAMES = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}  # of splits
+
 
 @dataclass
 class Tables:
@@ -91,6 +93,11 @@ def real(value: Any) -> float:
         except ValueError:
             return math.nan
     return float(value) if isinstance(value, (int, float)) and abs(value) < 1e100 else math.nan
+
+
+def names_of(split: str) -> tuple[str, ...]:
+    """What the folder of a split may be called."""
+    return (split, *OTHER_NAMES.get(split, ()))
 
 
 def read_text(path: Path) -> str:

@@ -19,7 +19,7 @@ SIZES = [(48, 64), (64, 48), (40, 60), (48, 64), (60, 60), (48, 64)]  # (h, w)
 def write_pictures(folder: Path) -> None:
     """`0.png` ... of SIZES, in smooth colors that differ."""
     folder.mkdir(parents=True)
-    random = np.random.default_rng(len(folder.name))
+    random = np.random.default_rng(list(folder.name.encode()))  # other folders have other pictures
     for number, size in enumerate(SIZES):
         pixels = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize(size[::-1]).save(folder / f"{number}.png")

@@ -106,6 +106,16 @@ def test_voc_without_lists_is_all_its_files_even_beside_the_pictures(tmp_path):
     assert_is_the_set(read_annotations(root / "JPEGImages"))
 
 
+def test_voc_with_a_folder_for_each_split(tmp_path):
+    root = make_voc(tmp_path / "set")
+    (root / "valid").mkdir()
+    for path in [*(root / "Annotations").iterdir(), *(root / "JPEGImages").iterdir()]:
+        path.rename(root / "valid" / path.name)
+    for folder in ("Annotations", "JPEGImages", "ImageSets"):
+        shutil.rmtree(root / folder)
+    assert_is_the_set(read_annotations(root, format="voc", split="val"))
+
+
 def test_voc_split_has_the_classes_of_all_files(tmp_path):
     found = read_annotations(make_voc(tmp_path / "set"), split="val")
     assert found.class_names == ("ant", "bee") and len(found) == 1

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fpn_det.data.findings import Finding, near_matches
 from fpn_det.data.images import image_size
-from fpn_det.data.tables import Tables, count, read_text, real
+from fpn_det.data.tables import Tables, count, names_of, read_text, real
 
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 
@@ -21,8 +21,8 @@ def load(source: Path, folder: Path | None, split: str, pixel_offset: int | None
     """The pictures of a split. The classes are those of all XML files beside each other, by name, so that all splits agree.
 
     Args:
-        source: the list of a split (`ImageSets/Main/train.txt`), a folder of XML files, or the folder that holds
-            `Annotations` and maybe `ImageSets`.
+        source: the list of a split (`ImageSets/Main/train.txt`); a folder of XML files; or the folder that holds
+            `Annotations` and maybe `ImageSets`, or a folder of XML files for each split.
         folder: of the pictures; None is `JPEGImages`, or where the XML files are.
         split: which list to read, if `source` is a folder with lists.
         pixel_offset: number of the first pixel; None decides by the corners of all files.
@@ -31,6 +31,7 @@ def load(source: Path, folder: Path | None, split: str, pixel_offset: int | None
         ValueError: there is no XML file, or no such list.
     """
     root = source.parents[2] if source.is_file() and len(source.parents) > 2 else source
+    root = next((inner for name in names_of(split) if any((inner := root / name).glob("*.xml"))), root)
     files_in = root / "Annotations" if (root / "Annotations").is_dir() else root if source.is_dir() else source.parent
     pictures = files_in.parent / "JPEGImages"
     folder = folder or (pictures if pictures.is_dir() else files_in)
@@ -78,7 +79,8 @@ def _categories(parsed: dict[str, ElementTree.Element | None], tables: Tables) -
 def _pixel_offset(parsed: dict[str, ElementTree.Element | None]) -> int:
     elements = [element for element in parsed.values() if element is not None]
     starts = [real((start.text or "").strip()) for element in elements for side in SIDES[:2] for start in element.iterfind(f"object/bndbox/{side}")]
-    return int(starts.count(0.0) <= starts.count(1.0) and not any(value % 1 for value in starts if value == value))
+    below, first = (sum(low <= start < low + 1 for start in starts) for low in (0, 1))
+    return int(below <= first)  # objects at the border begin at the first pixel, whatever its number
 
 
 def _stems(source: Path, root: Path, split: str) -> list[str]:

@@ -9,9 +9,7 @@ import yaml  # type: ignore[import-untyped]
 
 from fpn_det.data.findings import Finding, near_matches
 from fpn_det.data.images import image_size
-from fpn_det.data.tables import PICTURE_SUFFIXES, Tables, read_text, real
-
-ALSO = {"val": ("valid", "validation"), "train": ("training",), "test": ("testing",)}  # other names of splits
+from fpn_det.data.tables import PICTURE_SUFFIXES, Tables, names_of, read_text, real
 
 
 def load(source: Path, folder: Path | None, split: str) -> Tables:
@@ -95,7 +93,7 @@ def _names(described: Path, content: dict[str, Any]) -> list[str]:
 def _pictures(described: Path, content: dict[str, Any], folder: Path | None, split: str) -> list[Path]:
     if folder is not None:
         return _under(folder)
-    aliases = (split, *ALSO.get(split, ()))
+    aliases = names_of(split)
     stated = next((content[name] for name in aliases if content.get(name)), None)
     if stated is None:
         tried = [described.parent / inner for name in aliases for inner in (f"images/{name}", f"{name}/images")]
