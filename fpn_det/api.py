@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from hydra.errors import InstantiationException
 
 from fpn_det.config import Data, Node, Settings, Split, check, compose, is_for_people
-from fpn_det.data.collation import check_canvas
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.images import BadImage
 from fpn_det.data.loading import EvalLoader, TrainLoader
@@ -22,29 +20,21 @@ from fpn_det.data.looking import Look, look_at
 from fpn_det.data.overlap import without_shared
 from fpn_det.data.proposals import SavedProposals, read_proposals
 from fpn_det.data.reading import Examined, examine, judge, load_tables
-from fpn_det.data.sampling import GlobalBatches, check_divides, describe_repeats, repeat_factors
+from fpn_det.data.sampling import GlobalBatches, repeat_factors
 from fpn_det.data.selection import drop_empty, select_images, split_images
 from fpn_det.data.transforms import Pipeline
-from fpn_det.engine.bad_files import BadFiles
 from fpn_det.engine.folder import versions
-from fpn_det.engine.log import RunLog
 from fpn_det.engine.optimization import PRECISIONS
-from fpn_det.engine.panels import draw_batch, draw_comparison, some_images
 from fpn_det.engine.predict import Predictor
-from fpn_det.engine.pyramid_panels import draw_levels, read_levels
-from fpn_det.engine.run import Parts
-from fpn_det.evaluation.coco import Evaluation
 from fpn_det.interop import loading
 from fpn_det.interop.coco_classes import category_ids
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
-from fpn_det.runtime import Ranks, broadcast_object, current_ranks, pick_device, seed_everything
+from fpn_det.runtime import Ranks, broadcast_object, current_ranks, pick_device
 from fpn_det.saved import read_yaml, to_yaml
 from fpn_det.structures import Annotations
 
 SplitName = Literal["train", "val", "test"]
-
-SHOWN_IMAGES = 8  # of the validation set, with ground truth and detections
 
 # What albumentations' checks of arguments add to their sentence.
 PYDANTIC = re.compile(r"\d+ validation errors? for InitSchema | \[type=.*?\]| For further information visit \S+")
@@ -183,86 +173,9 @@ def build_train_loader(
     dataset = DetectionDataset(annotations, transform, settings.seed, reduce, replace_bad, proposals)
     parts = ranks.world_size * trainer.accumulate
     repeats = repeat_factors(annotations, data.repeat_threshold)[0] if data.repeat_threshold else None
-    batches = GlobalBatches(annotations.sizes, trainer.batch_size, settings.seed, parts, data.group_by_aspect, repeats)
+    batches = GlobalBatches(annotations.sizes, trainer.settled_batch_size, settings.seed, parts, data.group_by_aspect, repeats)
     where = (stride, data.canvas, device, data.resize_on, data.start_method, tell)
     return TrainLoader(dataset, batches, ranks, trainer.accumulate, data.num_workers, *where)
-
-
-def check_parts(settings: Settings, ranks: Ranks) -> None:
-    """Refuse what the parts themselves refuse, before a folder is made and data are read.
-
-    Raises:
-        ValueError: a part refuses its settings, or they do not go together.
-    """
-    trainer = settings.trainer
-    check_divides(ranks.world_size * trainer.accumulate, trainer.batch_size)
-    build(settings.optimizer, "optimizer")
-    build(settings.schedule, "schedule")(steps=trainer.max_steps or sys.maxsize)
-    build_transforms(settings.data.train_transforms, settings.data, "data.train_transforms")
-    build_transforms(settings.data.eval_transforms, settings.data, "data.eval_transforms")
-    model = build_model(settings, num_classes=1)
-    check_canvas(settings.data.canvas, model.stride)
-    for name in ("rpn", "roi_head"):
-        normalizer = (settings.model.get(name) or {}).get("normalizer", "constant")
-        if trainer.accumulate > 1 and normalizer != "constant":
-            raise ValueError(
-                f"model.{name}.normalizer: expected constant with trainer.accumulate={trainer.accumulate}, got {normalizer}, "
-                f"whose gradients would not be those of the whole batch. Set trainer.accumulate=1."
-            )
-    if settings.init_from and not Path(settings.init_from).is_file():
-        raise ValueError(f"init_from: expected a file of weights, got {settings.init_from}, which does not exist.")
-    if not (settings.init_from or settings.resume):
-        model.check_pretrained()
-
-
-def build_parts(settings: Settings, ranks: Ranks, device: torch.device, log: RunLog, fresh: bool) -> Parts:
-    """All that a training run is made of.
-
-    Args:
-        log: gets the pictures.
-        fresh: the run starts now, from pretrained weights or `init_from`; else it goes on from a checkpoint.
-    """
-    seed_everything(settings.seed)
-    recipe, schedule = build(settings.optimizer, "optimizer"), build(settings.schedule, "schedule")
-    train, val = read_training_data(settings.data, settings.seed)
-    model = build_model(settings, train.num_classes)
-    if fresh and settings.init_from:
-        log.info(loading.load_weights(model, settings.init_from, train.class_names).table())
-    elif fresh:
-        model.load_pretrained()
-    model.to(device)
-    bad_files = BadFiles(log.folder, len(train) + len(val), settings.data.max_bad_fraction, log.info)
-    tell = bad_files if settings.data.on_error == "skip" else None
-    train_loader = build_train_loader(settings, train, model.stride, ranks, device, tell)
-    if settings.data.repeat_threshold:
-        log.info(describe_repeats(*repeat_factors(train, settings.data.repeat_threshold), train.class_names))
-    shown = some_images(val, SHOWN_IMAGES)
-    named = settings.evaluation.target == "detections"
-
-    def show(step: int, evaluation: Evaluation) -> None:
-        for row in shown:
-            log.picture(step, f"val/{val.path(row).name}", draw_comparison(val, evaluation.detections, row, named=named))
-        log.picture(step, "train/batch", draw_batch(train_loader.rebuild(step)[0], train.class_names))
-        for batch in single_images(settings, val, shown[:1], model.stride, device) if model.rpn else ():
-            log.picture(step, "val/levels", draw_levels(read_levels(model, batch), batch))
-
-    return Parts(
-        model=model,
-        recipe=recipe,
-        schedule=schedule,
-        train_loader=train_loader,
-        train_annotations=train,
-        val_loader=build_eval_loader(settings, val, model.stride, ranks, device, tell),
-        val_annotations=val,
-        evaluation=settings.evaluation,
-        meaning={
-            "class_names": list(train.class_names),
-            "category_ids": list(train.category_ids),
-            "preprocessing": settings.data.eval_transforms,
-            "config": to_yaml(settings),
-        },
-        show=show,
-    )
 
 
 def load_weights(model: Detector, state: dict[str, Any], where: str, weights: str = "auto") -> Literal["ema", "raw"]:

@@ -19,7 +19,6 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -29,12 +28,9 @@ from omegaconf.errors import (
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
-from rich.console import Console
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fpn_det.engine.faults import Fault, explained
-from fpn_det.engine.log import PLAIN_WIDTH
-from fpn_det.engine.runs import compare, find_runs, runs_table, write_results
 from fpn_det.engine.settings import Trainer
 from fpn_det.evaluation.coco import EvaluationSettings
 from fpn_det.models.views import Views
@@ -325,18 +321,6 @@ def _placed(settings: S) -> S:
     if job.mode != RunMode.MULTIRUN or has_place or settings.resume not in (None, "auto"):
         return settings
     return replace(settings, run_dir=job.runtime.output_dir, set_aside=False)
-
-
-class SweepResults(Callback):
-    """When a sweep is over, shows its runs in one table, which also lies in its folder."""
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
-        if runs := find_runs(folder):
-            names, rows = compare(runs, folder)
-            write_results(folder, names, rows)
-            Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(runs_table(names, rows))
-            print(f"{folder / 'results.md'} and results.csv")
 
 
 def _remark(text: str) -> None:

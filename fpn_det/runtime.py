@@ -73,9 +73,23 @@ class Ranks:
         return self.rank == 0
 
 
+_is_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within this context each process works for itself, as if there were no other."""
+    global _is_alone
+    _is_alone = True
+    try:
+        yield
+    finally:
+        _is_alone = False
+
+
 def current_ranks() -> Ranks:
     """The place of this process in the group that is open now; 0 of 1 without one."""
-    if not dist.is_initialized():
+    if _is_alone or not dist.is_initialized():
         return Ranks()
     return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
 

@@ -18,13 +18,14 @@ RANKS = {
     "engine": 3,
     **dict.fromkeys(["config", "doctor"], 4),
     "api": 5,
-    "tools": 6,
+    "training": 6,
+    "tools": 7,
 }
 
 # A library that only some files may know.
 IMPORTERS = {
-    "hydra": {"fpn_det/config.py", "fpn_det/saved.py", "fpn_det/api.py", "tools"},
-    "omegaconf": {"fpn_det/config.py", "fpn_det/saved.py", "fpn_det/api.py", "tools"},
+    "hydra": {"fpn_det/config.py", "fpn_det/saved.py", "fpn_det/api.py", "fpn_det/training.py", "tools"},
+    "omegaconf": {"fpn_det/config.py", "fpn_det/saved.py", "fpn_det/api.py", "fpn_det/training.py", "tools"},
     "pycocotools": {"fpn_det/evaluation/coco.py"},
     "torch.utils.tensorboard": {"fpn_det/engine/log.py"},
     "tensorboard": {"fpn_det/engine/log.py"},

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tiny import TINY
 
-from fpn_det.api import check_parts
 from fpn_det.config import compose
 from fpn_det.runtime import Ranks, process_group
+from fpn_det.training import check_parts
 
+CPU = torch.device("cpu")
 EARLY_STOP = "trainer.early_stop={patience:3,min_delta:0}"
 
 # What composition refuses.
@@ -44,7 +46,7 @@ COMPOSED = [
     # types
     ("trainer.epochs=abc", "trainer.epochs: expected a number more than 0 or null, got 'abc'."),
     ("trainer.compile=yes", "trainer.compile: expected true or false, got 'yes'."),
-    ("trainer.batch_size=4.5", "trainer.batch_size: expected a whole number"),
+    ("trainer.batch_size=4.5", "trainer.batch_size: expected a whole number at least 1 or auto, got 4.5."),
     ("trainer.early_stop=true", "trainer.early_stop: expected {patience: ..., min_delta: ...} or null, got True."),
     ("seed=1e3", "seed: expected a whole number, got 1000.0."),
     ("data.root=null", "data.root: expected a text, got null."),
@@ -55,7 +57,7 @@ COMPOSED = [
     ("model.backbone=null", "model.backbone: expected ResNet, got null."),
     ("optimizer.lr=null", "optimizer.lr: expected a number, got null."),
     # ranges
-    ("trainer.batch_size=0", "trainer.batch_size: expected a whole number at least 1"),
+    ("trainer.batch_size=0", "trainer.batch_size: expected a whole number at least 1 or auto, got 0."),
     ("trainer.max_steps=-1", "trainer.max_steps: expected a whole number at least 1 or null, got -1."),
     ("trainer.epochs=nan", "trainer.epochs: expected a number more than 0 or null, got nan."),
     ("trainer.clip_norm=inf", "trainer.clip_norm: expected a number more than 0 or null, got inf."),
@@ -141,6 +143,7 @@ BUILT = [
     ("+data.train_transforms.blur={p:0.1}", "data.train_transforms.blur: expected a class by name (_target_), got none."),
     ("data.canvas=[100,100]", "data.canvas: expected sides that the model's stride 32 divides, got [100, 100]."),
     ("init_from=nowhere.pt", "init_from: expected a file of weights, got nowhere.pt, which does not exist."),
+    ("trainer.batch_size=auto", "trainer.batch_size: expected a number on cpu, got auto"),
     ("device=gpu", "device: expected auto, cpu, cuda, cuda:<number> or mps, got 'gpu'."),
     ("device=cuda:99", "device: 'cuda:99'"),
 ]
@@ -162,16 +165,16 @@ def test_a_wrong_command_line_is_refused(overrides, words):
 @pytest.mark.parametrize(("overrides", "words"), BUILT)
 def test_parts_refuse_before_data_are_read(overrides, words):
     settings = compose([*TINY, *overrides.split(" ")])
-    with pytest.raises(ValueError) as refusal, process_group(settings.device, timeout_minutes=1) as (ranks, _):
-        check_parts(settings, ranks)
+    with pytest.raises(ValueError) as refusal, process_group(settings.device, timeout_minutes=1) as (ranks, device):
+        check_parts(settings, ranks, device)
     assert_is_a_sentence(str(refusal.value), words)
 
 
 def test_ranks_must_divide_the_batch():
     with pytest.raises(ValueError, match=r"trainer\.batch_size: expected a multiple of ranks x trainer\.accumulate = 3, got 4\. Use 3\."):
-        check_parts(compose(TINY), Ranks(0, 3))
+        check_parts(compose(TINY), Ranks(0, 3), CPU)
 
 
 def test_a_good_command_line_passes():
     settings = compose([*TINY, "~data.train_transforms.flip", "set_aside=false", "schedule.warmup_factor=0.1", EARLY_STOP, "trainer.eval_every=1"])
-    check_parts(settings, Ranks())
+    check_parts(settings, Ranks(), CPU)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from fpn_det.api import check_parts
 from fpn_det.config import Settings, check, compose
 from fpn_det.runtime import Ranks
 from fpn_det.saved import read_yaml, to_yaml
+from fpn_det.training import check_parts
 
+CPU = torch.device("cpu")
 OLD = Path(__file__).parent / "old_runs"
 
 
@@ -18,7 +20,7 @@ OLD = Path(__file__).parent / "old_runs"
 def test_settings_of_an_old_run_load_and_build(file):
     told: list[str] = []
     settings = check(read_yaml(file.read_text(), told.append), (), Settings)
-    check_parts(settings, Ranks())
+    check_parts(settings, Ranks(), CPU)
     assert settings.experiment == "demo" and settings.trainer.ema == 0.9
     assert told[0].startswith("Not in the saved settings, so as in configs/: ") and "trainer.probe" in told[0]
     assert settings.trainer.probe is compose().trainer.probe

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 
-from fpn_det import api
 from fpn_det.config import Settings, argument, launch
 from fpn_det.engine.faults import explained
 from fpn_det.engine.folder import choose_folder, write_settings
@@ -19,19 +18,19 @@ from fpn_det.engine.log import RunLog
 from fpn_det.engine.profile import profiled
 from fpn_det.engine.run import Run
 from fpn_det.runtime import process_group
-from fpn_det.saved import to_yaml
+from fpn_det.training import build_parts, check_parts
 
 
 def train(settings: Settings) -> None:
     """One run, in a folder of its own."""
     trainer = settings.trainer
     with process_group(settings.device, trainer.timeout_minutes) as (ranks, device):
-        api.check_parts(settings, ranks)
+        check_parts(settings, ranks, device)
         folder = choose_folder(settings.experiment, settings.run_dir, settings.resume, settings.set_aside)
         with folder.held(), explained(folder.rescue), RunLog(folder.path, ranks) as log:
-            parts = api.build_parts(settings, ranks, device, log, fresh=not folder.resume)
+            parts = build_parts(settings, ranks, device, log, fresh=not folder.resume)
             if ranks.is_main:
-                write_settings(folder.path, to_yaml(settings), HydraConfig.get().overrides.task)
+                write_settings(folder.path, parts.meaning["config"], HydraConfig.get().overrides.task)
             run = Run(parts, trainer, settings.precision, settings.seed, ranks, folder, log)
             with profiled(settings.profile, log):
                 exit_code = run.train()

@@ -90,9 +90,9 @@ class TrainLoader:
         """The micro-batches of one step, made again here and now, on the device."""
         return list(_on_device(map(self._maker.__getitem__, self.keys(step)), self._device, self._tell))
 
-    def largest(self) -> Batch:
-        """A micro-batch of this rank that asks for the most memory, on the device; what it shows is black."""
-        num_images = self.batch_size // (self._ranks.world_size * self._accumulate)
+    def largest(self, num_images: int | None = None) -> Batch:
+        """A micro-batch of this rank (or of `num_images`) that asks for the most memory, on the device; what it shows is black."""
+        num_images = num_images or self.batch_size // (self._ranks.world_size * self._accumulate)
         maker = self._maker
         return largest_batch(maker.dataset, num_images, maker.stride, maker.canvas).to(self._device)
 

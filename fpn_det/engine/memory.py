@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ from fpn_det.engine.meters import memory_mib
 from fpn_det.engine.optimization import Optimization
 from fpn_det.structures import Batch
 
+USABLE = 0.9  # of a GPU's memory: fragments and other programs need some
 KNOBS = (
     "Lower trainer.batch_size or raise trainer.accumulate, make images smaller (data.train_transforms.resize.sides and max_side), "
     "set precision=bf16, or use more ranks."
@@ -33,6 +34,32 @@ def explained(batch: Batch) -> Iterator[None]:
             raise
         reason = (str(error).splitlines() or ["MemoryError"])[0]
         raise Fault(f"memory: expected room for {describe(batch)}, got: {reason} {KNOBS}") from None
+
+
+def fits(optimization: Optimization, batch: Batch) -> bool:
+    """Whether a step with `batch` as its micro-batch fits into the GPU, with room to spare; changes nothing."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(optimization.device)
+    try:
+        optimization.rehearse([batch])
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    peak = torch.cuda.max_memory_reserved(optimization.device)
+    return peak <= USABLE * torch.cuda.get_device_properties(optimization.device).total_memory
+
+
+def largest_that_fits(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number from 1 to `limit` that fits, 0 if none does; whatever is smaller than one that fits does, too."""
+    tried, fitting = 1, 0
+    while tried <= limit and fits(tried):
+        fitting, tried = tried, 2 * tried
+    failing = min(tried, limit + 1)
+    while failing - fitting > 1:
+        middle = (fitting + failing) // 2
+        fitting, failing = (middle, failing) if fits(middle) else (fitting, middle)
+    return fitting
 
 
 def describe(batch: Batch) -> str:

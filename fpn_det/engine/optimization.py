@@ -145,8 +145,12 @@ class Optimization:
         """Go through a whole step that changes nothing, to the bit: after an alarm, none does."""
         alarm, scale, good_steps = self.alarm, self.scale.value, self.scale.good_steps
         self.alarm = torch.zeros_like(alarm)
-        self.step(batches, step=0)
-        self.alarm, self.scale.value, self.scale.good_steps = alarm, scale, good_steps
+        try:
+            self.step(batches, step=0)
+        finally:  # also if there was not enough memory, anywhere in the step
+            self.alarm, self.scale.value, self.scale.good_steps = alarm, scale, good_steps
+            self._statistics.settle(torch.tensor(True, device=self.device))
+            self.optimizer.zero_grad()
 
     def measures(self) -> dict[str, Tensor]:
         """What is worth logging of the last step, on the device: the gradient's length before clipping (of the last good

@@ -85,7 +85,7 @@ class Run:
         optimizer = parts.recipe.build(parts.model, batch_size)
         schedule = self._schedule(state)
         self.optimization = Optimization(parts.model, optimizer, schedule, precision, trainer.clip_norm, trainer.ema)
-        if batch_size < trainer.batch_size:
+        if trainer.batch_size != "auto" and batch_size < trainer.batch_size:
             log.info(f"trainer.batch_size: the training set has images for {batch_size} per step only, not {trainer.batch_size}.")
         log.info(parts.recipe.describe_lr(batch_size, ranks.world_size, trainer.accumulate))
         if state is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from fpn_det.schema import Amount, Count, CountOrZero, Positive, Share, did_you_mean, listed
 
@@ -22,7 +23,7 @@ class Trainer:
 
     epochs: Positive | None  # length of the run; or
     max_steps: Count | None
-    batch_size: Count  # images per step, over all ranks and accumulation
+    batch_size: Count | Literal["auto"]  # images per step, over all ranks and accumulation; auto = what a GPU's memory holds
     accumulate: Count  # backward passes per step
     eval_every: CountOrZero  # steps; 0 = only at the end
     save_every: CountOrZero  # steps; 0 = only at the end
@@ -40,10 +41,16 @@ class Trainer:
     def __post_init__(self) -> None:
         if self.epochs is None and self.max_steps is None:
             raise ValueError("trainer: expected a length, got none. Set trainer.epochs or trainer.max_steps.")
-        if self.batch_size % self.accumulate:
+        if self.batch_size != "auto" and self.batch_size % self.accumulate:
             raise ValueError(f"trainer.batch_size: expected a multiple of trainer.accumulate={self.accumulate}, got {self.batch_size}.")
         if self.early_stop and not self.eval_every:
             raise ValueError("trainer.early_stop: expected evaluations on the way, got none. Set trainer.eval_every.")
+
+    @property
+    def settled_batch_size(self) -> int:
+        """The number, once `auto` has been replaced by it."""
+        assert self.batch_size != "auto", "a batch size is found before anything is made of it"
+        return self.batch_size
 
     def check_best_metric(self, names: Sequence[str]) -> None:
         """Refuse a `best_metric` that is not among those that an evaluation gives."""

@@ -74,7 +74,7 @@ def _torchvision(settings: Settings, device: torch.device) -> Stream:
     dataset.ids = [image for image in dataset.ids if any(not row["iscrowd"] for row in dataset.coco.imgToAnns[image])]
     loader = DataLoader(
         wrap_dataset_for_transforms_v2(dataset, target_keys=("boxes", "labels", "image_id")),
-        settings.trainer.batch_size,
+        settings.trainer.settled_batch_size,
         shuffle=True,
         num_workers=data.num_workers,
         collate_fn=_collate,
