@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo paper paper-quick test test-all lint types tests
+.PHONY: help demo paper paper-quick storm test test-all lint types tests
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -19,6 +19,9 @@ paper: $(READY) ## the FPN paper's tables in miniature, three seeds: docs/paper.
 
 paper-quick: $(READY) ## FPN, bottom-up and C5 only, one seed (at most 30 minutes)
 	$(BIN)/python tools/paper.py quick=true output=runs/paper
+
+storm: $(READY) ## kill a run at thirty random moments, on one rank and on two: nothing may be lost (minutes)
+	$(BIN)/python tools/storm.py
 
 test: lint types tests ## what CI runs: lint, types and the tests that take seconds
 

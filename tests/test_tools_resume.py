@@ -1,0 +1,60 @@
+"""A run that goes on, from the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import ROOT, TINY
+
+
+def metrics(run: Path) -> dict:
+    return json.loads((run / "metrics.json").read_text())
+
+
+def weights_after(run: Path, step: int) -> dict:
+    """All tensors of a checkpoint, by name."""
+    state = torch.load(run / "checkpoints" / f"step_{step:08d}.pt", weights_only=True)
+    optimizer = {f"{name}.{slot}": tensor for name, slots in state["optimizer"]["state"].items() for slot, tensor in slots.items()}
+    return state["model"] | {f"ema.{name}": tensor for name, tensor in state["ema"].items()} | optimizer
+
+
+@pytest.mark.parametrize(
+    ("workers", "settings"),
+    [
+        (2, ["precision=bf16", "trainer.accumulate=2"]),
+        pytest.param(0, ["trainer.accumulate=1"], marks=pytest.mark.slow),
+    ],
+)
+def test_run_goes_on_from_any_step_to_the_bit(run_tool, shapes_dataset, tmp_path, workers, settings):
+    """8 images, 4 per step: step 3 is in the midst of the second epoch."""
+    words = [*TINY, f"data.root={shapes_dataset}", "trainer.max_steps=4", "trainer.ema=0.9", f"data.num_workers={workers}", *settings]
+    straight = run_tool("train.py", *words, "run_dir=straight", "trainer.save_every=1", "trainer.keep_last=0")
+    assert straight.returncode == 0, straight.stderr
+    resumed = run_tool("train.py", *words, "run_dir=resumed", "resume=straight/checkpoints/step_00000003.pt")
+    assert resumed.returncode == 0, resumed.stderr
+    one, other = weights_after(tmp_path / "straight", 4), weights_after(tmp_path / "resumed", 4)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert metrics(tmp_path / "straight") == metrics(tmp_path / "resumed")
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_run_again_and_it_goes_on(shapes_dataset, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--max-restarts=1", "--standalone"]
+    words = [*TINY, f"data.root={shapes_dataset}", "run_dir=run", "resume=auto", "set_aside=false", "trainer.max_steps=6", "trainer.save_every=1"]
+    launcher = subprocess.Popen([*command, str(ROOT / "tools" / "train.py"), *words], cwd=tmp_path)
+    while not (tmp_path / "run/checkpoints/last.pt").exists():
+        assert launcher.poll() is None
+        time.sleep(0.02)
+    rank = int((tmp_path / "run/.lock").read_text().split()[1])
+    os.kill(rank, signal.SIGKILL)
+    assert launcher.wait(timeout=300) == 0
+    assert "Going on after step" in (tmp_path / "run/log.txt").read_text()
+    assert metrics(tmp_path / "run")["step"] == 6
