@@ -98,6 +98,8 @@ def read_as_ours(
     conversion = convert(file.state, project, "fpn_det", norm_eps)
     if conversion.missing:
         raise ValueError(f"{path}: expected a whole Faster R-CNN with FPN, got one without {_some(conversion.missing)}.")
+    if f"{LOGITS}.bias" not in conversion.state:
+        raise ValueError(f"{path}: expected a detector that names what it finds, got an RPN alone. tools/eval.py scores it.")
     num_classes = len(conversion.state[f"{LOGITS}.bias"]) - 1
     names = tuple(class_names or file.class_names or assumed_class_names(num_classes) or ())
     if names and len(names) != num_classes:
