@@ -96,7 +96,7 @@ class Data:
     min_area: Amount  # a box smaller than this in the input frame goes, px^2
     train_transforms: dict[str, Node | None]  # in this order; null leaves one out
     eval_transforms: dict[str, Node | None]
-    proposals: ProposalFiles | None = None
+    proposals: ProposalFiles | None
 
     def __post_init__(self) -> None:
         for name in ("train", "val") if self.val_fraction is None else ("train",):

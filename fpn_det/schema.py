@@ -115,9 +115,8 @@ def _fit_record(value: Any, record: type, where: str, packages: Sequence[str]) -
         raise ValueError(f"{where}: expected its settings by name, got {value!r}.")
     hints = get_type_hints(record, include_extras=True)
     check_names(value, hints, where)
-    optional = {field.name for field in dataclasses.fields(record) if field.default is not dataclasses.MISSING}
-    _check_complete(value, [name for name in hints if name not in optional], where)
-    return record(**{name: fit(value[name], hint, join(where, name), packages) for name, hint in hints.items() if name in value})
+    _check_complete(value, hints, where)
+    return record(**{name: fit(value[name], hint, join(where, name), packages) for name, hint in hints.items()})
 
 
 def _fit_node(node: Mapping[str, Any], where: str, packages: Sequence[str]) -> dict[str, Any]:

@@ -68,16 +68,6 @@ def test_fit_refuses_and_names_the_place(changes, words):
     assert words in str(refusal.value)
 
 
-@dataclass(frozen=True)
-class Newer:
-    rate: float
-    added: int = 3
-
-
-def test_fit_takes_the_default_of_a_setting_that_older_files_lack():
-    assert fit({"rate": 1.0}, Newer, "", ()) == Newer(1.0, 3)
-
-
 def test_fit_refuses_a_missing_value():
     with pytest.raises(ValueError, match="config: expected a value for rate, got none"):
         fit({name: value for name, value in GOOD.items() if name != "rate"}, Outer, "", ())
