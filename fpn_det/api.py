@@ -13,6 +13,7 @@ import torch
 from hydra.errors import InstantiationException
 
 from fpn_det.config import Data, Node, Settings, Split, check, compose, is_for_people
+from fpn_det.data.cache import PictureCache
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.images import BadImage
 from fpn_det.data.loading import EvalLoader, TrainLoader
@@ -151,9 +152,15 @@ def build_eval_loader(
     data = settings.data
     transform = build_transforms(data.eval_transforms, data, "data.eval_transforms")
     proposals = read_saved_proposals(data, split, annotations, train=False)
-    dataset = DetectionDataset(annotations, transform, settings.seed, data.reduced_decoding == "always", proposals=proposals)
+    reduce, cache = data.reduced_decoding == "always", picture_cache(data)
+    dataset = DetectionDataset(annotations, transform, settings.seed, reduce, proposals=proposals, cache=cache)
     where = (stride, data.canvas, device, data.resize_on, data.start_method, tell)
     return EvalLoader(dataset, data.eval_batch_size, ranks, data.num_workers, *where)
+
+
+def picture_cache(data: Data) -> PictureCache | None:
+    """Where decoded pictures are kept, if they are."""
+    return PictureCache(Path(data.cache)) if data.cache else None
 
 
 def single_images(settings: Settings, annotations: Annotations, rows: Sequence[int], stride: int, device: torch.device) -> EvalLoader:
@@ -170,7 +177,7 @@ def build_train_loader(
     transform = build_transforms(data.train_transforms, data, "data.train_transforms")
     proposals = read_saved_proposals(data, "train", annotations, train=True)
     reduce, replace_bad = data.reduced_decoding != "never", tell is not None
-    dataset = DetectionDataset(annotations, transform, settings.seed, reduce, replace_bad, proposals)
+    dataset = DetectionDataset(annotations, transform, settings.seed, reduce, replace_bad, proposals, picture_cache(data))
     parts = ranks.world_size * trainer.accumulate
     repeats = repeat_factors(annotations, data.repeat_threshold)[0] if data.repeat_threshold else None
     batches = GlobalBatches(annotations.sizes, trainer.settled_batch_size, settings.seed, parts, data.group_by_aspect, repeats)

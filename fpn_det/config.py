@@ -88,6 +88,7 @@ class Data:
     start_method: Literal["fork", "spawn", "forkserver"] | None  # of these processes; null = the platform's own
     resize_on: Literal["worker", "device"]  # where the last flip and resize are made
     reduced_decoding: Literal["never", "train", "always"]  # of JPEG files at 1/2, 1/4 or 1/8, if the resize asks for less
+    cache: str | None  # folder for decoded pictures; about 3 bytes a pixel
     canvas: Literal["batch"] | tuple[Count, Count]  # size of a batch: its largest image's, or [H, W] always
     group_by_aspect: bool  # batches of landscape or of portrait images
     repeat_threshold: Positive | None  # repeat images of classes that are in less than this share of them; null = never

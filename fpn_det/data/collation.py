@@ -72,22 +72,6 @@ class Parcel:
         return canvas
 
 
-class SharedBuffers:
-    """A worker's buffers for pixels, used in turn; each grows to the largest batch that it has to hold."""
-
-    def __init__(self, count: int) -> None:
-        self._buffers = [torch.empty(0, dtype=torch.uint8)] * count
-        self.slot = count - 1  # the one handed out last
-
-    def __call__(self, *shape: int) -> Tensor:
-        """The next buffer, as u8 of this shape. What was in it is overwritten."""
-        self.slot = (self.slot + 1) % len(self._buffers)
-        size = int(np.prod(shape))
-        if len(self._buffers[self.slot]) < size:
-            self._buffers[self.slot] = torch.empty(size, dtype=torch.uint8).share_memory_()
-        return self._buffers[self.slot][:size].view(shape)
-
-
 def _private_memory(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.uint8)
 

@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 
+from fpn_det.data.cache import PictureCache
 from fpn_det.data.images import BadImage, read_image, reduction_to
 from fpn_det.data.proposals import SavedProposals
 from fpn_det.data.resizing import Plan, Size
@@ -42,6 +43,7 @@ class DetectionDataset:
         reduce: decode JPEG files at a fraction of their size where the transforms are only a flip and a resize to less.
         replace: let another image, drawn by (seed, epoch, index) too, take the place of one that cannot be used.
         proposals: of these images, to go with them.
+        cache: keeps decoded pictures.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class DetectionDataset:
         reduce: bool = False,
         replace: bool = False,
         proposals: SavedProposals | None = None,
+        cache: PictureCache | None = None,
     ) -> None:
         self.annotations = annotations
         self.transform = transform
@@ -59,6 +62,7 @@ class DetectionDataset:
         self.reduce = reduce
         self.replace = replace
         self.proposals = proposals
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -115,7 +119,7 @@ class DetectionDataset:
         path = self.annotations.path(index)
         reduction = reduction_to(size, least) if self.reduce and least else 1
         try:
-            pixels = read_image(path, reduction)
+            pixels = read_image(path, reduction) if self.cache is None else self.cache.read(path, reduction)
         except BadImage as error:
             raise BadImage(path, f"{error} It is {self._describe(index)}.") from None
         found = pixels.shape[:2]

@@ -12,6 +12,9 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+MOST_PIXELS = 1 << 30  # what OpenCV admits; Pillow's own limit stops at a sixth of it
+Image.MAX_IMAGE_PIXELS = None
+
 JPEG_MAGIC = b"\xff\xd8"
 TIFF_MAGIC = (b"II*\x00", b"MM\x00*")
 REDUCED = {
@@ -48,8 +51,11 @@ def read_image(path: Path, reduction: int = 1) -> np.ndarray:
         raise BadImage(path, f"{path}: cannot be read: {error.strerror}.") from error
     if not content:
         raise BadImage(path, f"{path}: expected a picture, got an empty file.")
-    pixels = None if _is_transparent_tiff(content) else _decode_opencv(content, reduction)
-    return _decode_pillow(content, path) if pixels is None else pixels
+    try:
+        pixels = None if _is_transparent_tiff(content) else _decode_opencv(content, reduction)
+        return _decode_pillow(content, path) if pixels is None else pixels
+    except MemoryError as error:
+        raise BadImage(path, f"{path}: expected a picture that fits into memory, got one of {len(content):,} bytes that does not.") from error
 
 
 def _decode_opencv(content: bytes, reduction: int) -> np.ndarray | None:
@@ -79,7 +85,10 @@ def _is_transparent_tiff(content: bytes) -> bool:
 def _decode_pillow(content: bytes, path: Path) -> np.ndarray:
     """The thorough way, for what OpenCV refuses: either it succeeds, or it knows why not."""
     try:
-        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+        picture: Image.Image = Image.open(io.BytesIO(content))
+        if picture.width * picture.height > MOST_PIXELS:
+            raise BadImage(path, f"{path}: expected at most {MOST_PIXELS:,} pixels, got {picture.width} x {picture.height}. Cut it into tiles.")
+        picture = ImageOps.exif_transpose(picture)
         if picture.mode[0] in "IF":
             raise BadImage(path, f"{path}: expected 8 or 16 bits per channel, got mode {picture.mode}. Convert the file.")
         return np.asarray(picture.convert("RGB"))

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from fpn_det.data.collation import Canvas, Parcel, ResizeOn, SharedBuffers, check_canvas, pack
+from fpn_det.data.collation import Canvas, Parcel, ResizeOn, check_canvas, pack
 from fpn_det.data.dataset import DetectionDataset, Example, Key
 from fpn_det.data.extremes import largest_batch
 from fpn_det.data.images import BadImage
 from fpn_det.data.sampling import GlobalBatches, evaluation_batches, micro_batches
+from fpn_det.data.shared_memory import SharedBuffers, check_room
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Batch
 
@@ -59,6 +60,8 @@ class TrainLoader:
         start_method: str | None = None,
         tell: Callable[[BadImage], None] | None = None,
     ) -> None:
+        num_images = batches.batch_size // (ranks.world_size * accumulate)
+        check_room(usual_bytes(dataset, canvas, resize_on), num_images, num_workers, READ_AHEAD + 1)
         self._batches = batches
         self._ranks = ranks
         self._accumulate = accumulate
@@ -124,6 +127,7 @@ class EvalLoader:
         tell: Callable[[BadImage], None] | None = None,
     ) -> None:
         batches = evaluation_batches(dataset.annotations.sizes, batch_size, ranks)
+        check_room(usual_bytes(dataset, canvas, resize_on), batch_size, num_workers, READ_AHEAD + 1)
         keys = [[(index, 0) for index in batch.tolist()] for batch in batches]
         self._num_batches = len(keys)
         self._loader = _loader(_BatchMaker(dataset, stride, canvas, resize_on, tell is not None), keys, num_workers, start_method)
@@ -173,6 +177,17 @@ class _BatchMaker(Dataset):
             return replace(parcel, slot=(worker.id, self._buffers.slot))
         except ValueError as error:
             return error
+
+
+def usual_bytes(dataset: DetectionDataset, canvas: Canvas, resize_on: ResizeOn) -> int:
+    """What an image of the usual size takes on its way from a worker."""
+    sizes = dataset.annotations.sizes
+    if not len(sizes):
+        return 0
+    height, width = sizes[sizes.prod(dim=1).argsort()[len(sizes) // 2]].tolist()
+    if resize_on == "worker":
+        height, width = dataset.transform.largest((height, width)) if canvas == "batch" else canvas
+    return height * width * 3
 
 
 def _loader(maker: _BatchMaker, keys: Iterable[list[Key]], num_workers: int, start_method: str | None) -> DataLoader:

@@ -152,6 +152,13 @@ class Pipeline:
                     f"after it, got {type(step).__name__}, then {after or 'nothing'}. Change the order, or say data.resize_on=worker."
                 )
 
+    def largest(self, size: Size) -> Size:
+        """What the planned resize makes of an image of this size at most."""
+        for step in self.tail:
+            if isinstance(step, ResizeShortestSide):
+                size = resized_size(size, max(step.sides), step.max_side, step.rounding)
+        return size
+
     def _plan(self, size: Size, random_state: random.Random) -> Plan:
         """Draw the moves of the tail, as albumentations would."""
         plan = Plan(size)

@@ -198,7 +198,7 @@ class RPN(nn.Module):
             logits, deltas = self.head(pyramid.levels)
         per_cell = self.anchors.num_per_cell
         level_sizes = [height * width * per_cell for height, width in pyramid.shapes]
-        return RPNOutput(logits, deltas, self.anchors(pyramid.shapes), self._allowed(pyramid), level_sizes)
+        return RPNOutput(logits, deltas, self.anchors(pyramid.shapes), self.allowed(pyramid), level_sizes)
 
     def losses(self, output: RPNOutput, pyramid: Pyramid, batch: Batch, step: int) -> Losses:
         """`rpn_objectness` (binary cross-entropy) and `rpn_box` (smooth L1), at the sampled anchors (eq. 1)."""
@@ -270,7 +270,7 @@ class RPN(nn.Module):
         per_cell = self.anchors.num_per_cell
         return self.head.at(gather_neighborhoods(pyramid, sample.idxs // per_cell), sample.idxs % per_cell)
 
-    def _allowed(self, pyramid: Pyramid) -> Tensor:
+    def allowed(self, pyramid: Pyramid) -> Tensor:
         """Anchors [B, M] centered within their image's own size, rounded up to the canvas stride."""
         if self.padding_anchors == "keep":
             num_anchors = sum(height * width for height, width in pyramid.shapes) * self.anchors.num_per_cell

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -102,3 +104,35 @@ def test_read_image_refuses_what_is_no_picture(tmp_path):
         with pytest.raises(ValueError, match=words):
             read_image(tmp_path / name)
     assert image_size(tmp_path / "page.jpg") is None
+
+
+def test_pictures_beyond_every_limit_are_named(tmp_path):
+    """A header is enough: 40,000 x 40,000 px are more than OpenCV and Pillow admit."""
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b"\0"), b"IEND"]
+    framed = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
+    path = tmp_path / "map.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(framed))
+    with pytest.raises(ValueError, match=r"map\.png: expected at most 1,073,741,824 pixels, got 40000 x 40000\. Cut it into tiles"):
+        read_image(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [".jpg", ".png"])
+def test_a_picture_of_a_hundred_million_pixels_is_read(tmp_path, kind):
+    path = tmp_path / f"large{kind}"
+    assert cv2.imwrite(str(path), np.full((9000, 12000, 3), 200, np.uint8))
+    assert image_size(path) == (9000, 12000)
+    assert read_image(path).shape == (9000, 12000, 3)
+    assert read_image(path, 8).shape == ((1125, 1500, 3) if kind == ".jpg" else (9000, 12000, 3))
+
+
+def test_a_picture_that_does_not_fit_into_memory_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "large.png"
+    path.write_bytes(encoded(Image.fromarray(SMOOTH), "PNG"))
+
+    def fail(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(cv2, "imdecode", fail)
+    with pytest.raises(ValueError, match=r"large\.png: expected a picture that fits into memory"):
+        read_image(path)

@@ -171,3 +171,23 @@ def test_reduced_reading_is_upright_and_refuses_truncated_files(tmp_path):
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"cut\.jpg: expected a complete picture"):
         read_image(path, 2)
+
+
+@pytest.mark.parametrize("resize_on", ["worker", "device"])
+def test_ten_pixels_and_three_thousand_objects_make_a_batch(document, write, tmp_path, resize_on):
+    random = np.random.default_rng(0)
+    document["images"] = []
+    for number, side in ((1, 10), (2, 100)):
+        assert cv2.imwrite(str(tmp_path / f"{number}.png"), random.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        document["images"].append({"id": number, "file_name": f"{number}.png", "width": side, "height": side})
+    corners = random.integers(0, 90, (3000, 2)).tolist()
+    boxes = [(1, [2, 3, 4, 5]), *((2, [x, y, 8, 9]) for x, y in corners)]
+    document["annotations"] = [
+        {"id": number, "image_id": image, "category_id": 3, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+        for number, (image, box) in enumerate(boxes, start=1)
+    ]
+    dataset = DetectionDataset(read_annotations(write(document), tmp_path), Pipeline([ResizeShortestSide([320], 400)]), seed=0)
+    (batch,) = EvalLoader(dataset, 2, Ranks(), 0, 32, "batch", CPU, resize_on)
+    assert batch.pixels.shape == (2, 3, 320, 320) and batch.targets.boxes.shape == (2, 4096, 4)
+    assert batch.targets.valid.sum(dim=1).tolist() == [1, 3000]
+    assert batch.targets.boxes[0, 0].tolist() == [64, 96, 192, 256]  # times 32
