@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tiny import TINY
 
-from fpn_det.config import compose
+from fpn_det.config import EvalSettings, check, compose
 from fpn_det.runtime import Ranks, process_group
+from fpn_det.saved import CONFIGS, read_yaml, to_yaml
 from fpn_det.training import check_parts
 
 CPU = torch.device("cpu")
@@ -178,3 +180,12 @@ def test_ranks_must_divide_the_batch():
 def test_a_good_command_line_passes():
     settings = compose([*TINY, "~data.train_transforms.flip", "set_aside=false", "schedule.warmup_factor=0.1", EARLY_STOP, "trainer.eval_every=1"])
     check_parts(settings, Ranks(), CPU)
+
+
+@pytest.mark.parametrize("override", ["optimizer.lr=0.1", "schedule.gamma=0.5", "init_from=x.pt", "profile=true", "data.train_transforms.flip=null"])
+def test_evaluation_refuses_what_only_training_reads(override):
+    tree = OmegaConf.merge(read_yaml(to_yaml(compose(TINY))), OmegaConf.load(CONFIGS / "eval.yaml"))
+    del tree["defaults"]
+    check(tree, ["checkpoint=x.pt"], EvalSettings)
+    with pytest.raises(ValueError, match=rf"{override.split('.')[0].split('=')[0]}.*: has no effect here: nothing is trained here"):
+        check(tree, [override], EvalSettings)

@@ -23,7 +23,7 @@ ELSEWHERE = {
 # so that what is read on demand is asked for
 ASKED_FOR = (
     "trainer.max_steps=null",
-    "trainer.epochs=1",
+    "trainer.epochs=2",
     "trainer.eval_every=2",
     "trainer.early_stop={patience:3,min_delta:0.1}",
     "trainer.val_loss=true",
