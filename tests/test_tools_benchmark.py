@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import benchmark
 from _benchmark.contestants import Ours, Torchvision, make_contestants
+from _benchmark.loader_memory import loader_growth_mib
 from _benchmark.measures import Counter, alternate, count, peak_memory_mib
 from _benchmark.setting import Setting, parse
 
@@ -164,3 +165,12 @@ def test_benchmark_writes_what_it_shows(tmp_path, monkeypatch, capsys):
 def test_peak_memory_is_more_than_the_weights():
     weights = 4 * 12544 * 1024 / 2**20
     assert all(peak > weights for peak in peak_memory_mib(SMALL))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="no PSS")
+def test_workers_share_the_annotations():
+    growth = loader_growth_mib()
+    # 100,000 images with 7 objects of 57 bytes each, and their paths
+    assert growth["none"] > 99_900 * 7 * 57 / 2**20
+    assert growth["fork"] < 1.2 * growth["none"] and growth["spawn"] < 1.2 * growth["none"]

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from _benchmark.contestants import make_contestants
+from _benchmark.loader_memory import FEW, MANY, NUM_WORKERS, loader_growth_mib
 from _benchmark.loaders import make_streams, write_images
 from _benchmark.measures import alternate, count, peak_memory_mib, throughput
 from _benchmark.setting import Setting, parse
@@ -82,7 +83,7 @@ def main() -> None:
     height, width = setting.size
     title = f"batch {setting.batch_size}, {height}x{width}, {setting.precision}"
     table = Table("measure", "ours", "torchvision", "ours / torchvision", title=title)
-    results = {}
+    results: dict[str, dict[str, float]] = {}
     console = Console()
     with console.status("measuring"):
         for name, (ours, peer) in measure(setting):
@@ -90,6 +91,11 @@ def main() -> None:
             table.add_row(name, f"{ours:.4g}", f"{peer:.4g}", f"{ours / peer:.3f}")
             console.log(f"{name}: {ours:.4g} / {peer:.4g}")
     console.print(table)
+    if "memory" in setting.only and Path("/proc/self/smaps_rollup").exists():
+        growth = loader_growth_mib()
+        results["loader_growth_mib"] = growth
+        rows = ", ".join(f"{name} {mib:.1f}" for name, mib in growth.items())
+        console.print(f"MiB that {MANY:,} images instead of {FEW} add to a loader, by kind of its {NUM_WORKERS} workers: {rows}")
     output = Path(setting.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results | {"setting": describe(setting)}, indent=2) + "\n")
