@@ -133,10 +133,16 @@ def read_saved_proposals(data: Data, split: SplitName, annotations: Annotations,
     files = data.proposals
     if files is None:
         return None
-    file: str | None = getattr(files, split)
-    if file is None:
-        raise ValueError(f"data.proposals.{split}: expected a file in the COCO results format, got none.")
-    return read_proposals(Path(file), annotations, files.train_limit if train else files.eval_limit)
+    return read_proposals(proposal_file(data, split), annotations, files.train_limit if train else files.eval_limit)
+
+
+def proposal_file(data: Data, split: SplitName) -> Path:
+    """Where the saved proposals of a split are."""
+    file: str | None = getattr(data.proposals, split)
+    if file is None or not Path(file).is_file():
+        found = "none" if file is None else f"{file}, which does not exist"
+        raise ValueError(f"data.proposals.{split}: expected a file in the COCO results format, got {found}. evaluation=proposals writes one.")
+    return Path(file)
 
 
 def build_eval_loader(

@@ -18,6 +18,7 @@ from fpn_det.api import (
     build_model,
     build_train_loader,
     build_transforms,
+    proposal_file,
     read_training_data,
     single_images,
 )
@@ -67,6 +68,8 @@ def check_parts(settings: Settings, ranks: Ranks, device: torch.device) -> None:
                 f"model.{name}.normalizer: expected constant with trainer.accumulate={trainer.accumulate}, got {normalizer}, "
                 f"whose gradients would not be those of the whole batch. Set trainer.accumulate=1."
             )
+    for split in ("train", "val") if settings.data.proposals else ():
+        proposal_file(settings.data, split)
     if settings.init_from and not Path(settings.init_from).is_file():
         raise ValueError(f"init_from: expected a file of weights, got {settings.init_from}, which does not exist.")
     if not (settings.init_from or settings.resume):

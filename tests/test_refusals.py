@@ -144,6 +144,10 @@ BUILT = [
     ("data.train_transforms.flip.p=2", "data.train_transforms.flip: albumentations.HorizontalFlip refuses its arguments: p Input should be less"),
     ("+data.train_transforms.blur={p:0.1}", "data.train_transforms.blur: expected a class by name (_target_), got none."),
     ("data.canvas=[100,100]", "data.canvas: expected sides that the model's stride 32 divides, got [100, 100]."),
+    (
+        "model.rpn=null data.proposals={train:nowhere.json,val:x,test:null,train_limit:9,eval_limit:9}",
+        "data.proposals.train: expected a file in the COCO results format, got nowhere.json, which does not exist.",
+    ),
     ("init_from=nowhere.pt", "init_from: expected a file of weights, got nowhere.pt, which does not exist."),
     ("trainer.batch_size=auto", "trainer.batch_size: expected a number on cpu, got auto"),
     ("device=gpu", "device: expected auto, cpu, cuda, cuda:<number> or mps, got 'gpu'."),

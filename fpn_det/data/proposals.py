@@ -36,7 +36,8 @@ class SavedProposals:
         """The boxes and labels of the objects alone, and the proposals [limit, 4], with rows of zeros at the end."""
         drawn = labels != PROPOSAL
         proposals = np.zeros((self.limit, 4), np.float32)
-        proposals[: (~drawn).sum()] = boxes[~drawn]
+        kept = boxes[~drawn][: self.limit]  # there are more where images were put together
+        proposals[: len(kept)] = kept
         return boxes[drawn], labels[drawn], proposals
 
 
@@ -44,7 +45,7 @@ def read_proposals(file: Path, annotations: Annotations, limit: int) -> SavedPro
     """The best `limit` boxes of the images of `annotations`; those of other images are passed over, categories are not read.
 
     Raises:
-        ValueError: no such file, not one of COCO results, or no box for these images.
+        ValueError: the file is not one of COCO results, or has no box for these images.
     """
     row_of = {image_id: row for row, image_id in enumerate(annotations.image_ids.tolist())}
     images, scores, boxes = array("q"), array("f"), array("f")
@@ -55,8 +56,6 @@ def read_proposals(file: Path, annotations: Annotations, limit: int) -> SavedPro
                 scores.append(result["score"])
                 boxes.extend(result["bbox"])
         xywh = np.array(boxes, np.float32).reshape(len(images), 4)
-    except OSError as error:
-        raise ValueError(f"{file}: expected a file of proposals, got none ({error.strerror}). evaluation=proposals writes one.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: expected COCO results, a list of image_id, bbox and score, got something else ({error!r}).") from None
     if not images:

@@ -162,6 +162,7 @@ class Detector(nn.Module):
         proposer = copy.copy(self)
         proposer._modules = {**self._modules, "roi_head": None}
         return proposer
+
     def check_pretrained(self) -> None:
         """Refuse pretrained weights that cannot be had, before anything is read."""
         self.backbone.check_pretrained()

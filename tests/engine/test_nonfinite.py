@@ -10,7 +10,7 @@ from parts import TinyDetector, make_annotations, make_batch, make_optimization
 
 from fpn_det.engine.nonfinite import Examination, examine, explain, load_dump
 from fpn_det.runtime import Ranks, seed_step
-from fpn_det.structures import Batch
+from fpn_det.structures import Batch, Proposals
 
 
 def spoiled_pixel(batch: Batch) -> Batch:
@@ -32,7 +32,8 @@ def explained(optimization, batches: list[Batch], folder: Path, step: int = 4) -
 
 def test_dump_holds_what_went_in_and_what_came_out(tmp_path):
     optimization = make_optimization(TinyDetector(dropout=0.5))
-    batches = [make_batch([0, 1]), spoiled_pixel(make_batch([2, 3]))]
+    given = Proposals.stack(list(torch.rand(2, 5, 4)))
+    batches = [make_batch([0, 1]), spoiled_pixel(dataclasses.replace(make_batch([2, 3]), proposals=given))]
     text = explained(optimization, batches, tmp_path / "nan_dump")
     assert text.startswith("not finite: pixels of image_3.jpg, roi_class=nan, roi_box=nan. First bad output: conv.")
     assert "Images of that batch: image_3.jpg. Do it again with 'python tools/replay.py" in text
@@ -43,6 +44,7 @@ def test_dump_holds_what_went_in_and_what_came_out(tmp_path):
         torch.testing.assert_close(batch.pixels, same.pixels, equal_nan=True, rtol=0, atol=0)
         assert torch.equal(batch.targets.boxes, same.targets.boxes)
         assert torch.equal(batch.targets.labels, same.targets.labels)
+    assert loaded[0].proposals is None and torch.equal(loaded[1].proposals.boxes, given.boxes)
     assert share["images"][1][0] == {"path": "image_2.jpg", "image_id": 12, "annotation_ids": [3]}
     assert (share["step"], share["precision"], share["loss_scale"], share["lr"]) == (4, "fp32", 1.0, 0.1)
     assert share["gradient_norms"].keys() == {"conv", "norm", "head"}
