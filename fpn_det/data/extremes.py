@@ -23,7 +23,8 @@ def largest_batch(dataset: DetectionDataset, num_images: int, stride: int, canva
         raise ValueError("training set: expected an image that can be read, got none among the largest. Run tools/check_data.py.")
     height, width = canvas_size([example.plan.size for example in examples], stride, canvas)
     busiest = max(examples, key=lambda example: len(example.boxes))
-    pixels = torch.from_numpy(np.zeros((num_images, height, width, 3), busiest.pixels.dtype)).permute(0, 3, 1, 2)
+    kind = np.float32 if busiest.plan.gives_float else busiest.pixels.dtype
+    pixels = torch.from_numpy(np.zeros((num_images, height, width, 3), kind)).permute(0, 3, 1, 2)
     boxes, labels = torch.from_numpy(busiest.boxes), torch.from_numpy(busiest.labels)
     sizes = torch.tensor([[height, width]] * num_images)
     targets = Targets.pad([boxes] * num_images, [labels] * num_images)

@@ -97,7 +97,8 @@ class GlobalBatches:
     def _repeated(self, order: np.ndarray, start: float) -> np.ndarray:
         """The images of an epoch, as row + repetition * I: as many of each as there are whole numbers in its stretch of the sum."""
         assert self._repeats is not None
-        ends = np.floor(np.cumsum(self._repeats[order]) + start).astype(np.int64)
+        margin = 1e-6  # a sum that is whole but for rounding counts as whole
+        ends = np.floor(np.cumsum(self._repeats[order]) + margin + start * (1 - 2 * margin)).astype(np.int64)
         counts = np.diff(ends, prepend=0)
         first = np.repeat(ends - counts, counts)
         repetition = np.arange(ends[-1]) - first

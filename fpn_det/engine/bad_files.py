@@ -34,7 +34,7 @@ class BadFiles:
         Raises:
             ValueError: it is one too many.
         """
-        known = [line.split("\t")[0] for line in listed(self._file.parent)]
+        known = {line.split("\t")[0] for line in listed(self._file.parent)}
         if str(bad.path) in known:
             return
         with self._file.open("a", encoding="utf-8") as file:  # a line at once, so that those of two ranks do not mix

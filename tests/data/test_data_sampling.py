@@ -156,3 +156,11 @@ def test_repeats_of_one_change_nothing_in_number():
     for step in range(20):
         assert len(set(repeated.slice(step)[1].tolist())) == 4
         assert repeated.showings(step).tolist() == plain.showings(step).tolist() == [step // 2] * 4
+
+
+def test_sums_that_are_whole_but_for_rounding_fill_the_epoch():
+    repeats = torch.full((3000,), 1.1, dtype=torch.float64)  # adds up to 3300 give or take the last bits
+    batches = GlobalBatches(sizes(2000, 1000), 100, seed=0, repeats=repeats)
+    for epoch in range(50):
+        rows = torch.cat([batches.slice(batches.steps_per_epoch * epoch + step)[1] for step in range(batches.steps_per_epoch)])
+        assert len(rows) in (3200, 3300) and torch.bincount(rows).max() <= 2
