@@ -50,9 +50,9 @@ def check_data(settings: CheckSettings) -> None:
     if coverage is not None:
         console.print(
             f"Of {len(coverage.ious)} objects, {coverage.learned_by_rescue} meet no anchor with IoU {coverage.threshold:g}, "
-            f"and {len(coverage.unreachable)} none with {coverage.background:g}."
+            f"and {coverage.out_of_reach} none with {coverage.background:g}."
         )
-    console.print(f"{'Sound.' if report.is_sound else 'Not sound: training would stop.'} The report: {shown_path(folder / 'data_report.html')}")
+    console.print(f"{report.verdict} The report: {shown_path(folder / 'data_report.html')}")
     if not report.is_sound:
         sys.exit(1)
 

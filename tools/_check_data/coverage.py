@@ -44,10 +44,9 @@ class Coverage:
         return int((self.ious < self.threshold).sum())
 
     @property
-    def unreachable(self) -> np.ndarray:
-        """Objects whose best anchor would count as background; the worst first."""
-        missed = np.flatnonzero(self.ious < self.background)
-        return missed[np.argsort(self.ious[missed], kind="stable")]
+    def out_of_reach(self) -> int:
+        """How many objects have only anchors that would count as background."""
+        return int((self.ious < self.background).sum())
 
 
 def cover(annotations: Annotations, model: Detector, transform: Pipeline) -> Coverage:

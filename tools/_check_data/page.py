@@ -21,6 +21,7 @@ from fpn_det.structures import Annotations
 LISTED = 50  # findings of a kind
 PICTURES_PER_KIND = 3
 PICTURES = 24
+WORST = 6  # objects by their best anchors
 SIDE = 320  # px of a picture
 BINS = 32
 WIDTH, HEIGHT = 640, 160  # px of a chart
@@ -41,10 +42,10 @@ p.hint { color: #556; max-width: 50rem }
 
 def write_page(path: Path, report: Report, coverage: Coverage | None) -> None:
     """All of the report. `coverage` is that of the training set."""
-    verdict = '<span class="sound">Sound.</span>' if report.is_sound else '<span class="error">Not sound: training would stop.</span>'
+    verdict = f'<span class="{"sound" if report.is_sound else "error"}">{escape(report.verdict)}</span>'
     parts = [f"<h1>Data report</h1><p>{verdict}</p>", _splits(report), _findings(report), _worst(report), _class_counts(report)]
     if coverage is not None and len(coverage.boxes):
-        parts += [_sizes(coverage), _ratios(coverage), _levels(coverage), _unreachable(report.parts["train"].annotations, coverage)]
+        parts += [_sizes(coverage), _ratios(coverage), _levels(coverage), _best_anchors(report.parts["train"].annotations, coverage)]
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Data report</title><style>{STYLE}</style>'
     path.write_text(f"{head}<body>{''.join(parts)}</body></html>", encoding="utf-8")
 
@@ -109,8 +110,9 @@ def _with_frame(picture: Image.Image, box: tuple[float, ...], scale: float) -> I
     border = SIDE // 5
     ground = Image.new("RGB", (picture.width + 2 * border, picture.height + 2 * border), (236, 239, 244))
     ground.paste(picture, (border, border))
-    x1, y1, x2, y2 = (float(np.clip(value * scale + border, 1, limit - 2)) for value, limit in zip(box, ground.size * 2, strict=True))
-    ImageDraw.Draw(ground).rectangle((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), outline=(214, 40, 40), width=3)
+    x1, y1, x2, y2 = (float(np.clip(value * scale + border, 4, limit - 5)) for value, limit in zip(box, ground.size * 2, strict=True))
+    frame = min(x1, x2) - 3, min(y1, y2) - 3, max(x1, x2) + 3, max(y1, y2) + 3  # around the box: it may have no area
+    ImageDraw.Draw(ground).rectangle(frame, outline=(214, 40, 40), width=3)
     return ground
 
 
@@ -152,13 +154,12 @@ def _levels(coverage: Coverage) -> str:
     return f"<h2>Levels of the pyramid</h2>{_table(('level', 'objects', 'share'), rows)}<p class=hint>{hint}</p>"
 
 
-def _unreachable(annotations: Annotations, coverage: Coverage) -> str:
-    missed = coverage.unreachable
+def _best_anchors(annotations: Annotations, coverage: Coverage) -> str:
     marks = [(coverage.threshold, f"positive from {coverage.threshold:g}"), (coverage.background, f"background below {coverage.background:g}")]
     chart = _histogram(coverage.ious, marks, lambda value: f"{value:.1f}")
     owners = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets.numpy()))
     figures = []
-    for index in missed[:6].tolist():
+    for index in np.argsort(coverage.ious, kind="stable")[:WORST].tolist():
         object_row = int(coverage.rows[index])
         row, box = int(owners[object_row]), annotations.boxes[object_row].numpy()
         width, height = coverage.boxes[index, 2:] - coverage.boxes[index, :2]
@@ -170,8 +171,8 @@ def _unreachable(annotations: Annotations, coverage: Coverage) -> str:
         figures.append(_figure(annotations, row, box[None], [int(annotations.labels[object_row])], None, caption))
     hint = (
         f"IoU of every object with its best anchor, wherever anchors are. Below {coverage.threshold:g} an object is learned from its "
-        f"best anchors only, if model.rpn.matcher.rescue allows it; that is common. {len(coverage.unreachable)} objects are below "
-        f"{coverage.background:g}, where anchors count as background: those are out of reach, and other sizes or ratios would help."
+        f"best anchors only, if model.rpn.matcher.rescue allows it; that is common. {coverage.out_of_reach} objects are below "
+        f"{coverage.background:g}, where anchors count as background: those are out of reach, and other sizes or ratios would help. The worst:"
     )
     title = f"<h2>Objects and their best anchors: {coverage.learned_by_rescue} of {len(coverage.ious)} below {coverage.threshold:g}</h2>"
     return f"{title}{chart}<p class=hint>{hint}</p>{''.join(figures)}"
@@ -196,7 +197,8 @@ def _histogram(values: np.ndarray, marks: Sequence[tuple[float, str]], label: Ca
 
 def _mark(x: float, text: str) -> str:
     line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="16" y2="{20 + HEIGHT}" stroke="#b3261e" stroke-dasharray="4 3"/>'
-    return f'{line}<text x="{x:.1f}" y="12" text-anchor="middle">{escape(text)}</text>'
+    anchor = "start" if x < 60 else "end" if x > WIDTH - 60 else "middle"
+    return f'{line}<text x="{x:.1f}" y="12" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _tick(x: float, text: str) -> str:

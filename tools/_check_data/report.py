@@ -30,11 +30,19 @@ class Report:
     parts: dict[str, Examined] = field(default_factory=dict)
     findings: dict[str, list[Finding]] = field(default_factory=dict)
 
+    def _has(self, *severities: str) -> bool:
+        return any(finding.severity in severities for findings in self.findings.values() for finding in findings)
+
     @property
     def is_sound(self) -> bool:
         """Whether training would start."""
-        refused = ("fatal", "error") if self.policy == "fail" else ("fatal",)
-        return not any(finding.severity in refused for findings in self.findings.values() for finding in findings)
+        return not self._has("fatal", "error") if self.policy == "fail" else not self._has("fatal")
+
+    @property
+    def verdict(self) -> str:
+        if not self.is_sound:
+            return "Not sound: training would stop."
+        return f"Sound after what data.on_error={self.policy} does." if self._has("error") else "Sound."
 
     def all(self) -> list[tuple[str, Finding]]:
         """(split, finding), the worst first."""
