@@ -168,10 +168,12 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _repeats(values: np.ndarray) -> np.ndarray:
-    """Which rows have come before."""
-    repeated = np.ones(len(values), dtype=bool)
-    repeated[np.unique(values, axis=0, return_index=True)[1]] = False
+def _repeats(table: np.ndarray) -> np.ndarray:
+    """Which rows of [T] or [T, n] have come before."""
+    columns = table if table.ndim == 2 else table[:, None]
+    order = np.lexsort(columns.T)  # keeps the order of equal rows
+    repeated = np.zeros(len(table), dtype=bool)
+    repeated[order[1:]] = (columns[order[1:]] == columns[order[:-1]]).all(axis=1)
     return repeated
 
 
