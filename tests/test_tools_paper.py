@@ -61,7 +61,8 @@ def results(numbers: dict[str, list[float]]) -> page.Results:
     [
         ([0.5, 0.6], [0.3, 0.4], 20.0, "every seed above every seed"),
         ([0.5, 0.6], [0.3, 0.55], 12.5, "seeds overlap"),
-        ([0.3, 0.4], [0.5, 0.6], -20.0, "no"),
+        ([0.3, 0.5], [0.4, 0.6], -10.0, "seeds overlap"),
+        ([0.3, 0.4], [0.5, 0.6], -20.0, "**no**"),
     ],
 )
 def test_a_claim_is_judged_by_all_seeds(better, worse, difference, verdict):

@@ -110,12 +110,12 @@ CLAIMS = (
 
 
 def judge(results: Results, claim: Claim) -> tuple[float, str]:
-    """Our difference in points, and whether it is what the claim says, beyond the spread of seeds or within it."""
+    """Our difference in points, and whether every seed says what the claim says."""
     better, worse = results.values(claim.better, claim.metric), results.values(claim.worse, claim.metric)
     difference = statistics.mean(better) - statistics.mean(worse)
     if min(better) > max(worse):
         return difference, "yes, every seed above every seed"
-    return difference, "yes on average, but seeds overlap" if difference > 0 else "**no**"
+    return difference, "**no**" if max(better) < min(worse) else "**undecided**, seeds overlap"
 
 
 def claims_table(results: Results, rows: Mapping[str, Row]) -> str:

@@ -72,7 +72,7 @@ DETECTORS = (
     ),
     Row(
         "image_pyramid_trained",
-        "image pyramid, trained at the three scales too",
+        "image pyramid, trained: at the three scales too",
         ("experiment=paper/table3_a", "miniature=detector", TWO_LAYERS, f"model.image_scales={SCALES}", f"model.train_image_scales={SCALES}"),
         seeds=1,
     ),
