@@ -292,7 +292,8 @@ def test_detection_table_survives_a_results_file_exactly(tmp_path):
 def test_detection_table_refuses_foreign_results(tmp_path, change):
     annotations, found = random_scene(2)
     file = tmp_path / "predictions.json"
-    file.write_text(json.dumps([next(found.results(annotations)) | change]))
+    row = next(found.results(annotations))
+    file.write_text(json.dumps([row, row | change]))
     with pytest.raises(ValueError, match=r"predictions\.json: image \d+, category \d+ is not in the annotations"):
         DetectionTable.from_results(file, annotations)
 
