@@ -142,7 +142,7 @@ def tells_of_lost_rank(error: Exception) -> bool:
 def wrap_for_ranks(model: nn.Module) -> nn.Module:
     """The module whose backward averages gradients over the ranks: DDP with more than one, else the model itself.
 
-    Buffers are not broadcast: frozen norms have none that change, synchronised norms agree by construction.
+    Buffers are not broadcast in training, which reads none: see `share_buffers`.
     """
     if current_ranks().world_size == 1:
         return model
@@ -151,6 +151,17 @@ def wrap_for_ranks(model: nn.Module) -> nn.Module:
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {name: False, "gradient_as_bucket_view": True}
     return DistributedDataParallel(model, **options)
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every rank the buffers of rank 0.
+
+    Norms that are not synchronized gather running statistics on each rank for itself, and a checkpoint holds those of
+    rank 0: so all ranks must evaluate with them.
+    """
+    if current_ranks().world_size > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def broadcast_object(value: Any) -> Any:

@@ -23,7 +23,7 @@ from fpn_det.engine.settings import Trainer
 from fpn_det.engine.signals import StopRequest
 from fpn_det.evaluation.coco import Evaluation, EvaluationSettings
 from fpn_det.models.detector import Detector
-from fpn_det.runtime import Ranks, mark_as_echo, on_main
+from fpn_det.runtime import Ranks, mark_as_echo, on_main, share_buffers
 from fpn_det.structures import Annotations, Batch
 
 State = dict[str, Any]
@@ -144,6 +144,7 @@ class Run:
             Stopped: before anything was changed or written.
         """
         model = self.optimization.model_to_evaluate
+        share_buffers(model)
         annotations = self.parts.val_annotations
         batches = stop.until_stopped(self.log.track(self.parts.val_loader, "evaluating"))
         self.evaluation = evaluation = evaluate(

@@ -128,7 +128,7 @@ def stopped_run(ranks: Ranks, folder: Path) -> dict:
         val = Watched([make_batch([0, 1]), make_batch([2])] if ranks.is_main else [make_batch([3])], look)
         meaning = {"class_names": ["thing"], "category_ids": [7], "preprocessing": {}, "config": ""}
         parts = Parts(
-            TinyDetector(dropout=0.3, norm=False), RECIPE, Cosine, loader, make_annotations(16),
+            TinyDetector(dropout=0.3), RECIPE, Cosine, loader, make_annotations(16),
             val, make_annotations(4), EvaluationSettings(), meaning, lambda step, model: None,
         )  # fmt: skip
         place = choose_folder(None, str(folder / name), resume)
@@ -218,12 +218,14 @@ def test_bad_loss_on_one_rank_stops_all(two_ranks, ranks_folder):
 
 
 def test_signal_to_one_rank_stops_all_and_the_run_goes_on_to_the_bit(two_ranks):
-    for result in two_ranks:
+    for rank, result in enumerate(two_ranks):
         found = result["stopped_run"]
         assert found["codes"] == [0, 143, 143, 0]
         assert found["first_steps"] == [0, 0, 6, 8]
         assert found["best"][0] == found["best"][3]
-        assert all(torch.equal(tensor, found["resumed"][name]) for name, tensor in found["straight"].items())
+        for name, tensor in found["straight"].items():
+            # each rank gathers statistics for itself, and goes on with those of rank 0: only these are ever used
+            assert torch.equal(tensor, found["resumed"][name]) or (rank and name.startswith("model.norm.running")), name
 
 
 def test_rank_0_decides_for_all(two_ranks):
