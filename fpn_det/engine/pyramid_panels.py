@@ -5,6 +5,7 @@ One column per level, fine to coarse, in colors of their own; the image with its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import cv2
@@ -31,8 +32,8 @@ class Levels:
 
     names: list[str]  # P2, ...
     strides: tuple[int, ...]
-    features: list[NDArray[np.float32]]  # [h_l, w_l], length of the feature vector of each cell, without the padding
-    objectness: list[NDArray[np.float32]]  # [h_l, w_l] in [0, 1], of the best anchor of each cell
+    features: list[NDArray[np.float32]]  # [h, w], for each pixel the length of its cell's feature vector
+    objectness: list[NDArray[np.float32]]  # [h, w] in [0, 1], for each pixel that of its cell's best anchor
     matched: list[NDArray[np.float32]]  # anchors that stand for an object in training
     proposed: list[NDArray[np.float32]]  # of the best proposals, those from anchors of this level
     pooled: list[NDArray[np.float32]] | None  # of the same, those that the second stage pools from this level
@@ -63,12 +64,12 @@ def read_levels(model: Detector, batch: Batch) -> Levels:
             boxes = torch.cat(proposed)
             levels = model.roi_head.pooler.assigner(boxes)
             pooled = [_numpy(boxes[levels == level]) for level in range(len(proposed))]
-    used = [tuple(-(-side // stride) for side in batch.sizes[0].tolist()) for stride in pyramid.strides]
+    size = batch.sizes[0].tolist()
     return Levels(
         names=[f"P{stride.bit_length() - 1}" for stride in pyramid.strides],
         strides=pyramid.strides,
-        features=[_numpy(level[0].norm(dim=0)[:h, :w]) for level, (h, w) in zip(pyramid.levels, used, strict=True)],
-        objectness=[_numpy(level[:h, :w]) for level, (h, w) in zip(objectness, used, strict=True)],
+        features=[_by_pixel(level[0].norm(dim=0), stride, size) for level, stride in zip(pyramid.levels, pyramid.strides, strict=True)],
+        objectness=[_by_pixel(level, stride, size) for level, stride in zip(objectness, pyramid.strides, strict=True)],
         matched=[_numpy(part.anchors[mask]) for part, mask in zip(parts, positive, strict=True)],
         proposed=[_numpy(boxes) for boxes in proposed],
         pooled=pooled,
@@ -96,9 +97,9 @@ def draw_levels(levels: Levels, batch: Batch, side: int = SIDE) -> Picture:
     pictures = [frame(image, truth * zoom, np.array([class_color(label) for label in labels]).reshape(-1, 3), brightness=1)]
     titles = [f"{len(labels)} objects"]
     pictures += [heat(each, image) for each in levels.features]
-    titles += [f"{name}: {len(each[0])} x {len(each)} cells" for name, each in zip(levels.names, levels.features, strict=True)]
+    titles += [f"{name}: stride {stride}" for name, stride in zip(levels.names, levels.strides, strict=True)]
 
-    over_all = np.max([_enlarged(each, image) for each in levels.objectness], axis=0)
+    over_all = np.max(levels.objectness, axis=0)
     pictures += [heat(each, image, 1.0) for each in (over_all, *levels.objectness)]
     titles += ["objectness", *(f"up to {each.max():.2f}" for each in levels.objectness)]
 
@@ -121,14 +122,11 @@ def heat(values: NDArray[np.float32], under: Picture, top: float | None = None) 
     Black is 0 and white is `top`; without it, they are the smallest and the largest value.
     """
     low, high = (values.min(), values.max()) if top is None else (0.0, top)
-    shades = np.clip((_enlarged(values, under) - low) / max(high - low, 1e-6), 0, 1) * 255
+    values = cv2.resize(values, under.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    shades = np.clip((values - low) / max(high - low, 1e-6), 0, 1) * 255
     colors = cv2.applyColorMap(shades.astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]  # from BGR
     gray = np.repeat(under.mean(axis=2, keepdims=True), 3, axis=2)
     return (0.8 * colors + 0.2 * gray).astype(np.uint8)
-
-
-def _enlarged(values: NDArray[np.float32], like: Picture) -> NDArray[np.float32]:
-    return cv2.resize(values, like.shape[1::-1], interpolation=cv2.INTER_NEAREST)
 
 
 def frame(picture: Picture, boxes: NDArray, colors: NDArray, brightness: float = 0.45) -> Picture:
@@ -138,6 +136,12 @@ def frame(picture: Picture, boxes: NDArray, colors: NDArray, brightness: float =
     for (x1, y1, x2, y2), color in zip(boxes.tolist(), colors.tolist(), strict=True):
         drawing.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=tuple(color))
     return np.asarray(canvas)
+
+
+def _by_pixel(cells: Tensor, stride: int, size: Sequence[int]) -> NDArray[np.float32]:
+    """The value of each pixel's cell: cells [H_l, W_l] to [h, w]."""
+    cells = cells[: -(-size[0] // stride), : -(-size[1] // stride)]
+    return _numpy(cells.repeat_interleave(stride, dim=0)[: size[0]].repeat_interleave(stride, dim=1)[:, : size[1]])
 
 
 def _numpy(tensor: Tensor) -> NDArray[np.float32]:
