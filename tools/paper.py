@@ -78,7 +78,9 @@ def main() -> None:
     costs = folder / ("costs_quick.json" if options.quick else "costs.json")
     if not costs.is_file():
         costs.write_text(json.dumps(measure({row.name: row for row in rows}, data, folder, overrides), indent=2) + "\n")
-    results = Results(runs, json.loads(costs.read_text()), json.loads((jobs[0].folder / "versions.json").read_text()))
+    versions = json.loads((jobs[0].folder / "versions.json").read_text())
+    versions.pop("command")  # of one run only, with paths of this machine
+    results = Results(runs, json.loads(costs.read_text()), versions)
     page = Path(options.output) / f"{'paper_quick' if options.quick else 'paper'}.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.with_suffix(".json").write_text(json.dumps(asdict(results), indent=2) + "\n")
