@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from fpn_det import api
 from fpn_det.config import EvalSettings, argument, launch
-from fpn_det.engine.checkpoint import named_checkpoint
+from fpn_det.engine.checkpoint import folder_of_run, named_checkpoint
 from fpn_det.engine.evaluate import evaluate, write_evaluation
 from fpn_det.engine.log import RunLog
 from fpn_det.engine.optimization import PRECISIONS
@@ -20,10 +20,9 @@ from fpn_det.runtime import process_group
 def score(settings: EvalSettings) -> None:
     """Detect on all images of a split, score, and leave the numbers in a folder."""
     path, state = named_checkpoint(settings.run, settings.checkpoint)
-    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     kind = ("" if settings.split == "val" else f"_{settings.split}") + ("" if settings.tta == Views() else "_tta")
     kind += "_proposals" if settings.evaluation.target == "proposals" else ""
-    folder = run / "eval" / f"{path.stem}{kind}"
+    folder = folder_of_run(path) / "eval" / f"{path.stem}{kind}"
     with process_group(settings.device, settings.trainer.timeout_minutes) as (ranks, device):
         annotations = api.read_evaluation_data(settings.data, settings.split, state["class_names"], settings.seed)
         model = api.build_model(settings, annotations.num_classes)

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from _paper.chart import draw_bars
@@ -23,6 +22,7 @@ from _paper.pictures import draw_pyramids
 from _paper.rows import DETECTORS, PROPOSALS, Row
 from _paper.runs import finish, jobs_of, make_data
 from _paper.speed import measure
+from _words import split_words
 from fpn_det.schema import Count, fit
 
 
@@ -51,12 +51,7 @@ def parse(words: Sequence[str]) -> Options:
     Raises:
         ValueError: a name is unknown, or a value has another type.
     """
-    for word in words:
-        if "=" not in word:
-            raise ValueError(f"command line: expected name=value, got '{word}'. Say {word}=...")
-    overrides = [word for word in words if "." in word.split("=")[0]]
-    given = OmegaConf.to_container(OmegaConf.from_cli([word for word in words if word not in overrides]))
-    assert isinstance(given, dict)
+    overrides, given = split_words(words)
     return fit(asdict(Options()) | {"overrides": overrides} | given, Options, "", ())
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from fpn_det import api
 from fpn_det.config import EvalSettings, argument, launch
-from fpn_det.engine.checkpoint import named_checkpoint
+from fpn_det.engine.checkpoint import folder_of_run, named_checkpoint
 from fpn_det.engine.log import shown_path
 from fpn_det.engine.panels import some_images
 from fpn_det.engine.pyramid_panels import draw_levels, read_levels
@@ -58,7 +58,7 @@ def show_pyramid(settings: ShowSettings) -> None:
     model = api.build_model(settings, len(state["class_names"]))
     api.load_weights(model, state, str(path), settings.weights)
     model.to(device)
-    folder = Path(settings.output) if settings.output else (path.parent.parent if path.parent.name == "checkpoints" else path.parent) / "pyramid"
+    folder = Path(settings.output) if settings.output else folder_of_run(path) / "pyramid"
     folder.mkdir(parents=True, exist_ok=True)
     figures = []
     for name, batch in batches(settings, model, state["class_names"]):

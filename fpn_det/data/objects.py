@@ -22,6 +22,7 @@ from fpn_det.data.classes import LEFT_OUT, UNKNOWN, Classes
 from fpn_det.data.findings import Finding, Severity
 from fpn_det.data.frames import carry_over, corners, layout_of
 from fpn_det.data.pictures import Pictures, Policy
+from fpn_det.data.selection import offsets_of
 from fpn_det.data.tables import Record, real, whole
 from fpn_det.structures import Annotations
 
@@ -77,7 +78,7 @@ def read_objects(
         image_ids=torch.tensor(pictures.image_ids, dtype=torch.int64),
         **_pack_paths(pictures.paths),
         sizes=torch.tensor(pictures.sizes, dtype=torch.int64).reshape(-1, 2),
-        offsets=_offsets(np.bincount(found.rows[order], minlength=len(pictures.paths))),
+        offsets=offsets_of(np.bincount(found.rows[order], minlength=len(pictures.paths))),
         boxes=torch.from_numpy(boxes[order]),
         labels=torch.from_numpy(labels[order]),
         iscrowd=torch.from_numpy(flags[order] == 1),
@@ -180,9 +181,4 @@ def _repeats(table: np.ndarray) -> np.ndarray:
 def _pack_paths(paths: Iterable[str]) -> dict[str, Tensor]:
     encoded = [path.encode(errors="surrogateescape") for path in paths]
     joined = np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()
-    return {"path_bytes": torch.from_numpy(joined), "path_offsets": _offsets([len(path) for path in encoded])}
-
-
-def _offsets(counts: Any) -> Tensor:
-    """Where each run of a ragged array starts, and where the last one ends."""
-    return torch.cat([torch.zeros(1, dtype=torch.int64), torch.as_tensor(counts, dtype=torch.int64).cumsum(0)])
+    return {"path_bytes": torch.from_numpy(joined), "path_offsets": offsets_of([len(path) for path in encoded])}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ def concatenate(parts: Sequence[Annotations]) -> Annotations:
 
     def joined_offsets(name: str) -> Tensor:
         counts = torch.cat([getattr(part, name).diff() for part in parts])
-        return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return offsets_of(counts)
 
     return replace(
         parts[0],
@@ -83,10 +84,15 @@ def concatenate(parts: Sequence[Annotations]) -> Annotations:
     )
 
 
+def offsets_of(counts: Any) -> Tensor:
+    """Where each run of a ragged array starts, and where the last one ends."""
+    return torch.cat([torch.zeros(1, dtype=torch.int64), torch.as_tensor(counts, dtype=torch.int64).cumsum(0)])
+
+
 def _select_ragged(offsets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Where the elements of `rows` lie in a ragged array, and the offsets of the array made of them."""
     counts = offsets.diff()[rows]
-    selected = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    selected = offsets_of(counts)
     shift = torch.repeat_interleave(offsets[:-1][rows] - selected[:-1], counts)
     return torch.arange(len(shift)) + shift, selected
 

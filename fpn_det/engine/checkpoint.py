@@ -61,6 +61,12 @@ def named_checkpoint(run: str | None, file: str | None) -> tuple[Path, dict[str,
     return path, load_checkpoint(path)
 
 
+def folder_of_run(checkpoint: Path) -> Path:
+    """The run that a checkpoint lies in; a file that lies elsewhere has the folder it is in."""
+    folder = checkpoint.parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU.
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
-from omegaconf import OmegaConf
-
+from _words import split_words
 from fpn_det.config import Settings, compose
 from fpn_det.schema import Range, fit
 
@@ -57,12 +56,7 @@ def parse(words: Sequence[str]) -> Setting:
     Raises:
         ValueError: a name is unknown, or a value has another type.
     """
-    for word in words:
-        if "=" not in word:
-            raise ValueError(f"command line: expected name=value, got '{word}'. Say {word}=...")
-    overrides = [word for word in words if "." in word.split("=")[0]]
-    given = OmegaConf.to_container(OmegaConf.from_cli([word for word in words if word not in overrides]))
-    assert isinstance(given, dict)
+    overrides, given = split_words(words)
     if isinstance(given.get("only"), str):
         given["only"] = given["only"].split(",")
     # tuples as YAML knows them
