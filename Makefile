@@ -28,8 +28,9 @@ test: lint types tests ## what CI runs: lint, types and the tests that take seco
 test-all: lint types $(READY) ## the same with the slow tests
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
-lint: $(READY) ## ruff
+lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: $(READY) ## mypy
 	$(BIN)/mypy

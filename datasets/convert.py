@@ -89,8 +89,12 @@ def write_coco(annotations: Annotations, folder: Path | None, path: Path) -> Non
     """One JSON file; category and annotation ids count from 1."""
     images: list[dict[str, Any]] = []
     records: list[dict[str, Any]] = []
-    for row, (image_id, (height, width)) in enumerate(zip(annotations.image_ids.tolist(), annotations.sizes.tolist(), strict=True)):
-        images.append({"id": image_id, "file_name": file_name(annotations, row, folder), "height": height, "width": width})
+    for row, (image_id, (height, width)) in enumerate(
+        zip(annotations.image_ids.tolist(), annotations.sizes.tolist(), strict=True)
+    ):
+        images.append(
+            {"id": image_id, "file_name": file_name(annotations, row, folder), "height": height, "width": width}
+        )
         areas = annotations.area[annotations.rows(row)].tolist()
         for (class_name, (x1, y1, x2, y2), crowd), area in zip(objects(annotations, row), areas, strict=True):
             records.append(
@@ -117,7 +121,9 @@ def write_voc(annotations: Annotations, folder: Path | None, path: Path, split: 
     stems = [Path(name).stem for name in names]
     if len(set(stems)) < len(stems):
         twice = max(stems, key=stems.count)
-        raise ValueError(f"{path}: expected a name of its own for each picture, got '{twice}' more than once. VOC knows no folders: rename some.")
+        raise ValueError(
+            f"{path}: expected a name of its own for each picture, got '{twice}' more than once. VOC knows no folders: rename some."
+        )
     for row, (stem, name, (height, width)) in enumerate(zip(stems, names, annotations.sizes.tolist(), strict=True)):
         root = ElementTree.Element("annotation")
         ElementTree.SubElement(root, "filename").text = Path(name).name
@@ -148,13 +154,20 @@ def write_yolo(annotations: Annotations, folder: Path | None, path: Path, split:
         content = yaml.safe_load(described.read_text(encoding="utf-8"))
         if content.get("names") != dict(enumerate(annotations.class_names)):
             names = ", ".join(annotations.class_names)
-            raise ValueError(f"{described}: expected the classes {names}, got others. Give --classes or another --output.")
+            raise ValueError(
+                f"{described}: expected the classes {names}, got others. Give --classes or another --output."
+            )
     for row, (height, width) in enumerate(annotations.sizes.tolist()):
         name = file_name(annotations, row, folder)
         lines = []
         for class_name, (x1, y1, x2, y2) in _without_crowd(annotations, row, name, "YOLO"):
             center_and_sides = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
-            lines.append(" ".join([str(annotations.class_names.index(class_name)), *(f"{value:.12g}" for value in center_and_sides)]) + "\n")
+            lines.append(
+                " ".join(
+                    [str(annotations.class_names.index(class_name)), *(f"{value:.12g}" for value in center_and_sides)]
+                )
+                + "\n"
+            )
         _write_text((path / "labels" / split / name).with_suffix(".txt"), "".join(lines))
     content |= {split: f"images/{split}", "names": dict(enumerate(annotations.class_names))}
     _write_text(described, yaml.safe_dump(content, sort_keys=False))
@@ -168,11 +181,15 @@ def write_csv(annotations: Annotations, folder: Path | None, path: Path) -> None
         writer.writerow(CSV_COLUMNS)
         for row, (height, width) in enumerate(annotations.sizes.tolist()):
             start = (file_name(annotations, row, folder), width, height)
-            lines = [(*start, *box, class_name) for class_name, box in _without_crowd(annotations, row, start[0], "CSV")]
+            lines = [
+                (*start, *box, class_name) for class_name, box in _without_crowd(annotations, row, start[0], "CSV")
+            ]
             writer.writerows(lines or [(*start, *[""] * 5)])
 
 
-def write(target: str, annotations: Annotations, folder: Path | None, path: Path, split: str, pixel_offset: int) -> None:
+def write(
+    target: str, annotations: Annotations, folder: Path | None, path: Path, split: str, pixel_offset: int
+) -> None:
     """Write a data set, whose names start from `folder`, as the format `target`."""
     if target == "coco":
         write_coco(annotations, folder, path)
@@ -186,16 +203,31 @@ def write(target: str, annotations: Annotations, folder: Path | None, path: Path
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Convert annotations between formats.", epilog="See datasets/README.md.")
+    parser = argparse.ArgumentParser(
+        description="Convert annotations between formats.", epilog="See datasets/README.md."
+    )
     parser.add_argument("source", choices=FORMATS)
     parser.add_argument("target", choices=FORMATS)
-    parser.add_argument("--input", type=Path, required=True, help="file (coco, csv), folder (voc, yolo), list (voc) or data.yaml (yolo)")
+    parser.add_argument(
+        "--input", type=Path, required=True, help="file (coco, csv), folder (voc, yolo), list (voc) or data.yaml (yolo)"
+    )
     parser.add_argument("--output", type=Path, required=True, help="file (coco, csv) or folder (voc, yolo) to write")
     parser.add_argument("--split", help="which part to read (voc, yolo; default train), and its name to write")
-    parser.add_argument("--images", type=Path, help="where the pictures are, if not where the format has them; coco and csv do without")
-    parser.add_argument("--classes", nargs="+", metavar="NAME", help="their order; else by id (coco), number (yolo), name (voc, csv)")
-    parser.add_argument("--pixel-offset", type=int, choices=(0, 1), help="number of the first pixel in voc: 1 (default, the standard) or 0")
-    parser.add_argument("--on-error", choices=("fail", "fix", "skip"), default="fail", help="what to do about faults, as data.on_error")
+    parser.add_argument(
+        "--images", type=Path, help="where the pictures are, if not where the format has them; coco and csv do without"
+    )
+    parser.add_argument(
+        "--classes", nargs="+", metavar="NAME", help="their order; else by id (coco), number (yolo), name (voc, csv)"
+    )
+    parser.add_argument(
+        "--pixel-offset",
+        type=int,
+        choices=(0, 1),
+        help="number of the first pixel in voc: 1 (default, the standard) or 0",
+    )
+    parser.add_argument(
+        "--on-error", choices=("fail", "fix", "skip"), default="fail", help="what to do about faults, as data.on_error"
+    )
     options = parser.parse_args(arguments)
     formats = {options.source, options.target}
     if options.split is not None and not formats & {"voc", "yolo"}:
@@ -213,7 +245,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(1, f"{str(error).replace('data.on_error=', '--on-error ')}\n")
     empty = int((annotations.offsets.diff() == 0).sum())
     names = ", ".join(annotations.class_names)
-    print(f"{options.output}: {len(annotations)} pictures ({empty} without objects), {len(annotations.boxes)} objects, classes {names}.")
+    print(
+        f"{options.output}: {len(annotations)} pictures ({empty} without objects), {len(annotations.boxes)} objects, classes {names}."
+    )
 
 
 if __name__ == "__main__":

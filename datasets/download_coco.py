@@ -48,7 +48,12 @@ class Archive:
 ARCHIVES = (
     Archive("train2017", "zips/train2017.zip", 19_336_861_798, "10ad623668ab00c62c096f0ed636d6aff41faca5"),
     Archive("val2017", "zips/val2017.zip", 815_585_330, "4950dc9d00dbe1c933ee0170f5797584351d2a41"),
-    Archive("annotations", "annotations/annotations_trainval2017.zip", 252_907_541, "8551ee4bb5860311e79dace7e79cb91e432e78b3"),
+    Archive(
+        "annotations",
+        "annotations/annotations_trainval2017.zip",
+        252_907_541,
+        "8551ee4bb5860311e79dace7e79cb91e432e78b3",
+    ),
 )
 
 
@@ -67,7 +72,9 @@ def _sha1(path: Path) -> str:
 def _require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise ValueError(f"{folder}: expected {needed / 1e9:.1f} GB of free space, got {free / 1e9:.1f} GB. Make room or choose another --out.")
+        raise ValueError(
+            f"{folder}: expected {needed / 1e9:.1f} GB of free space, got {free / 1e9:.1f} GB. Make room or choose another --out."
+        )
 
 
 def _append(archive: Archive, url: str, path: Path, progress: Progress) -> None:
@@ -98,14 +105,18 @@ def fetch(archive: Archive, base_url: str, out: Path, retry_wait_s: float = 1.0)
     """
     url, path = f"{base_url.rstrip('/')}/{archive.path}", archive.file(out)
     failures = 0
-    with Progress("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as progress:
+    with Progress(
+        "{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    ) as progress:
         while (have := _size(path)) < archive.size:
             problem = "the connection ended early"
             try:
                 _append(archive, url, path, progress)
             except urllib.error.HTTPError as error:
                 if error.code < 500:
-                    raise ValueError(f"{url}: expected the archive, got HTTP {error.code} {error.reason}. Check --base-url.") from error
+                    raise ValueError(
+                        f"{url}: expected the archive, got HTTP {error.code} {error.reason}. Check --base-url."
+                    ) from error
                 problem = f"HTTP {error.code} {error.reason}"
             except (OSError, http.client.HTTPException) as error:
                 problem = str(error) or type(error).__name__
@@ -114,11 +125,15 @@ def fetch(archive: Archive, base_url: str, out: Path, retry_wait_s: float = 1.0)
                 continue
             failures += 1
             if failures == ATTEMPTS:
-                raise ValueError(f"{url}: expected data, got none in {ATTEMPTS} attempts ({problem}). Check the network and run again to go on.")
+                raise ValueError(
+                    f"{url}: expected data, got none in {ATTEMPTS} attempts ({problem}). Check the network and run again to go on."
+                )
             time.sleep(retry_wait_s * 2 ** (failures - 1))
     if (sha1 := _sha1(path)) != archive.sha1:
         path.unlink()
-        raise ValueError(f"{path}: expected SHA-1 {archive.sha1}, got {sha1}: the file was damaged and is deleted. Run again.")
+        raise ValueError(
+            f"{path}: expected SHA-1 {archive.sha1}, got {sha1}: the file was damaged and is deleted. Run again."
+        )
     return path
 
 
@@ -151,8 +166,12 @@ def download(archives: Sequence[Archive], base_url: str, out: Path, retry_wait_s
 def main() -> None:
     """The command line."""
     names = [archive.folder for archive in ARCHIVES]
-    parser = argparse.ArgumentParser(description="Fetch COCO 2017.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "coco", help="folder to make; data.root for training")
+    parser = argparse.ArgumentParser(
+        description="Fetch COCO 2017.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "coco", help="folder to make; data.root for training"
+    )
     parser.add_argument("--parts", nargs="+", choices=names, default=names, help="which folders")
     parser.add_argument("--base-url", default=BASE_URL, help="of a mirror with the same files")
     options = parser.parse_args()

@@ -81,9 +81,13 @@ class Settings:
     def __post_init__(self) -> None:
         unknown = [name for name in self.class_names if name not in CONTOURS]
         if unknown or not self.class_names or len(set(self.class_names)) < len(self.class_names):
-            raise ValueError(f"make_shapes: expected different classes out of {', '.join(CONTOURS)}, got {', '.join(self.class_names) or 'none'}.")
+            raise ValueError(
+                f"make_shapes: expected different classes out of {', '.join(CONTOURS)}, got {', '.join(self.class_names) or 'none'}."
+            )
         if min(self.size) * MAX_SIDE <= MIN_SIDE:
-            raise ValueError(f"make_shapes: expected sides above {MIN_SIDE / MAX_SIDE:.0f} px, got {self.size[0]}x{self.size[1]}.")
+            raise ValueError(
+                f"make_shapes: expected sides above {MIN_SIDE / MAX_SIDE:.0f} px, got {self.size[0]}x{self.size[1]}."
+            )
         if min(self.num_train, self.num_val) < 0:
             raise ValueError(f"make_shapes: expected counts of images from 0, got {self.num_train} and {self.num_val}.")
 
@@ -146,7 +150,10 @@ def texture(rng: np.random.Generator, size: tuple[int, int], strength: float) ->
 
 def draw_ground(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     """A background without objects: a textured color, often striped, with soft blobs; u8 [h, w, 3]."""
-    rough = (math.ceil(size[0] / 2), math.ceil(size[1] / 2))  # half as fine: all of it is smooth, and it costs a quarter
+    rough = (
+        math.ceil(size[0] / 2),
+        math.ceil(size[1] / 2),
+    )  # half as fine: all of it is smooth, and it costs a quarter
     rows, columns = np.arange(rough[0], dtype=np.float32)[:, None], np.arange(rough[1], dtype=np.float32)
     ground = texture(rng, rough, strength=15) + rng.uniform(30, 225, 3).astype(np.float32)
     if rng.uniform() < 0.4:
@@ -183,10 +190,14 @@ def paint(canvas: np.ndarray, stamp: Stamp, rng: np.random.Generator) -> None:
     while np.abs(color - under).mean() < MIN_CONTRAST:
         color = rng.uniform(0, 255, 3)
     fill = texture(rng, stamp.coverage.shape, strength=rng.uniform(0, 12)) + color.astype(np.float32)
-    canvas[stamp.window] = cv2.blendLinear(np.clip(fill, 0, 255).astype(np.uint8), patch, stamp.coverage, 1 - stamp.coverage)
+    canvas[stamp.window] = cv2.blendLinear(
+        np.clip(fill, 0, 255).astype(np.uint8), patch, stamp.coverage, 1 - stamp.coverage
+    )
 
 
-def place_objects(rng: np.random.Generator, size: tuple[int, int], class_names: Sequence[str]) -> list[tuple[int, Stamp]]:
+def place_objects(
+    rng: np.random.Generator, size: tuple[int, int], class_names: Sequence[str]
+) -> list[tuple[int, Stamp]]:
     """Choose objects and their places, as (label, stamp) from the lowest to the topmost.
 
     Larger ones lie lower. Sides are uniform in their logarithm. Of each object, MIN_VISIBLE of its area is inside the
@@ -201,7 +212,9 @@ def place_objects(rng: np.random.Generator, size: tuple[int, int], class_names: 
         label = int(rng.integers(len(class_names)))
         contours = pose(class_names[label], side, rng)
         extent = contours[0].max(axis=0)
-        area = abs(cv2.contourArea(contours[0].astype(np.float32))) - sum(abs(cv2.contourArea(hole.astype(np.float32))) for hole in contours[1:])
+        area = abs(cv2.contourArea(contours[0].astype(np.float32))) - sum(
+            abs(cv2.contourArea(hole.astype(np.float32))) for hole in contours[1:]
+        )
         for _ in range(PLACES):
             corner = rng.uniform(-OVERHANG * extent, np.array(size[::-1]) - (1 - OVERHANG) * extent)
             stamp = draw_stamp([contour + corner for contour in contours], size)
@@ -215,19 +228,25 @@ def place_objects(rng: np.random.Generator, size: tuple[int, int], class_names: 
     return objects
 
 
-def draw_scene(rng: np.random.Generator, size: tuple[int, int], class_names: Sequence[str]) -> tuple[np.ndarray, list[tuple[int, Stamp]]]:
+def draw_scene(
+    rng: np.random.Generator, size: tuple[int, int], class_names: Sequence[str]
+) -> tuple[np.ndarray, list[tuple[int, Stamp]]]:
     """One picture, u8 [h, w, 3], and its objects as (label, stamp)."""
     canvas = draw_ground(rng, size)
     draw_strokes(canvas, rng)
     objects = place_objects(rng, size, class_names)
     for _, stamp in objects:
         paint(canvas, stamp, rng)
-    light = cv2.resize(rng.integers(140, 220, (2, 2, 1), np.uint8).repeat(3, axis=2), size[::-1], interpolation=cv2.INTER_LINEAR)
+    light = cv2.resize(
+        rng.integers(140, 220, (2, 2, 1), np.uint8).repeat(3, axis=2), size[::-1], interpolation=cv2.INTER_LINEAR
+    )
     noise, strength = rng.integers(0, 256, canvas.shape, np.uint8), rng.uniform(0, 0.05)
     return cv2.addWeighted(cv2.multiply(canvas, light, scale=1 / 200), 1, noise, strength, -127.5 * strength), objects
 
 
-def _write_image(index: int, split: str, folder: Path, settings: Settings) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _write_image(
+    index: int, split: str, folder: Path, settings: Settings
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Draw image `index` of a split into `folder`; its rows of the annotations file, those of objects without ids."""
     cv2.setNumThreads(1)  # the workers fill the cores
     rng = np.random.default_rng([settings.seed, SPLITS.index(split), index])
@@ -239,7 +258,9 @@ def _write_image(index: int, split: str, folder: Path, settings: Settings) -> tu
     for label, stamp in objects:
         x1, y1, x2, y2 = stamp.box
         box = [x1, y1, x2 - x1, y2 - y1]
-        annotations.append({"image_id": index + 1, "category_id": label + 1, "bbox": box, "area": stamp.area, "iscrowd": 0})
+        annotations.append(
+            {"image_id": index + 1, "category_id": label + 1, "bbox": box, "area": stamp.area, "iscrowd": 0}
+        )
     return {"id": index + 1, "file_name": name, "height": height, "width": width}, annotations
 
 
@@ -292,7 +313,9 @@ def make_shapes(
     if made_with.exists():
         if made_with.read_text() == settings.to_json():
             return False
-        raise ValueError(f"{out}: expected shapes made with these settings, got others (see {made_with.name}). Delete the folder or choose another.")
+        raise ValueError(
+            f"{out}: expected shapes made with these settings, got others (see {made_with.name}). Delete the folder or choose another."
+        )
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: expected a new or empty folder, got one with other files. Choose another.")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -308,7 +331,8 @@ def make_shapes(
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Draw shapes of many sizes as a COCO data set.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="Draw shapes of many sizes as a COCO data set.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "shapes", help="folder to make")
     parser.add_argument("--train", type=int, default=3000, metavar="N", help="images to train on")
@@ -320,7 +344,9 @@ def main() -> None:
     options = parser.parse_args()
     start = time.perf_counter()
     try:
-        made = make_shapes(options.out, options.train, options.val, tuple(options.size), options.seed, options.classes, options.workers)
+        made = make_shapes(
+            options.out, options.train, options.val, tuple(options.size), options.seed, options.classes, options.workers
+        )
     except ValueError as error:
         parser.exit(1, f"{error}\n")
     took = f"drawn in {time.perf_counter() - start:.1f} s" if made else "already there"

@@ -92,7 +92,9 @@ def read_training_data(data: Data, seed: int) -> tuple[Annotations, Annotations]
     if not data.keep_empty:
         train = drop_empty(train)
         if not len(train):
-            raise ValueError("data.train: expected images with objects, got none. Set data.keep_empty=true to train on images without.")
+            raise ValueError(
+                "data.train: expected images with objects, got none. Set data.keep_empty=true to train on images without."
+            )
     return train.share_memory(), val.share_memory()
 
 
@@ -109,7 +111,9 @@ def examine_split(data: Data, split: SplitName, class_names: Sequence[str] | Non
     """One part of the data and what is wrong with it; `class_names` are the classes and their order, None takes them from the files."""
     source: Split = getattr(data, split)
     if source.annotations is None:
-        raise ValueError(f"data.{split}: expected images and annotations, got none. Set data.{split}.images and data.{split}.annotations.")
+        raise ValueError(
+            f"data.{split}: expected images and annotations, got none. Set data.{split}.images and data.{split}.annotations."
+        )
     tables = load_tables(source.annotations, source.images, source.format, split)
     return examine(tables, class_names, data.classes is not None, data.on_error, _look_once if data.check else None)
 
@@ -141,7 +145,9 @@ def proposal_file(data: Data, split: SplitName) -> Path:
     file: str | None = getattr(data.proposals, split)
     if file is None or not Path(file).is_file():
         found = "none" if file is None else f"{file}, which does not exist"
-        raise ValueError(f"data.proposals.{split}: expected a file in the COCO results format, got {found}. evaluation=proposals writes one.")
+        raise ValueError(
+            f"data.proposals.{split}: expected a file in the COCO results format, got {found}. evaluation=proposals writes one."
+        )
     return Path(file)
 
 
@@ -169,24 +175,37 @@ def picture_cache(data: Data) -> PictureCache | None:
     return PictureCache(Path(data.cache)) if data.cache else None
 
 
-def single_images(settings: Settings, annotations: Annotations, rows: Sequence[int], stride: int, device: torch.device) -> EvalLoader:
+def single_images(
+    settings: Settings, annotations: Annotations, rows: Sequence[int], stride: int, device: torch.device
+) -> EvalLoader:
     """The images of some rows as the model gets them, one by one; `Batch.indices` count within `rows`."""
     alone = replace(settings, data=replace(settings.data, eval_batch_size=1, num_workers=0))
-    return build_eval_loader(alone, select_images(annotations, torch.tensor(rows, dtype=torch.int64)), stride, Ranks(), device)
+    return build_eval_loader(
+        alone, select_images(annotations, torch.tensor(rows, dtype=torch.int64)), stride, Ranks(), device
+    )
 
 
 def build_train_loader(
-    settings: Settings, annotations: Annotations, stride: int, ranks: Ranks, device: torch.device, tell: Tell | None = None
+    settings: Settings,
+    annotations: Annotations,
+    stride: int,
+    ranks: Ranks,
+    device: torch.device,
+    tell: Tell | None = None,
 ) -> TrainLoader:
     """This rank's share of the training batches; with `tell`, others take the place of images that cannot be used."""
     data, trainer = settings.data, settings.trainer
     transform = build_transforms(data.train_transforms, data, "data.train_transforms")
     proposals = read_saved_proposals(data, "train", annotations, train=True)
     reduce, replace_bad = data.reduced_decoding != "never", tell is not None
-    dataset = DetectionDataset(annotations, transform, settings.seed, reduce, replace_bad, proposals, picture_cache(data))
+    dataset = DetectionDataset(
+        annotations, transform, settings.seed, reduce, replace_bad, proposals, picture_cache(data)
+    )
     parts = ranks.world_size * trainer.accumulate
     repeats = repeat_factors(annotations, data.repeat_threshold)[0] if data.repeat_threshold else None
-    batches = GlobalBatches(annotations.sizes, trainer.settled_batch_size, settings.seed, parts, data.group_by_aspect, repeats)
+    batches = GlobalBatches(
+        annotations.sizes, trainer.settled_batch_size, settings.seed, parts, data.group_by_aspect, repeats
+    )
     where = (stride, data.canvas, device, data.resize_on, data.start_method, tell)
     return TrainLoader(dataset, batches, ranks, trainer.accumulate, data.num_workers, *where)
 
@@ -208,11 +227,15 @@ def load_weights(model: Detector, state: dict[str, Any], where: str, weights: st
     try:
         model.load_state_dict(average or state["model"])
     except RuntimeError as error:
-        raise ValueError(f"{where}: expected the weights of this model, got others: {' '.join(str(error).split())[:300]}.") from None
+        raise ValueError(
+            f"{where}: expected the weights of this model, got others: {' '.join(str(error).split())[:300]}."
+        ) from None
     return "ema" if average else "raw"
 
 
-def load(source: str | Path, weights: str | Path | None = None, device: str = "auto", tta: Views | None = None) -> Predictor:
+def load(
+    source: str | Path, weights: str | Path | None = None, device: str = "auto", tta: Views | None = None
+) -> Predictor:
     """A detector that is ready to predict.
 
     Args:
@@ -256,7 +279,9 @@ def settings_of(weights: loading.Weights) -> Settings:
     if weights.config is not None:
         return check(read_yaml(weights.config), (), Settings)
     if weights.project == "fpn_det":
-        raise ValueError(f"{weights.source}: expected a checkpoint, got weights without settings. Name an experiment as well.")
+        raise ValueError(
+            f"{weights.source}: expected a checkpoint, got weights without settings. Name an experiment as well."
+        )
     experiment = COMPAT[weights.project] + ("_v2" if weights.layout.normed_neck else "")
     return compose([f"experiment={experiment}", f"model.backbone.depth={weights.layout.depth}"])
 

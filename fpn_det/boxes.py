@@ -87,9 +87,13 @@ def decode_deltas(
 ) -> Tensor:
     """Move and stretch anchors [..., 4] by deltas [..., 4]; the inverse of `encode_deltas`, in float32."""
     anchor_width, anchor_height = box_sides(anchors)
-    dx, dy, dw, dh = (deltas.float() / torch.tensor(weights, dtype=torch.float32).to(deltas.device, non_blocking=True)).unbind(-1)
+    dx, dy, dw, dh = (
+        deltas.float() / torch.tensor(weights, dtype=torch.float32).to(deltas.device, non_blocking=True)
+    ).unbind(-1)
     center_x = anchors[..., 0] + 0.5 * anchor_width + dx * anchor_width
     center_y = anchors[..., 1] + 0.5 * anchor_height + dy * anchor_height
     half_width = 0.5 * torch.exp(dw.clamp(min_log_scale, max_log_scale)) * anchor_width
     half_height = 0.5 * torch.exp(dh.clamp(min_log_scale, max_log_scale)) * anchor_height
-    return torch.stack([center_x - half_width, center_y - half_height, center_x + half_width, center_y + half_height], dim=-1)
+    return torch.stack(
+        [center_x - half_width, center_y - half_height, center_x + half_width, center_y + half_height], dim=-1
+    )

@@ -87,7 +87,9 @@ class Data:
     num_workers: CountOrZero  # processes that read and transform
     start_method: Literal["fork", "spawn", "forkserver"] | None  # of these processes; null = the platform's own
     resize_on: Literal["worker", "device"]  # where the last flip and resize are made
-    reduced_decoding: Literal["never", "train", "always"]  # of JPEG files at 1/2, 1/4 or 1/8, if the resize asks for less
+    reduced_decoding: Literal[
+        "never", "train", "always"
+    ]  # of JPEG files at 1/2, 1/4 or 1/8, if the resize asks for less
     cache: str | None  # folder for decoded pictures; about 3 bytes a pixel
     canvas: Literal["batch"] | tuple[Count, Count]  # size of a batch: its largest image's, or [H, W] always
     group_by_aspect: bool  # batches of landscape or of portrait images
@@ -137,11 +139,17 @@ class Settings:
         if not isinstance(self, EvalSettings):
             self.trainer.check_best_metric(self.evaluation.metric_names)
         if self.model.get("roi_head", "") is None and self.evaluation.target == "detections":
-            raise ValueError("evaluation: expected proposals of a model without an ROI head, got detections. Say evaluation=proposals.")
+            raise ValueError(
+                "evaluation: expected proposals of a model without an ROI head, got detections. Say evaluation=proposals."
+            )
         if self.model.get("rpn", "") is None and self.evaluation.target == "proposals":
-            raise ValueError("evaluation: expected detections of a model without an RPN, got proposals. Say evaluation=coco.")
+            raise ValueError(
+                "evaluation: expected detections of a model without an RPN, got proposals. Say evaluation=coco."
+            )
         if (self.model.get("rpn", "") is None) != (self.data.proposals is not None):
-            raise ValueError("data.proposals: expected with model.rpn=null only, and then always. See experiment=fast_rcnn_r50_fpn.")
+            raise ValueError(
+                "data.proposals: expected with model.rpn=null only, and then always. See experiment=fast_rcnn_r50_fpn."
+            )
         if self.resume and self.init_from:
             raise ValueError(
                 "resume: expected this or init_from, got both. resume goes on with a run, init_from starts a new one with its weights."
@@ -165,13 +173,38 @@ EITHER = [("trainer.epochs", "trainer.max_steps"), ("data.val_fraction", "data.v
 IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
     ("hydra.run.dir", lambda settings: True, "the folder of a run is run_dir=<folder>"),
     ("hydra.job.chdir", lambda settings: True, "paths mean the folder where the command is typed"),
-    ("experiment", lambda settings: settings.run is not None, "all settings come from run; repeat here those that differ"),
-    ("set_aside", lambda settings: settings.set_aside and settings.run_dir is None, "it moves what is in the way of run_dir, and none is set"),
-    ("set_aside", lambda settings: settings.set_aside and settings.resume is not None, "resume goes on in the folder that is there"),
-    ("schedule.warmup_factor", lambda settings: settings.schedule.get("warmup_steps") == 0, "schedule.warmup_steps=0 leaves no warm-up"),
+    (
+        "experiment",
+        lambda settings: settings.run is not None,
+        "all settings come from run; repeat here those that differ",
+    ),
+    (
+        "set_aside",
+        lambda settings: settings.set_aside and settings.run_dir is None,
+        "it moves what is in the way of run_dir, and none is set",
+    ),
+    (
+        "set_aside",
+        lambda settings: settings.set_aside and settings.resume is not None,
+        "resume goes on in the folder that is there",
+    ),
+    (
+        "schedule.warmup_factor",
+        lambda settings: settings.schedule.get("warmup_steps") == 0,
+        "schedule.warmup_steps=0 leaves no warm-up",
+    ),
     *(
         (name, lambda settings: isinstance(settings, EvalSettings), "nothing is trained here")
-        for name in ("optimizer", "schedule", "resume", "init_from", "run_dir", "set_aside", "profile", "data.train_transforms")
+        for name in (
+            "optimizer",
+            "schedule",
+            "resume",
+            "init_from",
+            "run_dir",
+            "set_aside",
+            "profile",
+            "data.train_transforms",
+        )
     ),
 ]
 DELETABLE = ("data.train_transforms.", "data.eval_transforms.", "evaluation.area_ranges.", "hydra")
@@ -205,7 +238,9 @@ def check(tree: DictConfig, overrides: Sequence[str], schema: type[S]) -> S:
         ValueError: a setting is unknown, mistyped or impossible.
     """
     if deleted := [name for name in overrides if name[0] == "~" and not name[1:].startswith(DELETABLE)]:
-        raise ValueError(f"{deleted[0][1:]}: expected a value, got none: a setting cannot be deleted. Give it another value, or null.")
+        raise ValueError(
+            f"{deleted[0][1:]}: expected a value, got none: a setting cannot be deleted. Give it another value, or null."
+        )
     named = _names(overrides)
     for one, other in EITHER:
         _choose(tree, one, other, named)
@@ -271,7 +306,11 @@ def explain(error: Exception) -> str:
             check_names([str(cause.key)], known, where)
         except ValueError as refusal:
             return str(refusal)
-    return f"config: {' '.join(str(error).split())}" if isinstance(error, YAMLError) else f"config: {str(error).splitlines()[0]}"
+    return (
+        f"config: {' '.join(str(error).split())}"
+        if isinstance(error, YAMLError)
+        else f"config: {str(error).splitlines()[0]}"
+    )
 
 
 def argument(name: str) -> str | None:
@@ -280,7 +319,9 @@ def argument(name: str) -> str | None:
     return values[-1] if values else None
 
 
-def launch(task: Callable[[S], None], schema: type[S], config_name: str, saved: Callable[[], str] | None = None) -> None:
+def launch(
+    task: Callable[[S], None], schema: type[S], config_name: str, saved: Callable[[], str] | None = None
+) -> None:
     """Compose the settings that the command line asks for and hand them to `task`; the one entry of all tools.
 
     What a user did wrong (a ValueError of ours) ends in one sentence and exit code 2, training that is not finite or that

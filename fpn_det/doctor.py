@@ -69,7 +69,9 @@ def main() -> int:
         return 1
     healthy = True
     for device in devices():
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+        name = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+        )
         trouble = try_operators(device)
         print(f"{device!s:14} {name}: {'nms and roi_align run' if trouble is None else trouble}")
         if trouble is not None:

@@ -54,7 +54,9 @@ def nms_keep(
     return suppress(boxes, scores.masked_fill(~valid, -torch.inf), valid, iou_threshold, labels) & valid
 
 
-def nms_keep_levels(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, method: Method = "auto") -> Tensor:
+def nms_keep_levels(
+    boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, method: Method = "auto"
+) -> Tensor:
     """The same for boxes [B, L, K, 4] of several levels, each level for itself: bool [B, L, K]."""
     if method in ("shifted", "torchvision_batched"):  # one call per image, levels in place of labels
         levels = torch.arange(boxes.shape[1], device=boxes.device)[:, None].expand_as(valid).flatten(1)
@@ -77,7 +79,9 @@ def _per_group(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: floa
     return keep
 
 
-def _as_peers(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, labels: Tensor, method: Method) -> Tensor:
+def _as_peers(
+    boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, labels: Tensor, method: Method
+) -> Tensor:
     keep = torch.zeros_like(valid)
     for group, mask, *columns in zip(keep, valid, boxes, scores, labels, strict=True):
         (chosen,) = torch.where(mask)
@@ -102,7 +106,9 @@ def _batched(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float,
     size = boxes.shape[1]
     at_once = max(1, SUPPRESSION_BYTES // max(1, size * size))
     kept = [
-        _fixed_point(_suppressors(boxes[part], iou_threshold, None if labels is None else labels[part]), sorted_valid[part])
+        _fixed_point(
+            _suppressors(boxes[part], iou_threshold, None if labels is None else labels[part]), sorted_valid[part]
+        )
         for part in torch.arange(len(boxes), device="cpu").split(at_once)
     ]
     return torch.zeros_like(valid).scatter(1, order, torch.cat(kept))

@@ -57,7 +57,9 @@ class LevelAssigner:
         epsilon_outside: float = 0.0,
     ) -> None:
         levels = [stride.bit_length() - 1 for stride in strides]
-        if [1 << level for level in levels] != list(strides) or levels != list(range(levels[0], levels[0] + len(levels))):
+        if [1 << level for level in levels] != list(strides) or levels != list(
+            range(levels[0], levels[0] + len(levels))
+        ):
             raise ValueError(f"LevelAssigner: expected strides that double from level to level, got {list(strides)}.")
         self.first, self.num_levels = levels[0], len(levels)
         self.canonical_size = canonical_size
@@ -168,7 +170,12 @@ class RoIAlign:
         for level, stride in enumerate(self.strides):
             (here,) = torch.where(levels.flatten() == level)
             features = torchvision.ops.roi_align(
-                pyramid.levels[level].float(), rois[here], self.output_size, 1 / stride, self.sampling_ratio, self.aligned
+                pyramid.levels[level].float(),
+                rois[here],
+                self.output_size,
+                1 / stride,
+                self.sampling_ratio,
+                self.aligned,
             )
             pooled = pooled.index_put((here,), features)
         return pooled

@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 PATIENCE = datetime.timedelta(days=1)  # with a rank that is alive; the death of one is noticed at once
 
+
 def pick_device(name: str = "auto") -> torch.device:
     """The device that `name` asks for; `auto` takes the best that is there.
 
@@ -41,7 +42,9 @@ def pick_device(name: str = "auto") -> torch.device:
     if kind not in ("cpu", "cuda", "mps") or (number and not number.isdigit()):
         raise ValueError(f"device: expected auto, cpu, cuda, cuda:<number> or mps, got '{name}'.")
     if kind not in present:
-        raise ValueError(f"device: '{name}' is not available here (torch {torch.__version__} sees {', '.join(present)}). Use device=auto.")
+        raise ValueError(
+            f"device: '{name}' is not available here (torch {torch.__version__} sees {', '.join(present)}). Use device=auto."
+        )
     if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
         raise ValueError(f"device: '{name}' does not exist, this machine has {torch.cuda.device_count()} GPU(s).")
     return torch.device(name)
@@ -109,7 +112,9 @@ def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Ranks, 
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and missing:
-        raise ValueError(f"distributed: WORLD_SIZE is set but {', '.join(missing)} are not. Launch with torchrun, or unset WORLD_SIZE.")
+        raise ValueError(
+            f"distributed: WORLD_SIZE is set but {', '.join(missing)} are not. Launch with torchrun, or unset WORLD_SIZE."
+        )
     if missing:
         yield Ranks(), pick_device(device)
         return
@@ -136,7 +141,9 @@ _host_group: dist.ProcessGroup | None = None
 
 def tells_of_lost_rank(error: Exception) -> bool:
     """Whether this says that another rank has ended, or cannot be reached, while this one waited for it."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)  # gloo's errors have no class of their own
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(
+        error
+    )  # gloo's errors have no class of their own
 
 
 def wrap_for_ranks(model: nn.Module) -> nn.Module:

@@ -13,13 +13,23 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from fpn_det.schema import join
 
 PACKAGE = Path(__file__).parent
-CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"  # installed, or a checkout
+CONFIGS = (
+    PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+)  # installed, or a checkout
 
 # Settings of older versions: what they are called now, and how their value is said.
 RENAMED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "model.neck.extra_level": ("model.neck.extra_levels", int),
 }
-SECTIONS = ("", "data", "data.train", "data.val", "data.test", "trainer", "evaluation")  # whose names are always the same
+SECTIONS = (
+    "",
+    "data",
+    "data.train",
+    "data.val",
+    "data.test",
+    "trainer",
+    "evaluation",
+)  # whose names are always the same
 
 
 def to_yaml(settings: Any) -> str:

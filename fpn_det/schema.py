@@ -78,7 +78,9 @@ def fit(value: Any, hint: Any, where: str, packages: Sequence[str]) -> Any:
         return _fit_union(value, hint, where, packages)
     if origin is Literal:
         if value not in arguments:
-            raise ValueError(f"{where}: expected one of {listed(arguments)}, got {value!r}.{did_you_mean(value, arguments)}")
+            raise ValueError(
+                f"{where}: expected one of {listed(arguments)}, got {value!r}.{did_you_mean(value, arguments)}"
+            )
         return value
     if hint in SCALARS:
         if type(value) is int and hint is float:
@@ -131,7 +133,10 @@ def _fit_node(node: Mapping[str, Any], where: str, packages: Sequence[str]) -> d
         raise ValueError(f"{join(where, deduced[0])}: follows from other settings and cannot be set. Leave it out.")
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         check_names(given, (name for name in parameters if name in given or name not in required), where)
-    hints = {name: Any if isinstance(parameter.annotation, str) else parameter.annotation for name, parameter in parameters.items()}
+    hints = {
+        name: Any if isinstance(parameter.annotation, str) else parameter.annotation
+        for name, parameter in parameters.items()
+    }
     fitted = {name: fit(item, hints.get(name, Any), join(where, name), packages) for name, item in given.items()}
     return {name: node[name] for name in NODE_KEYS if name in node} | fitted
 
@@ -167,7 +172,9 @@ def locate(name: Any, where: str, packages: Sequence[str]) -> type:
         raise ValueError(f"{where}: expected the name of a class, got {name!r}: {error}.") from None
     except AttributeError:
         names = [key for key, item in vars(importlib.import_module(module_name)).items() if inspect.isclass(item)]
-        raise ValueError(f"{where}: {module_name} has no class '{class_name}'.{did_you_mean(class_name, names)}") from None
+        raise ValueError(
+            f"{where}: {module_name} has no class '{class_name}'.{did_you_mean(class_name, names)}"
+        ) from None
     if not inspect.isclass(target) or not _belongs(f"{target.__module__}.", packages):
         raise ValueError(f"{where}: expected a class of {listed(packages)}, got {name!r}.")
     return target

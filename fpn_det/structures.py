@@ -106,7 +106,9 @@ class Targets:
         for row, (image_boxes, image_labels) in enumerate(zip(boxes, labels, strict=True)):
             count = len(image_boxes)
             if count != len(image_labels):
-                raise ValueError(f"Targets: expected one label per box, got {len(image_labels)} labels for {count} boxes in image {row}.")
+                raise ValueError(
+                    f"Targets: expected one label per box, got {len(image_labels)} labels for {count} boxes in image {row}."
+                )
             padded[row, :count] = image_boxes
             ids[row, :count] = image_labels
             valid[row, :count] = True

@@ -54,7 +54,9 @@ def check_parts(settings: Settings, ranks: Ranks, device: torch.device) -> None:
     if trainer.batch_size != "auto":
         check_divides(ranks.world_size * trainer.accumulate, trainer.batch_size)
     elif device.type != "cuda":
-        raise ValueError(f"trainer.batch_size: expected a number on {device.type}, got auto, which asks a GPU what it can hold. Try 4.")
+        raise ValueError(
+            f"trainer.batch_size: expected a number on {device.type}, got auto, which asks a GPU what it can hold. Try 4."
+        )
     build(settings.optimizer, "optimizer")
     build(settings.schedule, "schedule")(steps=trainer.max_steps or sys.maxsize)
     build_transforms(settings.data.train_transforms, settings.data, "data.train_transforms")
@@ -94,7 +96,9 @@ def settle_batch_size(
         loader = build_train_loader(smallest, train, model.stride, ranks, device)
         optimizer = build(settings.optimizer, "optimizer").build(model, parts)
         schedule = build(settings.schedule, "schedule")(steps=sys.maxsize)
-        optimization = Optimization(model.train(), optimizer, schedule, settings.precision, trainer.clip_norm, trainer.ema)
+        optimization = Optimization(
+            model.train(), optimizer, schedule, settings.precision, trainer.clip_norm, trainer.ema
+        )
         limit = len(train) // parts
         num_images = memory.largest_that_fits(lambda count: memory.fits(optimization, loader.largest(count)), limit)
     num_images = -agree_on_max(-num_images)
@@ -135,7 +139,9 @@ def build_parts(settings: Settings, ranks: Ranks, device: torch.device, log: Run
 
     def show(step: int, evaluation: Evaluation) -> None:
         for row in shown:
-            log.picture(step, f"val/{val.path(row).name}", draw_comparison(val, evaluation.detections, row, named=named))
+            log.picture(
+                step, f"val/{val.path(row).name}", draw_comparison(val, evaluation.detections, row, named=named)
+            )
         log.picture(step, "train/batch", draw_batch(train_loader.rebuild(step)[0], train.class_names))
         for batch in single_images(settings, val, shown[:1], model.stride, device) if model.rpn else ():
             log.picture(step, "val/levels", draw_levels(read_levels(model, batch), batch))

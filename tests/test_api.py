@@ -42,7 +42,9 @@ def test_build_says_what_a_class_refuses():
 
 
 def test_build_transforms_keeps_their_order_and_leaves_out_null():
-    data = compose(["+data.train_transforms.blur={_target_:albumentations.Blur}", "data.train_transforms.resize=null"]).data
+    data = compose(
+        ["+data.train_transforms.blur={_target_:albumentations.Blur}", "data.train_transforms.resize=null"]
+    ).data
     chain = api.build_transforms(data.train_transforms, data, "data.train_transforms").compose.transforms
     assert [type(item) for item in chain[:2]] == [A.HorizontalFlip, A.Blur]
 

@@ -17,7 +17,9 @@ CPU = torch.device("cpu")
 
 
 def test_batch_size_auto_is_what_fits_and_a_resumed_run_keeps_it(monkeypatch, shapes_dataset, tmp_path):
-    settings = compose([*TINY, f"data.root={shapes_dataset}", "data.check=false", "trainer.batch_size=auto", "trainer.accumulate=2"])
+    settings = compose(
+        [*TINY, f"data.root={shapes_dataset}", "data.check=false", "trainer.batch_size=auto", "trainer.accumulate=2"]
+    )
     train, _ = read_training_data(settings.data, settings.seed)
     model = build_model(settings, train.num_classes)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

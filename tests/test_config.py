@@ -12,11 +12,16 @@ from fpn_det.config import PACKAGES, Settings, check, compose
 from fpn_det.saved import CONFIGS, read_yaml, to_yaml
 from fpn_det.schema import locate
 
-FILES = {str(path.relative_to(CONFIGS / "experiment").with_suffix("")): path for path in (CONFIGS / "experiment").rglob("*.yaml")}
+FILES = {
+    str(path.relative_to(CONFIGS / "experiment").with_suffix("")): path
+    for path in (CONFIGS / "experiment").rglob("*.yaml")
+}
 EXPERIMENTS = sorted(FILES)
 # what an experiment leaves to the command line
 NEEDED = {"bccd": ["data.root=somewhere"]} | {
-    name: ["data.proposals.train=a.json", "data.proposals.val=b.json"] for name in EXPERIMENTS if re.search("fast_rcnn|table2", name)
+    name: ["data.proposals.train=a.json", "data.proposals.val=b.json"]
+    for name in EXPERIMENTS
+    if re.search("fast_rcnn|table2", name)
 }
 
 # Where a choice of ours is not the default of a class that serves several places.
@@ -53,7 +58,9 @@ def test_every_experiment_begins_with_what_it_costs(experiment):
 NECKS = sorted(path.stem for path in (CONFIGS / "neck").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("parts", [["optimizer=adamw", "schedule=cosine"], *([f"neck={name}"] for name in NECKS)], ids=str)
+@pytest.mark.parametrize(
+    "parts", [["optimizer=adamw", "schedule=cosine"], *([f"neck={name}"] for name in NECKS)], ids=str
+)
 def test_yaml_states_every_choice_and_agrees_with_the_constructors(parts):
     settings = compose(parts)
     for section in ("model", "optimizer", "schedule"):

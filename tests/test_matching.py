@@ -47,7 +47,9 @@ def test_matcher_rescue_can_reassign():
     candidates = torch.tensor([[0.0, 0, 10, 8]])
     allowed = everything(targets, candidates)
     assert Matcher(0.9, 0.3, rescue=True)(targets, candidates, allowed).matched_idxs.tolist() == [[0]]
-    assert Matcher(0.9, 0.3, rescue=True, rescue_reassigns=True)(targets, candidates, allowed).matched_idxs.tolist() == [[1]]
+    assert Matcher(0.9, 0.3, rescue=True, rescue_reassigns=True)(
+        targets, candidates, allowed
+    ).matched_idxs.tolist() == [[1]]
 
 
 @pytest.mark.parametrize("rescue", [False, True])
@@ -57,7 +59,9 @@ def test_matcher_equals_torchvision_in_any_number_of_pieces(rescue: bool, pairs:
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(2, 60, 2, generator=generator) * 50
     candidates = torch.cat([corners, corners + 5 + torch.rand(2, 60, 2, generator=generator) * 40], dim=2)
-    targets = Targets.pad([candidates[0, :5] + 1.5, candidates[1, :3] - 2], [torch.zeros(5).long(), torch.zeros(3).long()])
+    targets = Targets.pad(
+        [candidates[0, :5] + 1.5, candidates[1, :3] - 2], [torch.zeros(5).long(), torch.zeros(3).long()]
+    )
     match = Matcher(0.7, 0.3, rescue=rescue)(targets, candidates, everything(targets, candidates))
     oracle = TorchvisionMatcher(0.7, 0.3, allow_low_quality_matches=rescue)
     for image in range(2):

@@ -69,7 +69,10 @@ def test_nms_batched_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nms_of_nothing(method: str):
-    assert nms_keep(torch.zeros(2, 0, 4), torch.zeros(2, 0), torch.zeros(2, 0).bool(), 0.5, method=method).shape == (2, 0)
+    assert nms_keep(torch.zeros(2, 0, 4), torch.zeros(2, 0), torch.zeros(2, 0).bool(), 0.5, method=method).shape == (
+        2,
+        0,
+    )
     nothing = nms_keep(torch.zeros(2, 3, 4), torch.zeros(2, 3), torch.zeros(2, 3).bool(), 0.5, method=method)
     assert not nothing.any()
 

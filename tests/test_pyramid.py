@@ -89,7 +89,9 @@ def test_roi_align_table_keeps_float32_under_autocast():
 def test_roi_align_refuses_what_the_table_cannot_do():
     with pytest.raises(ValueError, match=r"pooler\.method=torchvision"):
         RoIAlign(STRIDES, sampling_ratio=0)
-    pooled = RoIAlign(STRIDES, sampling_ratio=0, method="torchvision")(random_pyramid(), boxes_of_all_sizes((128, 192), 3))
+    pooled = RoIAlign(STRIDES, sampling_ratio=0, method="torchvision")(
+        random_pyramid(), boxes_of_all_sizes((128, 192), 3)
+    )
     assert pooled.shape == (6, 5, 7, 7)
 
 

@@ -35,7 +35,10 @@ COMPOSED = [
     ("+model.num_classes=3", "model.num_classes: follows from other settings and cannot be set."),
     ("+model.neck.in_channels=[1]", "model.neck.in_channels: follows from other settings and cannot be set."),
     ("+schedule.steps=9", "schedule.steps: follows from other settings and cannot be set."),
-    ("+data.train_transforms.blur={_target_:albumentations.Blur,blurlimit:3}", "Did you mean data.train_transforms.blur.blur_limit?"),
+    (
+        "+data.train_transforms.blur={_target_:albumentations.Blur,blurlimit:3}",
+        "Did you mean data.train_transforms.blur.blur_limit?",
+    ),
     # groups and files
     ("experiment=dem", "experiment: expected one of bccd,"),
     ("neck=fpm", "neck: expected one of bifpn, bottom_up, "),
@@ -69,30 +72,57 @@ COMPOSED = [
     ("optimizer.lr=nan", "optimizer.lr: expected a number more than 0, got nan."),
     ("optimizer.momentum=1", "optimizer.momentum: expected a number at least 0 and less than 1, got 1."),
     ("optimizer.weight_decay=-1", "optimizer.weight_decay: expected a number at least 0, got -1."),
-    ("schedule.milestones=[60000,80000]", "schedule.milestones.0: expected a number more than 0 and less than 1, got 60000."),
+    (
+        "schedule.milestones=[60000,80000]",
+        "schedule.milestones.0: expected a number more than 0 and less than 1, got 60000.",
+    ),
     ("schedule.warmup_factor=2", "schedule.warmup_factor: expected a number between 0 and 1, got 2."),
-    ("model.rpn.sampler.positive_fraction=1.5", "model.rpn.sampler.positive_fraction: expected a number between 0 and 1, got 1.5."),
+    (
+        "model.rpn.sampler.positive_fraction=1.5",
+        "model.rpn.sampler.positive_fraction: expected a number between 0 and 1, got 1.5.",
+    ),
     ("model.roi_head.max_detections=0", "model.roi_head.max_detections: expected a whole number at least 1, got 0."),
     ("model.neck.channels=-1", "model.neck.channels: expected a whole number at least 1, got -1."),
     ("data.val_fraction=1", "data.val_fraction: expected a number more than 0 and less than 1 or null, got 1."),
     ("data.num_workers=-1", "data.num_workers: expected a whole number at least 0, got -1."),
     ("evaluation.max_dets=[100,10]", "evaluation.max_dets: expected growing numbers"),
-    ("evaluation.area_ranges.s=[9,1]", "evaluation.area_ranges.s: expected [smallest, largest] in px^2, got [9.0, 1.0]."),
+    (
+        "evaluation.area_ranges.s=[9,1]",
+        "evaluation.area_ranges.s: expected [smallest, largest] in px^2, got [9.0, 1.0].",
+    ),
     # words of a few
     ("precision=fp8", "precision: expected one of fp32, bf16 or fp16, got 'fp8'."),
     ("data.on_error=ignore", "data.on_error: expected one of fail, fix or skip, got 'ignore'."),
-    ("model.neck.norm=gruop", "model.neck.norm: expected frozen, fixed_statistics, batch, sync or group or null, got 'gruop'."),
+    (
+        "model.neck.norm=gruop",
+        "model.neck.norm: expected frozen, fixed_statistics, batch, sync or group or null, got 'gruop'.",
+    ),
     ("model.rpn.train_filter.nms_method=fast", "model.rpn.train_filter.nms_method: expected one of auto,"),
     ("trainer.best_metric=mAP", "trainer.best_metric: expected one of AP, AP50, AP75, APs, "),
     # what may be built
-    ("model._target_=os.system", "model._target_: expected a class of fpn_det, albumentations or torch.optim, got 'os.system'."),
-    ("model.backbone={_target_:torch.hub.load,repo_or_dir:x,model:y}", "model.backbone.repo_or_dir: there is no setting of that name."),
+    (
+        "model._target_=os.system",
+        "model._target_: expected a class of fpn_det, albumentations or torch.optim, got 'os.system'.",
+    ),
+    (
+        "model.backbone={_target_:torch.hub.load,repo_or_dir:x,model:y}",
+        "model.backbone.repo_or_dir: there is no setting of that name.",
+    ),
     ("model.backbone._target_=torch.hub.load", "model.backbone._target_: expected a class of"),
     ("model.backbone._target_=builtins.eval", "model.backbone._target_: expected a class of"),
     ("model.backbone._target_=fpn_det.config.os", "model.backbone._target_: expected a class of"),
-    ("model.backbone._target_=fpn_det.models.backbone.ResNot", "model.backbone._target_: fpn_det.models.backbone has no class 'ResNot'."),
-    ("+data.train_transforms.evil={_target_:subprocess.Popen,args:[ls]}", "data.train_transforms.evil._target_: expected a class of"),
-    ("+data.train_transforms.evil={_target_:albumentations.Blur,p:{_target_:os.abort}}", "data.train_transforms.evil.p._target_: expected"),
+    (
+        "model.backbone._target_=fpn_det.models.backbone.ResNot",
+        "model.backbone._target_: fpn_det.models.backbone has no class 'ResNot'.",
+    ),
+    (
+        "+data.train_transforms.evil={_target_:subprocess.Popen,args:[ls]}",
+        "data.train_transforms.evil._target_: expected a class of",
+    ),
+    (
+        "+data.train_transforms.evil={_target_:albumentations.Blur,p:{_target_:os.abort}}",
+        "data.train_transforms.evil.p._target_: expected",
+    ),
     # combinations
     ("trainer.epochs=3 trainer.max_steps=3", "trainer.epochs: expected this or trainer.max_steps, got both."),
     ("trainer.epochs=null", "trainer: expected a length, got none. Set trainer.epochs or trainer.max_steps."),
@@ -103,7 +133,10 @@ COMPOSED = [
     ("trainer.accumulate=3", "trainer.batch_size: expected a multiple of trainer.accumulate=3, got 16."),
     ("model.roi_head=null", "evaluation: expected proposals of a model without an ROI head, got detections."),
     ("model.rpn=null", "data.proposals: expected with model.rpn=null only, and then always."),
-    ("data.proposals={train:a,val:b,test:null,train_limit:9,eval_limit:9}", "data.proposals: expected with model.rpn=null only"),
+    (
+        "data.proposals={train:a,val:b,test:null,train_limit:9,eval_limit:9}",
+        "data.proposals: expected with model.rpn=null only",
+    ),
     ("experiment=fast_rcnn_r50_fpn data.proposals.val=a", "data.proposals.train: expected a value, got none."),
     (
         "experiment=fast_rcnn_r50_fpn data.proposals.train=a data.proposals.val=a evaluation=proposals trainer.best_metric=AR100",
@@ -122,27 +155,54 @@ COMPOSED = [
     ("resume", "command line: expected name=value, got 'resume'."),
     ("--epochs=3", "command line: expected name=value, got '--epochs=3'."),
     ("data.root=a=b", "command line: expected name=value, got 'data.root=a=b'."),
-    ("trainer.epochs=3,4", "command line: Ambiguous value for argument 'trainer.epochs=3,4'. Say -m to try them in turn"),
+    (
+        "trainer.epochs=3,4",
+        "command line: Ambiguous value for argument 'trainer.epochs=3,4'. Say -m to try them in turn",
+    ),
     ("data.train.images=???", "data.train.images: expected a value, got none."),
-    ("data.train.images=${data.rot}", "data.train.images: expected a value, got none: Interpolation key 'data.rot' not found."),
+    (
+        "data.train.images=${data.rot}",
+        "data.train.images: expected a value, got none: Interpolation key 'data.rot' not found.",
+    ),
 ]
 
 # What the parts refuse, in the demo made small.
 BUILT = [
     ("model.backbone.depth=17", "backbone.depth: expected one of 18, 34, 50, 101, got 17."),
-    ("model.backbone.norm=frozen", "model.backbone: expected trained weights under norm=frozen and frozen_stages=0, got random ones."),
-    ("model.backbone.frozen_stages=2", "model.backbone: expected trained weights under norm=batch and frozen_stages=2, got random ones."),
+    (
+        "model.backbone.norm=frozen",
+        "model.backbone: expected trained weights under norm=frozen and frozen_stages=0, got random ones.",
+    ),
+    (
+        "model.backbone.frozen_stages=2",
+        "model.backbone: expected trained weights under norm=batch and frozen_stages=2, got random ones.",
+    ),
     ("model.backbone.weights=nowhere.pth", "nowhere.pth. Give another path, or set model.backbone.weights=null."),
-    ("model.rpn.anchors.sizes=[32,64]", "anchors.sizes: expected one size (or one list of equal length) for each of 5 levels"),
+    (
+        "model.rpn.anchors.sizes=[32,64]",
+        "anchors.sizes: expected one size (or one list of equal length) for each of 5 levels",
+    ),
     ("model.rpn.anchors.ratios=[]", "anchors.ratios: expected at least one"),
     ("model.rpn.matcher.negative_iou=0.8", "matcher: expected 0 <= negative_iou <= positive_iou <= 1"),
     ("model.roi_head.pooler.sampling_ratio=0", "pooler: sampling_ratio 0 has no fixed number of points."),
-    ("model.rpn.normalizer=sampled trainer.accumulate=2", "model.rpn.normalizer: expected constant with trainer.accumulate=2"),
+    (
+        "model.rpn.normalizer=sampled trainer.accumulate=2",
+        "model.rpn.normalizer: expected constant with trainer.accumulate=2",
+    ),
     ("optimizer=sgd optimizer.momentum=0 optimizer.nesterov=true", "optimizer.nesterov: expected momentum"),
-    ("schedule=multistep schedule.milestones=[0.9,0.3]", "schedule.milestones: expected growing fractions of the run, got [0.9, 0.3]."),
+    (
+        "schedule=multistep schedule.milestones=[0.9,0.3]",
+        "schedule.milestones: expected growing fractions of the run, got [0.9, 0.3].",
+    ),
     ("schedule.warmup_steps=100", "schedule.warmup_steps: expected at most the length of the run (2 steps), got 100."),
-    ("data.train_transforms.flip.p=2", "data.train_transforms.flip: albumentations.HorizontalFlip refuses its arguments: p Input should be less"),
-    ("+data.train_transforms.blur={p:0.1}", "data.train_transforms.blur: expected a class by name (_target_), got none."),
+    (
+        "data.train_transforms.flip.p=2",
+        "data.train_transforms.flip: albumentations.HorizontalFlip refuses its arguments: p Input should be less",
+    ),
+    (
+        "+data.train_transforms.blur={p:0.1}",
+        "data.train_transforms.blur: expected a class by name (_target_), got none.",
+    ),
     ("data.canvas=[100,100]", "data.canvas: expected sides that the model's stride 32 divides, got [100, 100]."),
     (
         "model.rpn=null data.proposals={train:nowhere.json,val:x,test:null,train_limit:9,eval_limit:9}",
@@ -177,19 +237,36 @@ def test_parts_refuse_before_data_are_read(overrides, words):
 
 
 def test_ranks_must_divide_the_batch():
-    with pytest.raises(ValueError, match=r"trainer\.batch_size: expected a multiple of ranks x trainer\.accumulate = 3, got 4\. Use 3\."):
+    with pytest.raises(
+        ValueError,
+        match=r"trainer\.batch_size: expected a multiple of ranks x trainer\.accumulate = 3, got 4\. Use 3\.",
+    ):
         check_parts(compose(TINY), Ranks(0, 3), CPU)
 
 
 def test_a_good_command_line_passes():
-    settings = compose([*TINY, "~data.train_transforms.flip", "set_aside=false", "schedule.warmup_factor=0.1", EARLY_STOP, "trainer.eval_every=1"])
+    settings = compose(
+        [
+            *TINY,
+            "~data.train_transforms.flip",
+            "set_aside=false",
+            "schedule.warmup_factor=0.1",
+            EARLY_STOP,
+            "trainer.eval_every=1",
+        ]
+    )
     check_parts(settings, Ranks(), CPU)
 
 
-@pytest.mark.parametrize("override", ["optimizer.lr=0.1", "schedule.gamma=0.5", "init_from=x.pt", "profile=true", "data.train_transforms.flip=null"])
+@pytest.mark.parametrize(
+    "override",
+    ["optimizer.lr=0.1", "schedule.gamma=0.5", "init_from=x.pt", "profile=true", "data.train_transforms.flip=null"],
+)
 def test_evaluation_refuses_what_only_training_reads(override):
     tree = OmegaConf.merge(read_yaml(to_yaml(compose(TINY))), OmegaConf.load(CONFIGS / "eval.yaml"))
     del tree["defaults"]
     check(tree, ["checkpoint=x.pt"], EvalSettings)
-    with pytest.raises(ValueError, match=rf"{override.split('.')[0].split('=')[0]}.*: has no effect here: nothing is trained here"):
+    with pytest.raises(
+        ValueError, match=rf"{override.split('.')[0].split('=')[0]}.*: has no effect here: nothing is trained here"
+    ):
         check(tree, [override], EvalSettings)

@@ -35,5 +35,7 @@ def test_settings_of_now_lack_nothing():
 
 def test_a_saved_setting_that_is_unknown_is_refused():
     text = to_yaml(compose(["experiment=demo"])).replace("ema: null", "ema: null\n  emma: 1")
-    with pytest.raises(ValueError, match=r"trainer\.emma: there is no setting of that name. Did you mean trainer\.ema\?"):
+    with pytest.raises(
+        ValueError, match=r"trainer\.emma: there is no setting of that name. Did you mean trainer\.ema\?"
+    ):
         check(read_yaml(text), (), Settings)

@@ -94,7 +94,10 @@ def test_fit_keeps_good_nodes_as_they_are():
     assert fitted(node=node).node == node
 
 
-@pytest.mark.parametrize("name", ["os.system", "torch.hub.load", "fpn_det.runtime.os.system", "fpn_det.config.Path", "fpn_det", 3, "fpn_detx.Y"])
+@pytest.mark.parametrize(
+    "name",
+    ["os.system", "torch.hub.load", "fpn_det.runtime.os.system", "fpn_det.config.Path", "fpn_det", 3, "fpn_detx.Y"],
+)
 def test_locate_admits_classes_of_the_packages_only(name):
     with pytest.raises(ValueError, match=r"^here: expected"):
         locate(name, "here", ("fpn_det",))

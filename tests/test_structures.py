@@ -8,7 +8,9 @@ from fpn_det.structures import Batch, Detections, Losses, Pyramid, Targets
 
 def test_targets_pad_to_powers_of_two_and_never_to_nothing():
     for most, width in ((0, 8), (1, 8), (8, 8), (9, 16), (17, 32)):
-        targets = Targets.pad([torch.rand(most, 4), torch.zeros(0, 4)], [torch.ones(most).long(), torch.zeros(0).long()])
+        targets = Targets.pad(
+            [torch.rand(most, 4), torch.zeros(0, 4)], [torch.ones(most).long(), torch.zeros(0).long()]
+        )
         assert targets.boxes.shape == (2, width, 4)
         assert targets.valid.sum(1).tolist() == [most, 0]
         assert (targets.boxes[1] == torch.tensor([0.0, 0.0, 1.0, 1.0])).all()

@@ -67,14 +67,21 @@ def test_contestants_compute_the_same_maps_and_scores(contestants):
         logits, deltas = ours.rpn.head(levels)
         peer_logits, peer_deltas = peer.rpn.head(features)
         # [B, A, H, W] -> [B, H*W*A]
-        torch.testing.assert_close(logits, torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in peer_logits], 1), rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(
-            deltas.flatten(1), torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in peer_deltas], 1), rtol=1e-4, atol=1e-3
+            logits, torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in peer_logits], 1), rtol=1e-4, atol=1e-3
+        )
+        torch.testing.assert_close(
+            deltas.flatten(1),
+            torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in peer_deltas], 1),
+            rtol=1e-4,
+            atol=1e-3,
         )
         pooled = torch.rand(4, 256, 7, 7)
         logits, deltas = ours.roi_head.predictor(ours.roi_head.box_head(pooled))
         peer_logits, peer_deltas = peer.roi_heads.box_predictor(peer.roi_heads.box_head(pooled))
-        torch.testing.assert_close(logits.roll(1, dims=1), peer_logits, rtol=1e-4, atol=1e-3)  # background is theirs first
+        torch.testing.assert_close(
+            logits.roll(1, dims=1), peer_logits, rtol=1e-4, atol=1e-3
+        )  # background is theirs first
         torch.testing.assert_close(deltas.flatten(1), peer_deltas[:, 4:], rtol=1e-4, atol=1e-3)
 
 
@@ -94,7 +101,9 @@ def test_contestants_have_as_much_to_do(contestants):
 def test_contestants_train_the_same_parameters(contestants):
     for contestant in contestants:
         contestant.train()()
-    numbers = [sum(p.grad.numel() for p in contestant.model.parameters() if p.grad is not None) for contestant in contestants]
+    numbers = [
+        sum(p.grad.numel() for p in contestant.model.parameters() if p.grad is not None) for contestant in contestants
+    ]
     background = 4 * 1024 + 4  # torchvision keeps box deltas of the background
     assert numbers[0] == numbers[1] - background
 

@@ -70,11 +70,20 @@ def test_sound_data_has_a_report_and_exit_code_0(run_tool, shapes, tmp_path):
     assert report["sound"] and set(report["splits"]) == {"train", "val"}
     truth = json.loads((shapes / "annotations" / "instances_train2017.json").read_text())
     assert report["splits"]["train"]["images"] == len(truth["images"])
-    assert sum(report["splits"]["train"]["classes"].values()) == report["splits"]["train"]["boxes"] == len(truth["annotations"])
+    assert (
+        sum(report["splits"]["train"]["classes"].values())
+        == report["splits"]["train"]["boxes"]
+        == len(truth["annotations"])
+    )
     page = Page((tmp_path / "data_report" / "data_report.html").read_text())
     assert {"svg", "table"} <= set(page.tags)
     assert all(address.startswith("data:") for address in page.addresses), "the page needs nothing but itself"
-    for word in ("Levels of the pyramid", "P2", "Aspect ratios", *(category["name"] for category in truth["categories"])):
+    for word in (
+        "Levels of the pyramid",
+        "P2",
+        "Aspect ratios",
+        *(category["name"] for category in truth["categories"]),
+    ):
         assert word in page.text
 
 
@@ -84,7 +93,11 @@ def test_faults_are_in_the_report_with_exit_code_1_and_fix_goes_on(run_tool, sha
     assert result.returncode == 1
     assert "training would stop" in result.stdout and "Traceback" not in result.stdout + result.stderr
     report = json.loads((tmp_path / "report" / "data_report.json").read_text())
-    found = {(finding["kind"], finding["image_id"], finding["annotation_id"]) for finding in report["findings"] if finding["severity"] == "error"}
+    found = {
+        (finding["kind"], finding["image_id"], finding["annotation_id"])
+        for finding in report["findings"]
+        if finding["severity"] == "error"
+    }
     outside = faults["outside"]
     assert ("box_outside", outside["image_id"], outside["id"]) in found
     assert ("image_unreadable", faults["empty"]["id"], None) in found
@@ -120,6 +133,12 @@ def test_best_anchor_of_every_object_is_that_of_all_anchors(shapes_dataset, monk
     expected = train.boxes * torch.tensor([200 / 128, 150 / 96, 200 / 128, 150 / 96])
     anchors = model.rpn.anchors([(-(-160 // stride), -(-224 // stride)) for stride in model.rpn.anchors.strides])
     torch.testing.assert_close(torch.from_numpy(coverage.boxes), expected)
-    torch.testing.assert_close(torch.from_numpy(coverage.ious), box_iou(expected, anchors.double()).amax(dim=1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        torch.from_numpy(coverage.ious), box_iou(expected, anchors.double()).amax(dim=1), atol=1e-6, rtol=0
+    )
     assert coverage.levels.tolist() == model.assigner(expected).tolist()
-    assert (coverage.names, coverage.anchor_sizes, coverage.threshold) == (["P2", "P3", "P4", "P5"], [16, 32, 64, 128, 256], 0.7)
+    assert (coverage.names, coverage.anchor_sizes, coverage.threshold) == (
+        ["P2", "P3", "P4", "P5"],
+        [16, 32, 64, 128, 256],
+        0.7,
+    )

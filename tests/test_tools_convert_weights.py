@@ -45,7 +45,9 @@ def picture() -> np.ndarray:
 
 def test_weights_go_around_all_projects_and_come_back(torchvision_file, tmp_path, run_tool):
     files = [torchvision_file, *(tmp_path / name for name in ("model.pkl", "epoch_1.pth", "ours.pt", "back.pth"))]
-    for file, target, output in zip(files[:-1], ("detectron2", "mmdet", "fpn_det", "torchvision"), files[1:], strict=True):
+    for file, target, output in zip(
+        files[:-1], ("detectron2", "mmdet", "fpn_det", "torchvision"), files[1:], strict=True
+    ):
         result = run_tool("convert_weights.py", "source=auto", f"target={target}", f"input={file}", f"output={output}")
         assert result.returncode == 0, result.stderr
         assert "ResNet-18" in result.stdout and f"written: {output}" in result.stdout
@@ -61,7 +63,10 @@ def test_a_file_loads_by_itself_by_its_experiment_and_converted(torchvision_file
     image = Image.fromarray(picture)
     (expected,) = load_small(tmp_path / "ours.pt").predict([picture])
     assert len(expected.scores) == 100
-    assert all(name == NAMES.get(label + 1, f"N/A {label + 1}") for name, label in zip(expected.names, expected.labels.tolist(), strict=True))
+    assert all(
+        name == NAMES.get(label + 1, f"N/A {label + 1}")
+        for name, label in zip(expected.names, expected.labels.tolist(), strict=True)
+    )
     for predictor in (load_small(torchvision_file), load_small(tmp_path / "ours.pt", weights=torchvision_file)):
         (prediction,) = predictor.predict([image])
         assert torch.equal(prediction.boxes, expected.boxes) and torch.equal(prediction.scores, expected.scores)
@@ -76,7 +81,9 @@ def test_load_says_what_is_missing(torchvision_file, tmp_path):
     with pytest.raises(ValueError, match="experiment: expected one of .*demo.*, got 'demoo'. Did you mean demo?"):
         api.load("demoo")
     torch.save(read_as_ours(torchvision_file).state, tmp_path / "bare.pth")
-    with pytest.raises(ValueError, match="expected a checkpoint, got weights without settings. Name an experiment as well"):
+    with pytest.raises(
+        ValueError, match="expected a checkpoint, got weights without settings. Name an experiment as well"
+    ):
         api.load(tmp_path / "bare.pth")
 
 
@@ -84,9 +91,15 @@ def test_load_says_what_is_missing(torchvision_file, tmp_path):
     ("words", "message"),
     [
         (["target=fpn_det", "output=a.pt"], "expected a value for input, got none"),
-        (["target=caffe", "input=a.pth", "output=a.pt"], "target: expected one of fpn_det, torchvision, detectron2 or mmdet, got 'caffe'"),
+        (
+            ["target=caffe", "input=a.pth", "output=a.pt"],
+            "target: expected one of fpn_det, torchvision, detectron2 or mmdet, got 'caffe'",
+        ),
         (["target=fpn_det", "input=a.pth", "output=a.pt"], "a.pth: expected a file of weights, got no such file"),
-        (["target=fpn_det", "input=a.pth", "ouput=a.pt"], "ouput: there is no setting of that name. Did you mean output?"),
+        (
+            ["target=fpn_det", "input=a.pth", "ouput=a.pt"],
+            "ouput: there is no setting of that name. Did you mean output?",
+        ),
     ],
 )
 def test_a_wrong_command_line_is_refused(run_tool, words: list[str], message: str):

@@ -79,7 +79,11 @@ def test_numbers_are_shown_with_their_spread():
 
 @pytest.mark.parametrize(
     ("word", "words"),
-    [("seed=2", "Did you mean seeds?"), ("quick", "expected name=value"), ("precision=fp8", "expected one of fp32 or bf16")],
+    [
+        ("seed=2", "Did you mean seeds?"),
+        ("quick", "expected name=value"),
+        ("precision=fp8", "expected one of fp32 or bf16"),
+    ],
 )
 def test_a_wrong_command_line_is_refused(word, words):
     with pytest.raises(ValueError) as refusal:
@@ -94,7 +98,11 @@ def test_the_quick_list_ends_with_pages_and_is_not_trained_again(run_tool, tmp_p
     first = run_tool("paper.py", *words)
     assert first.returncode == 0, first.stderr
     page = (tmp_path / "pages" / "paper_quick.md").read_text()
-    assert "FPN" in page and "ranks nothing" in page and "data:image/png" in (tmp_path / "pages" / "paper_quick.html").read_text()
+    assert (
+        "FPN" in page
+        and "ranks nothing" in page
+        and "data:image/png" in (tmp_path / "pages" / "paper_quick.html").read_text()
+    )
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "paper").rglob("*.pt")}
     assert made and run_tool("paper.py", *words).returncode == 0
     assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "paper").rglob("*.pt")}

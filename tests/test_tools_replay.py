@@ -21,7 +21,10 @@ def test_replay_shows_what_the_run_met(run_tool, shapes_dataset, tmp_path):
     failed = run_tool("train.py", *TINY, f"data.root={data}", "resume=auto", "run_dir=runs/demo")
     assert failed.returncode == 1
     assert failed.stderr.startswith("step 2: not finite: weight roi_head.predictor.class_logits.weight, roi_class=nan")
-    assert "First bad output: roi_head.predictor.class_logits." in failed.stderr and "replay.py runs/demo/nan_dump" in failed.stderr
+    assert (
+        "First bad output: roi_head.predictor.class_logits." in failed.stderr
+        and "replay.py runs/demo/nan_dump" in failed.stderr
+    )
     assert len(failed.stderr.strip().splitlines()) == 1
 
     shutil.rmtree(data)
@@ -29,7 +32,9 @@ def test_replay_shows_what_the_run_met(run_tool, shapes_dataset, tmp_path):
     assert replayed.returncode == 0, replayed.stderr
     assert "step 2, rank 0 of 1, fp32" in replayed.stdout
     rows = [line.replace("\u2502", " ").split() for line in replayed.stdout.splitlines()]
-    losses = {row[0]: row[1:] for row in rows if row and row[0] in ("rpn_objectness", "rpn_box", "roi_class", "roi_box")}
+    losses = {
+        row[0]: row[1:] for row in rows if row and row[0] in ("rpn_objectness", "rpn_box", "roi_class", "roi_box")
+    }
     assert len(losses) == 4 and all(then == now for then, now in losses.values())
     assert losses["roi_class"] == ["nan", "nan"] and losses["roi_box"][0] != "nan"
 

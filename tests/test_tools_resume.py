@@ -22,7 +22,11 @@ def metrics(run: Path) -> dict:
 def weights_after(run: Path, step: int) -> dict:
     """All tensors of a checkpoint, by name."""
     state = torch.load(run / "checkpoints" / f"step_{step:08d}.pt", weights_only=True)
-    optimizer = {f"{name}.{slot}": tensor for name, slots in state["optimizer"]["state"].items() for slot, tensor in slots.items()}
+    optimizer = {
+        f"{name}.{slot}": tensor
+        for name, slots in state["optimizer"]["state"].items()
+        for slot, tensor in slots.items()
+    }
     return state["model"] | {f"ema.{name}": tensor for name, tensor in state["ema"].items()} | optimizer
 
 
@@ -35,7 +39,14 @@ def weights_after(run: Path, step: int) -> dict:
 )
 def test_run_goes_on_from_any_step_to_the_bit(run_tool, shapes_dataset, tmp_path, workers, settings):
     """8 images, 4 per step: step 3 is in the midst of the second epoch."""
-    words = [*TINY, f"data.root={shapes_dataset}", "trainer.max_steps=4", "trainer.ema=0.9", f"data.num_workers={workers}", *settings]
+    words = [
+        *TINY,
+        f"data.root={shapes_dataset}",
+        "trainer.max_steps=4",
+        "trainer.ema=0.9",
+        f"data.num_workers={workers}",
+        *settings,
+    ]
     straight = run_tool("train.py", *words, "run_dir=straight", "trainer.save_every=1", "trainer.keep_last=0")
     assert straight.returncode == 0, straight.stderr
     resumed = run_tool("train.py", *words, "run_dir=resumed", "resume=straight/checkpoints/step_00000003.pt")
@@ -48,7 +59,15 @@ def test_run_goes_on_from_any_step_to_the_bit(run_tool, shapes_dataset, tmp_path
 @pytest.mark.slow
 def test_torchrun_starts_a_killed_run_again_and_it_goes_on(shapes_dataset, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--max-restarts=1", "--standalone"]
-    words = [*TINY, f"data.root={shapes_dataset}", "run_dir=run", "resume=auto", "set_aside=false", "trainer.max_steps=6", "trainer.save_every=1"]
+    words = [
+        *TINY,
+        f"data.root={shapes_dataset}",
+        "run_dir=run",
+        "resume=auto",
+        "set_aside=false",
+        "trainer.max_steps=6",
+        "trainer.save_every=1",
+    ]
     launcher = subprocess.Popen([*command, str(ROOT / "tools" / "train.py"), *words], cwd=tmp_path)
     while not (tmp_path / "run/checkpoints/last.pt").exists():
         assert launcher.poll() is None

@@ -15,7 +15,15 @@ CPU = torch.device("cpu")
 
 
 def test_sheets_and_curves_of_the_first_steps(run_tool, shapes_dataset, tmp_path):
-    shown = run_tool("show_data.py", *TINY, f"data.root={shapes_dataset}", "steps=2", "output=shown", "trainer.batch_size=8", "data.keep_empty=true")
+    shown = run_tool(
+        "show_data.py",
+        *TINY,
+        f"data.root={shapes_dataset}",
+        "steps=2",
+        "output=shown",
+        "trainer.batch_size=8",
+        "data.keep_empty=true",
+    )
     assert shown.returncode == 0, shown.stderr
     pictures = sorted((tmp_path / "shown").glob("*.png"))
     assert [path.name for path in pictures] == [f"step_{step:06}_{number}.png" for step in (0, 1) for number in (0, 1)]

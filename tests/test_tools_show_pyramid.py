@@ -20,7 +20,9 @@ def test_pictures_of_the_split_and_of_a_file(run, run_tool, shapes_dataset, tmp_
     assert len(pictures) == 2 and all(f'src="{picture.name}"' in page for picture in pictures)
     assert Image.open(pictures[0]).size[0] > 6 * 240  # all levels together, and five of them
 
-    one = run_tool("show_pyramid.py", "run=run", f"image={shapes_dataset}/val2017/val2017_000003.jpg", "output=elsewhere")
+    one = run_tool(
+        "show_pyramid.py", "run=run", f"image={shapes_dataset}/val2017/val2017_000003.jpg", "output=elsewhere"
+    )
     assert one.returncode == 0, one.stderr
     assert [path.name for path in (tmp_path / "elsewhere").glob("*.png")] == ["val2017_000003.png"]
 

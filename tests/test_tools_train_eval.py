@@ -21,7 +21,9 @@ def test_train_then_eval_then_train_again_with_the_same_settings(run_tool, shape
     trained = run_tool("train.py", *TINY, f"data.root={shapes_dataset}", "trainer.ema=0.9")
     assert trained.returncode == 0, trained.stderr
     run = tmp_path / "runs" / "demo"
-    assert {"config.yaml", "metrics.json", "metrics.jsonl", "predictions.json", "log.txt"} <= {item.name for item in run.iterdir()}
+    assert {"config.yaml", "metrics.json", "metrics.jsonl", "predictions.json", "log.txt"} <= {
+        item.name for item in run.iterdir()
+    }
     assert {"last.pt", "best.pt", "step_00000002.pt"} <= {item.name for item in (run / "checkpoints").iterdir()}
     assert list((run / "tensorboard").iterdir())
     assert "\r" not in trained.stdout + (run / "log.txt").read_text()
@@ -99,7 +101,10 @@ def test_a_sweep_gives_every_job_a_folder(run_tool, shapes_dataset, tmp_path):
     (sweep,) = (tmp_path / "runs" / "sweeps").iterdir()
     configs = [yaml.safe_load((sweep / job / "config.yaml").read_text()) for job in "01"]
     assert [config["optimizer"]["lr"] for config in configs] == [0.01, 0.02]
-    assert [line.split(",")[:2] for line in (sweep / "results.csv").read_text().splitlines()[1:]] == [["0", "finished"], ["1", "finished"]]
+    assert [line.split(",")[:2] for line in (sweep / "results.csv").read_text().splitlines()[1:]] == [
+        ["0", "finished"],
+        ["1", "finished"],
+    ]
     listed = run_tool("runs.py")
     assert "optimizer.lr" in listed.stdout and f"{sweep.relative_to(tmp_path / 'runs')}/1" in listed.stdout
 
@@ -116,7 +121,14 @@ def test_a_bad_image_costs_that_image_and_no_more(run_tool, shapes_dataset, tmp_
     shutil.copytree(shapes_dataset, data)
     (bad, *_) = sorted((data / "train2017").iterdir())
     bad.write_bytes(bad.read_bytes()[:100])
-    command = (*TINY, f"data.root={data}", "data.check=false", "data.on_error=skip", "data.keep_empty=true", "data.num_workers=1")
+    command = (
+        *TINY,
+        f"data.root={data}",
+        "data.check=false",
+        "data.on_error=skip",
+        "data.keep_empty=true",
+        "data.num_workers=1",
+    )
     skipped = run_tool("train.py", *command)
     assert skipped.returncode == 0, skipped.stderr
     run = tmp_path / "runs" / "demo"
@@ -126,4 +138,6 @@ def test_a_bad_image_costs_that_image_and_no_more(run_tool, shapes_dataset, tmp_
     (events,) = (run / "tensorboard").iterdir()
     assert b"data/bad_files" in events.read_bytes()
     strict = run_tool("train.py", *command, "data.max_bad_fraction=0.01")
-    assert strict.returncode == 2 and strict.stderr.startswith("data.max_bad_fraction: expected at most 0.01 of 16 images")
+    assert strict.returncode == 2 and strict.stderr.startswith(
+        "data.max_bad_fraction: expected at most 0.01 of 16 images"
+    )

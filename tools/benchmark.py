@@ -66,7 +66,9 @@ def describe(setting: Setting) -> dict[str, object]:
     """The setting, and where it was measured."""
     device = pick_device(setting.device)
     return asdict(setting) | {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.processor() or platform.machine()})",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device} ({platform.processor() or platform.machine()})",
         "threads": setting.threads or torch.get_num_threads(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -95,7 +97,9 @@ def main() -> None:
         growth = loader_growth_mib()
         results["loader_growth_mib"] = growth
         rows = ", ".join(f"{name} {mib:.1f}" for name, mib in growth.items())
-        console.print(f"MiB that {MANY:,} images instead of {FEW} add to a loader, by kind of its {NUM_WORKERS} workers: {rows}")
+        console.print(
+            f"MiB that {MANY:,} images instead of {FEW} add to a loader, by kind of its {NUM_WORKERS} workers: {rows}"
+        )
     output = Path(setting.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results | {"setting": describe(setting)}, indent=2) + "\n")

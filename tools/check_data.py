@@ -39,7 +39,11 @@ def check_data(settings: CheckSettings) -> None:
     coverage = None
     if train is not None and len(train.annotations):
         model = api.build_model(settings, train.annotations.num_classes)
-        coverage = cover(train.annotations, model, api.build_transforms(settings.data.eval_transforms, settings.data, "data.eval_transforms"))
+        coverage = cover(
+            train.annotations,
+            model,
+            api.build_transforms(settings.data.eval_transforms, settings.data, "data.eval_transforms"),
+        )
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "data_report.json").write_text(json.dumps(report.as_json(), indent=1, default=str), encoding="utf-8")

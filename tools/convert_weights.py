@@ -36,7 +36,9 @@ class Setting:
     source: Literal["auto", Project] = "auto"  # auto finds out by the names of the tensors
     class_names: list[str] | None = None  # of the rows, if the file does not say and they are not COCO's
     norm_eps: float | None = None  # what the source's backbone adds to variances; null = known from the file
-    experiment: str | None = None  # for target=fpn_det, whose settings go with the weights; null = the source's compat/...
+    experiment: str | None = (
+        None  # for target=fpn_det, whose settings go with the weights; null = the source's compat/...
+    )
 
 
 def parse(words: Sequence[str]) -> Setting:
@@ -55,7 +57,9 @@ def main(words: Sequence[str]) -> None:
     setting = parse(words)
     project = None if setting.source == "auto" else setting.source
     weights = read_as_ours(setting.input, setting.class_names, project, setting.norm_eps)
-    print(f"{setting.input}: weights of {weights.project}, {weights.num_classes} classes, ResNet-{weights.layout.depth}")
+    print(
+        f"{setting.input}: weights of {weights.project}, {weights.num_classes} classes, ResNet-{weights.layout.depth}"
+    )
     print("\n".join(f"  dropped {key}: {reason}" for key, reason in weights.dropped.items()))
     output = Path(setting.output)
     if setting.target == "fpn_det":
@@ -67,7 +71,9 @@ def main(words: Sequence[str]) -> None:
         conversion = convert(weights.state, "fpn_det", setting.target)
         print(conversion.report())
         write_weights(output, conversion.state, setting.target, weights.class_names)
-        print(f"written: {output}\nnext: run it with the pixel order, statistics, strides and anchors of {weights.project}: weights do not show them")
+        print(
+            f"written: {output}\nnext: run it with the pixel order, statistics, strides and anchors of {weights.project}: weights do not show them"
+        )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ class Options:
     quick: bool = False  # FPN, bottom-up and C5 only, with one seed
     seeds: Count = 3
     at_once: Count = 2  # runs at a time, one core each
-    precision: Literal["fp32", "bf16"] = "bf16"  # where the processor knows bf16, fp32 takes one and a half times as long
+    precision: Literal["fp32", "bf16"] = (
+        "bf16"  # where the processor knows bf16, fp32 takes one and a half times as long
+    )
     data: str = "datasets/shapes_128"  # drawn if it is not there
     folder: str = "runs/paper"  # of all runs
     output: str = "docs"  # of the pages

@@ -48,7 +48,11 @@ def main(words: Sequence[str]) -> None:
     dtype = PRECISIONS[share["precision"]]
     seed_step(state["rng"]["seed"], share["step"], rank)
     examinations, gradient_norms = examine(
-        model, batches, share["step"], share["loss_scale"], lambda: torch.autocast("cpu", dtype, enabled=dtype is not None)
+        model,
+        batches,
+        share["step"],
+        share["loss_scale"],
+        lambda: torch.autocast("cpu", dtype, enabled=dtype is not None),
     )
 
     screen = Console(width=None if sys.stdout.isatty() else 140)
@@ -64,7 +68,9 @@ def main(words: Sequence[str]) -> None:
         screen.print(f"first module whose output is not finite: {examination.module or 'none'}")
         pictures = Table("image", "id", "annotation ids", "not finite")
         for number, image in enumerate(images):
-            found = [what for what, index in examination.inputs if index == number] + ["loss"] * (number in examination.images)
+            found = [what for what, index in examination.inputs if index == number] + ["loss"] * (
+                number in examination.images
+            )
             pictures.add_row(image["path"], str(image["image_id"]), str(image["annotation_ids"]), ", ".join(found))
         screen.print(pictures)
     gradients = Table("gradient of", "norm then", "norm now")

@@ -63,7 +63,9 @@ def show_pyramid(settings: ShowSettings) -> None:
     figures = []
     for name, batch in batches(settings, model, state["class_names"]):
         Image.fromarray(draw_levels(read_levels(model, batch.to(device)), batch)).save(folder / f"{name}.png")
-        figures.append(f'<figure><figcaption>{escape(name)}</figcaption><img src="{escape(name)}.png" alt="levels"></figure>')
+        figures.append(
+            f'<figure><figcaption>{escape(name)}</figcaption><img src="{escape(name)}.png" alt="levels"></figure>'
+        )
     page = folder / "index.html"
     page.write_text(PAGE.format(title=escape(str(path)), figures="\n".join(figures)))
     print(f"written: {shown_path(page)}")
@@ -73,7 +75,10 @@ def batches(settings: ShowSettings, model: Detector, class_names: list[str]) -> 
     """The pictures as the model gets them, with their names."""
     device = pick_device(settings.device)
     if settings.image:
-        yield Path(settings.image).stem, api.build_predictor(settings, model, class_names, device).batch_of([settings.image])
+        yield (
+            Path(settings.image).stem,
+            api.build_predictor(settings, model, class_names, device).batch_of([settings.image]),
+        )
         return
     annotations = api.read_evaluation_data(settings.data, settings.split, class_names, settings.seed)
     rows = some_images(annotations, settings.count)
@@ -82,4 +87,9 @@ def batches(settings: ShowSettings, model: Detector, class_names: list[str]) -> 
 
 
 if __name__ == "__main__":
-    launch(show_pyramid, ShowSettings, "show_pyramid", lambda: named_checkpoint(argument("run"), argument("checkpoint"))[1]["config"])
+    launch(
+        show_pyramid,
+        ShowSettings,
+        "show_pyramid",
+        lambda: named_checkpoint(argument("run"), argument("checkpoint"))[1]["config"],
+    )

@@ -81,7 +81,9 @@ class Life:
         with socket.socket() as free:
             free.bind(("", 0))
             port = free.getsockname()[1]
-        self.ranks = [multiprocessing.Process(target=_live, args=(words, rank, ranks, port, output)) for rank in range(ranks)]
+        self.ranks = [
+            multiprocessing.Process(target=_live, args=(words, rank, ranks, port, output)) for rank in range(ranks)
+        ]
         for process in self.ranks:
             process.start()
             os.setpgid(process.pid or 0, self.ranks[0].pid or 0)
@@ -186,10 +188,16 @@ def storm(folder: Path, words: Sequence[str], ranks: int, kills: int, chance: ra
         steps += len(watch.numbers(STEP))
         assert set(codes) <= EXIT_CODES, f"unexpected exit codes {codes}: {folder / 'storm.txt'}"
         went_on = watch.numbers(r"Going on after step (\d+)")
-        assert went_on in ([], [watch.newest_checkpoint]), f"expected to go on after step {watch.newest_checkpoint}, got {went_on}"
+        assert went_on in ([], [watch.newest_checkpoint]), (
+            f"expected to go on after step {watch.newest_checkpoint}, got {went_on}"
+        )
     assert deaths.total() == kills, f"the run was over after {deaths.total()} kills"
     for name in ("last.pt", "best.pt"):
-        compare(load_checkpoint(folder / "calm" / "checkpoints" / name), load_checkpoint(folder / "storm" / "checkpoints" / name), name)
+        compare(
+            load_checkpoint(folder / "calm" / "checkpoints" / name),
+            load_checkpoint(folder / "storm" / "checkpoints" / name),
+            name,
+        )
     for name in ("metrics.json", "metrics.jsonl", "predictions.json"):
         assert (folder / "calm" / name).read_bytes() == (folder / "storm" / name).read_bytes(), f"{name} differs"
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(deaths.items()))
@@ -218,11 +226,15 @@ def main(words: Sequence[str]) -> None:
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="storm_"))
     draw = [sys.executable, str(ROOT / "datasets" / "make_shapes.py"), "--out", str(folder / "data")]
-    subprocess.run([*draw, "--train", "16", "--val", "8", "--size", "64", "64", "--workers", "1"], check=True, capture_output=True)
+    subprocess.run(
+        [*draw, "--train", "16", "--val", "8", "--size", "64", "64", "--workers", "1"], check=True, capture_output=True
+    )
     for ranks in setting.ranks:
         place = folder / f"{ranks}_ranks"
         place.mkdir()
-        told = storm(place, [*SETTINGS, f"data.root={folder / 'data'}"], ranks, setting.kills, random.Random(setting.seed))
+        told = storm(
+            place, [*SETTINGS, f"data.root={folder / 'data'}"], ranks, setting.kills, random.Random(setting.seed)
+        )
         print(told, flush=True)
     shutil.rmtree(folder)  # what fails stays, to be looked at
 

@@ -30,7 +30,9 @@ class PictureCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"data.cache: expected a folder that can be written, got {folder}: {error.strerror}.") from error
+            raise ValueError(
+                f"data.cache: expected a folder that can be written, got {folder}: {error.strerror}."
+            ) from error
 
     def read(self, path: Path, reduction: int = 1) -> np.ndarray:
         """As `read_image` does."""

@@ -58,26 +58,41 @@ def match_classes(
     extra = [name for name in ids_of if name not in names]
     if missing and subset and lack_is_fault:
         wrong = "; ".join(f"{name!r}{_near(name, extra)}" for name in missing)
-        raise ValueError(f"{source}: expected the classes of data.classes, got no {wrong}. The file has: {', '.join(ids_of)}.")
+        raise ValueError(
+            f"{source}: expected the classes of data.classes, got no {wrong}. The file has: {', '.join(ids_of)}."
+        )
     respelled = {_fold(name): name for name in extra}
     for name in missing:
         other = respelled.pop(_fold(name), None)
         if other is not None:
-            findings.append(Finding("class_spelling", f"class {name!r} of the training set is {other!r} here; they count as one"))
+            findings.append(
+                Finding("class_spelling", f"class {name!r} of the training set is {other!r} here; they count as one")
+            )
             ids_of[name] = ids_of.pop(other)
             extra.remove(other)
-        elif (unused := _unused_id(name)) is not None and unused not in {number for ids in ids_of.values() for number in ids}:
+        elif (unused := _unused_id(name)) is not None and unused not in {
+            number for ids in ids_of.values() for number in ids
+        }:
             ids_of[name] = [unused]
         else:
             if lack_is_fault:
-                findings.append(Finding("class_missing", f"class {name!r} of the training set is missing{_near(name, extra)}"))
+                findings.append(
+                    Finding("class_missing", f"class {name!r} of the training set is missing{_near(name, extra)}")
+                )
             ids_of[name] = [1 + max((max(ids) for ids in ids_of.values()), default=0)]
     if not subset:
         for name in extra:
-            findings.append(Finding("class_extra", f"class {name!r} is not in the training set{_near(name, missing)}; its objects are left out"))
+            findings.append(
+                Finding(
+                    "class_extra",
+                    f"class {name!r} is not in the training set{_near(name, missing)}; its objects are left out",
+                )
+            )
 
     label_of = {name: label for label, name in enumerate(names)}
-    labels: dict[int | str | None, int] = {number: label_of.get(name, LEFT_OUT) for name, ids in ids_of.items() for number in ids}
+    labels: dict[int | str | None, int] = {
+        number: label_of.get(name, LEFT_OUT) for name, ids in ids_of.items() for number in ids
+    }
     return Classes(names, tuple(ids_of[name][0] for name in names), labels), findings
 
 
@@ -108,9 +123,13 @@ def _ids_by_name(categories: Sequence[Record], source: str, findings: list[Findi
         if not isinstance(category_id, int) or not isinstance(name, str):
             raise ValueError(f"{source}: expected categories with an integer id and a name, got {record}.")
         if isinstance(record["id"], str):
-            findings.append(Finding("category_id_is_text", f"category {name!r}: expected a number as id, got {record['id']!r}"))
+            findings.append(
+                Finding("category_id_is_text", f"category {name!r}: expected a number as id, got {record['id']!r}")
+            )
         if name_of.setdefault(category_id, name) != name:
-            raise ValueError(f"{source}: expected one name for category id {category_id}, got {name_of[category_id]!r} and {name!r}.")
+            raise ValueError(
+                f"{source}: expected one name for category id {category_id}, got {name_of[category_id]!r} and {name!r}."
+            )
     ids_of: dict[str, list[int]] = {}
     for category_id in sorted(name_of):
         ids_of.setdefault(name_of[category_id], []).append(category_id)

@@ -144,7 +144,11 @@ def pack(
 
 
 def collate(
-    examples: Sequence[Example], stride: int, canvas: Canvas, resize_on: ResizeOn = "worker", device: torch.device | str = "cpu"
+    examples: Sequence[Example],
+    stride: int,
+    canvas: Canvas,
+    resize_on: ResizeOn = "worker",
+    device: torch.device | str = "cpu",
 ) -> Batch:
     """The images as a batch, here and now."""
     parcel = pack(examples, stride, canvas, resize_on)

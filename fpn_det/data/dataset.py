@@ -84,7 +84,9 @@ class DetectionDataset:
             except BadImage as error:
                 bad.append(error)
                 if len(bad) > MOST_IN_A_ROW:
-                    raise ValueError(f"{error} It is the last of {len(bad)} images, drawn at random, none of which can be used.") from None
+                    raise ValueError(
+                        f"{error} It is the last of {len(bad)} images, drawn at random, none of which can be used."
+                    ) from None
                 index = int(np.random.default_rng((self.seed, epoch, key[0], len(bad))).integers(len(self)))
 
     def _example(self, index: int, epoch: int) -> Example:
@@ -124,7 +126,9 @@ class DetectionDataset:
             raise BadImage(path, f"{error} It is {self._describe(index)}.") from None
         found = pixels.shape[:2]
         if found != size and found != (size[0] // reduction, size[1] // reduction):
-            turned = " It is turned by its EXIF orientation, which the annotations left out." if found == size[::-1] else ""
+            turned = (
+                " It is turned by its EXIF orientation, which the annotations left out." if found == size[::-1] else ""
+            )
             raise BadImage(
                 path,
                 f"{path}: expected {size[1]} x {size[0]} px as annotated, got {found[1]} x {found[0]}.{turned} "

@@ -20,7 +20,9 @@ def largest_batch(dataset: DetectionDataset, num_images: int, stride: int, canva
     """Black images on the largest canvas that a batch could have, each with the objects of the image that has the most."""
     examples = list(_extremes(dataset))
     if not examples:
-        raise ValueError("training set: expected an image that can be read, got none among the largest. Run tools/check_data.py.")
+        raise ValueError(
+            "training set: expected an image that can be read, got none among the largest. Run tools/check_data.py."
+        )
     height, width = canvas_size([example.plan.size for example in examples], stride, canvas)
     busiest = max(examples, key=lambda example: len(example.boxes))
     kind = np.float32 if busiest.plan.gives_float else busiest.pixels.dtype

@@ -71,7 +71,9 @@ def carry_over(boxes: np.ndarray, rows: np.ndarray, pictures: Pictures) -> tuple
             f"expected boxes in the frame of the file, got some that were drawn before it was {kind}: one leaves the picture "
             f"that would lie in the stated size. The boxes of all {images.sum()} such images are {kind} too"
         )
-        findings.append(Finding("boxes_of_other_frame", message, "warning", pictures.image_ids[first], pictures.file_names[first]))
+        findings.append(
+            Finding("boxes_of_other_frame", message, "warning", pictures.image_ids[first], pictures.file_names[first])
+        )
     return boxes, findings
 
 

@@ -55,7 +55,9 @@ def read_image(path: Path, reduction: int = 1) -> np.ndarray:
         pixels = None if _is_transparent_tiff(content) else _decode_opencv(content, reduction)
         return _decode_pillow(content, path) if pixels is None else pixels
     except MemoryError as error:
-        raise BadImage(path, f"{path}: expected a picture that fits into memory, got one of {len(content):,} bytes that does not.") from error
+        raise BadImage(
+            path, f"{path}: expected a picture that fits into memory, got one of {len(content):,} bytes that does not."
+        ) from error
 
 
 def _decode_opencv(content: bytes, reduction: int) -> np.ndarray | None:
@@ -69,7 +71,11 @@ def _decode_opencv(content: bytes, reduction: int) -> np.ndarray | None:
 
 def reduction_to(size: tuple[int, int], least: tuple[int, int]) -> int:
     """The strongest reduction of a picture of (h, w) that leaves at least (h, w) and no fraction of a pixel."""
-    return max(by for by in REDUCED if all(side % by == 0 and side // by >= other for side, other in zip(size, least, strict=True)) or by == 1)
+    return max(
+        by
+        for by in REDUCED
+        if all(side % by == 0 and side // by >= other for side, other in zip(size, least, strict=True)) or by == 1
+    )
 
 
 def _is_transparent_tiff(content: bytes) -> bool:
@@ -87,13 +93,20 @@ def _decode_pillow(content: bytes, path: Path) -> np.ndarray:
     try:
         picture: Image.Image = Image.open(io.BytesIO(content))
         if picture.width * picture.height > MOST_PIXELS:
-            raise BadImage(path, f"{path}: expected at most {MOST_PIXELS:,} pixels, got {picture.width} x {picture.height}. Cut it into tiles.")
+            raise BadImage(
+                path,
+                f"{path}: expected at most {MOST_PIXELS:,} pixels, got {picture.width} x {picture.height}. Cut it into tiles.",
+            )
         picture = ImageOps.exif_transpose(picture)
         if picture.mode[0] in "IF":
-            raise BadImage(path, f"{path}: expected 8 or 16 bits per channel, got mode {picture.mode}. Convert the file.")
+            raise BadImage(
+                path, f"{path}: expected 8 or 16 bits per channel, got mode {picture.mode}. Convert the file."
+            )
         return np.asarray(picture.convert("RGB"))
     except (OSError, SyntaxError) as error:  # Pillow's PNG reader raises SyntaxError
-        raise BadImage(path, f"{path}: expected a complete picture, got {len(content)} bytes that do not decode: {error}.") from error
+        raise BadImage(
+            path, f"{path}: expected a complete picture, got {len(content)} bytes that do not decode: {error}."
+        ) from error
 
 
 def image_size(path: Path) -> tuple[int, int] | None:

@@ -102,7 +102,10 @@ class TrainLoader:
     def keys(self, step: int) -> list[list[Key]]:
         """Which images, of which epoch, this rank sees in each micro-batch of a step."""
         _, indices = self._batches.slice(step)
-        rows, showings = (micro_batches(part, self._ranks, self._accumulate).tolist() for part in (indices, self._batches.showings(step)))
+        rows, showings = (
+            micro_batches(part, self._ranks, self._accumulate).tolist()
+            for part in (indices, self._batches.showings(step))
+        )
         return [list(zip(*pair, strict=True)) for pair in zip(rows, showings, strict=True)]
 
 
@@ -130,7 +133,9 @@ class EvalLoader:
         check_room(usual_bytes(dataset, canvas, resize_on), batch_size, num_workers, READ_AHEAD + 1)
         keys = [[(index, 0) for index in batch.tolist()] for batch in batches]
         self._num_batches = len(keys)
-        self._loader = _loader(_BatchMaker(dataset, stride, canvas, resize_on, tell is not None), keys, num_workers, start_method)
+        self._loader = _loader(
+            _BatchMaker(dataset, stride, canvas, resize_on, tell is not None), keys, num_workers, start_method
+        )
         self._device = device
         self._tell = tell
 
@@ -147,7 +152,9 @@ class _BatchMaker(Dataset):
     Raised in a worker, it would reach the user as a traceback of torch's loader.
     """
 
-    def __init__(self, dataset: DetectionDataset, stride: int, canvas: Canvas, resize_on: ResizeOn, leave_out: bool = False) -> None:
+    def __init__(
+        self, dataset: DetectionDataset, stride: int, canvas: Canvas, resize_on: ResizeOn, leave_out: bool = False
+    ) -> None:
         if resize_on == "device":
             dataset.transform.check_resize_is_last()
         check_canvas(canvas, stride)
@@ -250,7 +257,9 @@ def _receive(
             mapped[item.slot] = item.pixels.untyped_storage()
         if device.type == "cuda":
             batch = batch.pin_memory()
-        elif item.slot is not None and not (item.given_sizes and device.type == "cpu"):  # those are laid elsewhere at once
+        elif item.slot is not None and not (
+            item.given_sizes and device.type == "cpu"
+        ):  # those are laid elsewhere at once
             batch = replace(batch, pixels=batch.pixels.clone())
         yield item, batch
 

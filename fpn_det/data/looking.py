@@ -60,7 +60,13 @@ def look_at(paths: Iterable[str], folder: Path) -> dict[str, Look]:
     threads = min(MOST_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
         console = Console(stderr=True)
-        looks = track(pool.map(_look, new), "looking at pictures", len(new), console=console, disable=not console.is_terminal or not new)
+        looks = track(
+            pool.map(_look, new),
+            "looking at pictures",
+            len(new),
+            console=console,
+            disable=not console.is_terminal or not new,
+        )
         seen |= {path: (stamps[path], look) for path, look in zip(new, looks, strict=True)}
     if new:
         _remember(memory, seen)
@@ -112,7 +118,11 @@ def _stamp(path: str) -> list[int] | None:
 
 def _memory_of(folder: Path) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "fpn_det" / f"pictures_{hashlib.blake2b(str(folder.absolute()).encode(), digest_size=8).hexdigest()}.json"
+    return (
+        cache
+        / "fpn_det"
+        / f"pictures_{hashlib.blake2b(str(folder.absolute()).encode(), digest_size=8).hexdigest()}.json"
+    )
 
 
 def _recall(memory: Path) -> dict[str, tuple[list[int], Look]]:

@@ -75,13 +75,20 @@ class Mosaic(Mixing):
         p: float = 1.0,
     ) -> None:
         super().__init__(p)
-        self.size, self.scale_range, self.center_range, self.fill = tuple(size), tuple(scale_range), tuple(center_range), fill
+        self.size, self.scale_range, self.center_range, self.fill = (
+            tuple(size),
+            tuple(scale_range),
+            tuple(center_range),
+            fill,
+        )
         if len(self.size) != 2 or min(self.size) < 2:
             raise ValueError(f"Mosaic: expected size (h, w) in px, got {self.size}.")
         if len(self.scale_range) != 2 or not 0 < self.scale_range[0] <= self.scale_range[1]:
             raise ValueError(f"Mosaic: expected scale_range (low, high) with 0 < low <= high, got {self.scale_range}.")
         if len(self.center_range) != 2 or not 0 < self.center_range[0] <= self.center_range[1] < 1:
-            raise ValueError(f"Mosaic: expected center_range (low, high) with 0 < low <= high < 1, got {self.center_range}.")
+            raise ValueError(
+                f"Mosaic: expected center_range (low, high) with 0 < low <= high < 1, got {self.center_range}."
+            )
 
     def __call__(self, own: Scene, others: Sequence[Scene], draw: random.Random) -> Scene:
         height, width = self.size
@@ -119,7 +126,9 @@ class MixUp(Mixing):
     def __call__(self, own: Scene, others: Sequence[Scene], draw: random.Random) -> Scene:
         share = draw.betavariate(self.alpha, self.alpha)
         scale = min(own.size[0] / others[0].size[0], own.size[1] / others[0].size[1])
-        height, width = (max(min(round(side * scale), limit), 1) for side, limit in zip(others[0].size, own.size, strict=True))
+        height, width = (
+            max(min(round(side * scale), limit), 1) for side, limit in zip(others[0].size, own.size, strict=True)
+        )
         other = others[0].resized((height, width))
         pixels = own.pixels.copy()
         pixels[:height, :width] = cv2.addWeighted(own.pixels[:height, :width], share, other.pixels, 1 - share, 0)
@@ -158,7 +167,9 @@ class CopyPaste(Mixing):
             pixels[place], on_top[place] = other.pixels[y1:y2, x1:x2], number
             places.append((x, y, x + x2 - x1, y + y2 - y1))
         pasted = Scene(pixels, np.array(places, np.float64).reshape(-1, 4), other.labels[rows], other.visible[rows])
-        return _joined(pixels, [_hidden(own, on_top, np.zeros(len(own.boxes))), _hidden(pasted, on_top, np.arange(len(rows)) + 1)])
+        return _joined(
+            pixels, [_hidden(own, on_top, np.zeros(len(own.boxes))), _hidden(pasted, on_top, np.arange(len(rows)) + 1)]
+        )
 
 
 def _cut(scene: Scene, offset: tuple[int, int], window: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -179,5 +190,7 @@ def _hidden(scene: Scene, on_top: np.ndarray, layers: np.ndarray) -> Scene:
 
 def _joined(pixels: np.ndarray, scenes: Sequence[Scene]) -> Scene:
     """These pixels with the objects of all scenes."""
-    boxes, labels, visible = (np.concatenate([getattr(scene, name) for scene in scenes]) for name in ("boxes", "labels", "visible"))
+    boxes, labels, visible = (
+        np.concatenate([getattr(scene, name) for scene in scenes]) for name in ("boxes", "labels", "visible")
+    )
     return Scene(pixels, boxes, labels, visible)

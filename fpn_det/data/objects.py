@@ -39,17 +39,32 @@ def read_objects(
     Under `fail`, warnings change nothing: what is scored is what the file says.
     """
     found = _Objects(records, pictures, findings)
-    labels = np.array([classes.labels.get(whole(record.get("category_id")), UNKNOWN) for record in records], dtype=np.int64)
-    wanted = np.array([image_id not in pictures.left_out for image_id in found.image_ids], dtype=bool) & (labels != LEFT_OUT)
+    labels = np.array(
+        [classes.labels.get(whole(record.get("category_id")), UNKNOWN) for record in records], dtype=np.int64
+    )
+    wanted = np.array([image_id not in pictures.left_out for image_id in found.image_ids], dtype=bool) & (
+        labels != LEFT_OUT
+    )
     keep = wanted & (found.rows >= 0) & (labels != UNKNOWN)
     found.report("image_unknown", wanted & (found.rows < 0), "expected the id of an image", "image_id")
-    found.report("class_unknown", wanted & (found.rows >= 0) & (labels == UNKNOWN), "expected the id of a category", "category_id")
+    found.report(
+        "class_unknown",
+        wanted & (found.rows >= 0) & (labels == UNKNOWN),
+        "expected the id of a category",
+        "category_id",
+    )
     for key in ("image_id", "category_id"):
         found.report(f"{key}_is_text", keep & found.is_text(key), "expected a number", key)
 
     boxes, keep = _boxes(found, keep, policy)
     sides = boxes[:, 2:] - boxes[:, :2]
-    found.report("box_tiny", keep & (sides < TINY_SIDE).any(axis=1), f"expected sides of at least {TINY_SIDE:g} px", "bbox", "warning")
+    found.report(
+        "box_tiny",
+        keep & (sides < TINY_SIDE).any(axis=1),
+        f"expected sides of at least {TINY_SIDE:g} px",
+        "bbox",
+        "warning",
+    )
 
     numbers = np.array([value if isinstance(value, int) else 0 for value in found.ids], dtype=np.int64)
     misnumbered = (numbers < 1) | _repeats(numbers) | found.is_text("id")
@@ -68,7 +83,9 @@ def read_objects(
 
     copies = np.zeros(len(records), dtype=bool)
     copies[np.flatnonzero(keep)[_repeats(np.column_stack([found.rows, labels, flags == 1, boxes])[keep])]] = True
-    found.report("box_twice", copies, "expected each object once; its class and box have come before", "bbox", "warning")
+    found.report(
+        "box_twice", copies, "expected each object once; its class and box have come before", "bbox", "warning"
+    )
 
     repairs = policy != "fail"
     order = np.flatnonzero(keep & ~copies if repairs else keep)
@@ -107,7 +124,15 @@ class _Objects:
     def is_text(self, key: str) -> np.ndarray:
         return np.array([isinstance(record.get(key), str) for record in self.records], dtype=bool)
 
-    def report(self, kind: str, faulty: np.ndarray, message: str, key: str, severity: Severity = "error", tolerated: bool = False) -> None:
+    def report(
+        self,
+        kind: str,
+        faulty: np.ndarray,
+        message: str,
+        key: str,
+        severity: Severity = "error",
+        tolerated: bool = False,
+    ) -> None:
         """One finding for each faulty object; a tolerated kind that is rare is only a warning."""
         places = np.flatnonzero(faulty).tolist()
         if tolerated and len(places) <= TOLERATED_SHARE * len(self.records):
@@ -119,7 +144,11 @@ class _Objects:
         """A finding about one object."""
         row, record = self.rows[index], self.records[index]
         file_name = self.pictures.file_names[row] if row >= 0 else None
-        box = None if self.boxes is None or not np.isfinite(self.boxes[index]).all() else tuple(self.boxes[index].tolist())
+        box = (
+            None
+            if self.boxes is None or not np.isfinite(self.boxes[index]).all()
+            else tuple(self.boxes[index].tolist())
+        )
         place = self.image_ids[index], file_name, self.ids[index], record.get("where")
         self.findings.append(Finding(kind, message, severity, *place, box))
 
@@ -139,7 +168,12 @@ def _boxes(found: _Objects, keep: np.ndarray, policy: Policy) -> tuple[np.ndarra
         first = int(np.flatnonzero(keep)[0])
         such = f"in all {keep.sum()} boxes, such as {numbers[first].tolist()}"
         if layout == "xyxy":
-            found.add("boxes_are_corners", f"expected x, y, width, height, got what looks like corners x1, y1, x2, y2 {such}", "error", first)
+            found.add(
+                "boxes_are_corners",
+                f"expected x, y, width, height, got what looks like corners x1, y1, x2, y2 {such}",
+                "error",
+                first,
+            )
         else:
             message = f"expected px, got fractions of the sides {such}. Multiply them by width and height"
             found.add("boxes_are_fractions", message, "fatal", first)
@@ -153,7 +187,9 @@ def _boxes(found: _Objects, keep: np.ndarray, policy: Policy) -> tuple[np.ndarra
     inside = solid & (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
     cut = inside & (np.abs(clipped - boxes).max(axis=1, initial=0) > BORDER_TOLERANCE)
     found.report("box_not_numbers", keep & ~finite, "expected four finite numbers", "bbox")
-    found.report("box_without_area", keep & finite & ~solid, "expected a positive width and height", "bbox", tolerated=True)
+    found.report(
+        "box_without_area", keep & finite & ~solid, "expected a positive width and height", "bbox", tolerated=True
+    )
     found.report("box_outside", keep & solid & ~inside, "expected a box that touches the image", "bbox", tolerated=True)
     found.report("box_partly_outside", keep & cut, "expected a box within the image", "bbox", tolerated=True)
     return clipped, keep & inside & ~(cut & (policy == "skip"))

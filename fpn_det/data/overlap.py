@@ -33,9 +33,14 @@ def find_shared(one: Examined, other: Examined, name: str) -> dict[int, Finding]
         if path in files:
             kind, text = "image_in_two_splits", f"the picture is also in data.{name}, as image {other_id}"
         else:
-            kind, text = "image_copied_to_two_splits", f"a copy, to the byte, is in data.{name}: image {other_id}, {other.annotations.path(twin)}"
+            kind, text = (
+                "image_copied_to_two_splits",
+                f"a copy, to the byte, is in data.{name}: image {other_id}, {other.annotations.path(twin)}",
+            )
         found[row] = Finding(kind, text, "error", image_id, str(one.annotations.path(row)))
-    if all(finding.kind == "image_copied_to_two_splits" for finding in found.values()) and len(found) <= TOLERATED_COPIES * len(paths):
+    if all(finding.kind == "image_copied_to_two_splits" for finding in found.values()) and len(
+        found
+    ) <= TOLERATED_COPIES * len(paths):
         return {row: replace(finding, severity="warning") for row, finding in found.items()}
     return found
 
@@ -59,7 +64,11 @@ def without_shared(train: Examined, val: Examined, on_error: Policy) -> Examined
     if on_error == "fail":
         return train
     rows = [row for row in range(len(train.annotations)) if row not in shared]
-    return Examined(select_images(train.annotations, torch.tensor(rows, dtype=torch.int64)), train.findings, [train.digests[row] for row in rows])
+    return Examined(
+        select_images(train.annotations, torch.tensor(rows, dtype=torch.int64)),
+        train.findings,
+        [train.digests[row] for row in rows],
+    )
 
 
 def _keys(part: Examined) -> list[str]:

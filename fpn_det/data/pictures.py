@@ -28,7 +28,9 @@ class Pictures:
     file_names: list[str] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list)  # of the file
-    stated_sizes: list[Size] = field(default_factory=list)  # of the record: the frame in which its boxes may have been drawn
+    stated_sizes: list[Size] = field(
+        default_factory=list
+    )  # of the record: the frame in which its boxes may have been drawn
     orientations: list[int] = field(default_factory=list)  # EXIF, as far as somebody looked
     digests: list[str] = field(default_factory=list)  # of the file's bytes, or ""
     row_of: dict[int | str | None, int] = field(default_factory=dict)
@@ -48,7 +50,9 @@ def find_pictures(tables: Tables, policy: Policy, looker: Looker | None, finding
     files_of: dict[int | str | None, set[str]] = {}
     for key, record in zip(keys, tables.images, strict=True):
         files_of.setdefault(key, set()).add(str(record.get("file_name")))
-    free = numbers_from(1 + max((key for key in keys if isinstance(key, int)), default=0))  # for ids that are no numbers
+    free = numbers_from(
+        1 + max((key for key in keys if isinstance(key, int)), default=0)
+    )  # for ids that are no numbers
     listings = _Listings()
     paths = [_path(folder, record.get("file_name")) for record in tables.images]
     found = [path if folder is None or listings.has(path) else listings.meant(path, folder) for path in paths]
@@ -71,7 +75,10 @@ def find_pictures(tables: Tables, policy: Policy, looker: Looker | None, finding
         elif not isinstance(name, str) or not name.strip():
             report("image_file_unnamed", f"expected a file_name, got {name!r}")
         elif path in row_of_path:
-            report("image_file_twice", f"the file is image {pictures.image_ids[row_of_path[path]]} already; they count as one")
+            report(
+                "image_file_twice",
+                f"the file is image {pictures.image_ids[row_of_path[path]]} already; they count as one",
+            )
             pictures.row_of[key] = row_of_path[path]
             pictures.left_out.remove(key)
         else:
@@ -100,7 +107,9 @@ def find_pictures(tables: Tables, policy: Policy, looker: Looker | None, finding
     return pictures
 
 
-def _size(record: Record, path: str, look: Look | None, has_files: bool, policy: Policy, report: Callable[..., None]) -> Size | None:
+def _size(
+    record: Record, path: str, look: Look | None, has_files: bool, policy: Policy, report: Callable[..., None]
+) -> Size | None:
     """(h, w) of an image: of its file if somebody looked, else of its record. None leaves the image out."""
     if look is not None and look.fault:
         report("image_unreadable", f"{path}: {look.fault}")
@@ -119,7 +128,10 @@ def _size(record: Record, path: str, look: Look | None, has_files: bool, policy:
         return height, width
     turned = look.is_turned and (look.width, look.height) == (height, width)
     why = f" It is turned by its EXIF orientation {look.orientation}, which the annotations left out." if turned else ""
-    report("image_size_differs", f"expected the file's {look.width} x {look.height} px, got width {width}, height {height}.{why}")
+    report(
+        "image_size_differs",
+        f"expected the file's {look.width} x {look.height} px, got width {width}, height {height}.{why}",
+    )
     return None if policy == "skip" else (look.height, look.width)
 
 

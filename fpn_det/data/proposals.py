@@ -57,9 +57,13 @@ def read_proposals(file: Path, annotations: Annotations, limit: int) -> SavedPro
                 boxes.extend(result["bbox"])
         xywh = np.array(boxes, np.float32).reshape(len(images), 4)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: expected COCO results, a list of image_id, bbox and score, got something else ({error!r}).") from None
+        raise ValueError(
+            f"{file}: expected COCO results, a list of image_id, bbox and score, got something else ({error!r})."
+        ) from None
     if not images:
-        raise ValueError(f"{file}: expected proposals for these {len(annotations)} images, got none for any. Name the file of their split.")
+        raise ValueError(
+            f"{file}: expected proposals for these {len(annotations)} images, got none for any. Name the file of their split."
+        )
     owners = np.array(images)
     order = np.lexsort((-np.array(scores), owners))  # by image, best first
     owners, xywh = owners[order], xywh[order]

@@ -77,7 +77,9 @@ def judge(examined: Examined, source: str, on_error: Policy) -> None:
     fatal = [finding for finding in told if finding.severity == "fatal"]
     errors = [finding for finding in told if finding.severity in ("fatal", "error")]
     if fatal and on_error != "fail":
-        raise ValueError(f"{source}: expected annotations that can be repaired, got:\n{describe_findings(fatal)}\nCorrect the file.")
+        raise ValueError(
+            f"{source}: expected annotations that can be repaired, got:\n{describe_findings(fatal)}\nCorrect the file."
+        )
     if errors and on_error == "fail":
         raise ValueError(
             f"{source}: expected sound annotations, got {len(errors)} fault(s). Correct the file, or set "
@@ -90,7 +92,9 @@ def judge(examined: Examined, source: str, on_error: Policy) -> None:
         raise ValueError(f"{source}: expected at least one usable image, got none.\n{describe_findings(told)}")
 
 
-def load_tables(annotations: Paths, images: Paths | None, format: Format | None = None, split: str = "train") -> list[Tables]:
+def load_tables(
+    annotations: Paths, images: Paths | None, format: Format | None = None, split: str = "train"
+) -> list[Tables]:
     """The tables of each part, as they are in the files.
 
     Raises:
@@ -101,8 +105,13 @@ def load_tables(annotations: Paths, images: Paths | None, format: Format | None 
     if len(folders) == 1:
         folders = folders * len(sources)
     if len(folders) != len(sources) or not sources:
-        raise ValueError(f"data.{split}: expected a folder of images for each of {len(sources)} annotations, or one, got {len(folders)}.")
-    return [_load(source, folder, format or format_of(source), split) for source, folder in zip(sources, folders, strict=True)]
+        raise ValueError(
+            f"data.{split}: expected a folder of images for each of {len(sources)} annotations, or one, got {len(folders)}."
+        )
+    return [
+        _load(source, folder, format or format_of(source), split)
+        for source, folder in zip(sources, folders, strict=True)
+    ]
 
 
 def examine(
@@ -121,7 +130,9 @@ def examine(
     names = united_names(tables) if several and class_names is None else class_names
     parts, findings, digests = [], [], []
     for part in tables:
-        classes, wrong = match_classes(part.categories, names, subset, part.source.name, part.states_classes and not several)
+        classes, wrong = match_classes(
+            part.categories, names, subset, part.source.name, part.states_classes and not several
+        )
         findings += part.findings + wrong
         pictures = find_pictures(part, on_error, looker, findings)
         parts.append(read_objects(part.annotations, pictures, classes, on_error, findings))
@@ -143,7 +154,9 @@ def format_of(source: Path) -> Format:
         if yolo.description(source) is not None:
             return "yolo"
         files = ", ".join(sorted(path.name for path in source.iterdir() if path.suffix in (".json", ".csv"))[:5])
-        raise ValueError(f"{source}: expected a folder in VOC or YOLO format, got another{f' that holds {files}: name that file' if files else ''}.")
+        raise ValueError(
+            f"{source}: expected a folder in VOC or YOLO format, got another{f' that holds {files}: name that file' if files else ''}."
+        )
     if suffix in (".yaml", ".yml"):
         return "yolo"
     if suffix in (".csv", ".tsv"):

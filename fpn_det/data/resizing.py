@@ -69,14 +69,18 @@ def resized_size(size: Size, side: int, max_side: int, rounding: Rounding) -> Si
     return max(int(size[0] * scale + extra), 1), max(int(size[1] * scale + extra), 1)
 
 
-def resize(pixels: np.ndarray, size: Size, backend: Backend, antialias: bool, out: np.ndarray | None = None) -> np.ndarray:
+def resize(
+    pixels: np.ndarray, size: Size, backend: Backend, antialias: bool, out: np.ndarray | None = None
+) -> np.ndarray:
     """Bilinear resizing to (h, w), into `out` if there is one. With `antialias`, a smaller image averages the pixels it stands for."""
     height, width = size
     if backend == "cv2":
         if pixels.shape[:2] == size and out is None:
             return pixels
         shrinks = height < pixels.shape[0] and width < pixels.shape[1]
-        return cv2.resize(pixels, (width, height), out, interpolation=cv2.INTER_AREA if antialias and shrinks else cv2.INTER_LINEAR)
+        return cv2.resize(
+            pixels, (width, height), out, interpolation=cv2.INTER_AREA if antialias and shrinks else cv2.INTER_LINEAR
+        )
     if backend == "pil":
         resized = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
     else:

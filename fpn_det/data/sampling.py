@@ -44,7 +44,13 @@ class GlobalBatches:
     """
 
     def __init__(
-        self, sizes: Tensor, batch_size: int, seed: int, parts: int = 1, group_by_aspect: bool = True, repeats: Tensor | None = None
+        self,
+        sizes: Tensor,
+        batch_size: int,
+        seed: int,
+        parts: int = 1,
+        group_by_aspect: bool = True,
+        repeats: Tensor | None = None,
     ) -> None:
         check_divides(parts, batch_size)
         if len(sizes) < parts:
@@ -134,7 +140,11 @@ def repeat_factors(annotations: Annotations, threshold: float) -> tuple[Tensor, 
 
 def describe_repeats(of_images: Tensor, of_classes: Tensor, class_names: Sequence[str]) -> str:
     """What `repeat_factors` found, for people."""
-    rare = [f"{class_names[label]} {of_classes[label]:.2f}" for label in of_classes.argsort(descending=True, stable=True) if of_classes[label] > 1]
+    rare = [
+        f"{class_names[label]} {of_classes[label]:.2f}"
+        for label in of_classes.argsort(descending=True, stable=True)
+        if of_classes[label] > 1
+    ]
     return (
         f"Images of rare classes come again: an epoch shows {int(of_images.sum())} instead of {len(of_images)} images. "
         f"Times of each class: {', '.join(rare) or 'all 1'}."

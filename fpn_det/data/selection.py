@@ -51,7 +51,9 @@ def split_images(annotations: Annotations, val_fraction: float, seed: int) -> tu
             f"data.val_fraction: expected a share that leaves images on both sides, got {val_fraction} of {len(annotations)} image(s)."
         )
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(annotations)))
-    return select_images(annotations, order[held_out:].sort().values), select_images(annotations, order[:held_out].sort().values)
+    return select_images(annotations, order[held_out:].sort().values), select_images(
+        annotations, order[:held_out].sort().values
+    )
 
 
 def concatenate(parts: Sequence[Annotations]) -> Annotations:

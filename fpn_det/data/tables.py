@@ -31,7 +31,15 @@ class Tables:
     states_classes: bool = True  # else the classes are those that happen to occur
     findings: list[Finding] = field(default_factory=list)  # what could not even become a record
 
-    def add_box(self, image: Record, category_id: int | None, corners: list[float], where: str, offset: int = 0, iscrowd: int = 0) -> None:
+    def add_box(
+        self,
+        image: Record,
+        category_id: int | None,
+        corners: list[float],
+        where: str,
+        offset: int = 0,
+        iscrowd: int = 0,
+    ) -> None:
         """Append an object that its format describes by corners x1, y1, x2, y2.
 
         Args:
@@ -45,7 +53,9 @@ class Tables:
         x1, y1, x2, y2 = corners
         if x1 > x2 or y1 > y2:
             message = f"expected x1 <= x2 and y1 <= y2, got {x1:g}, {y1:g}, {x2:g}, {y2:g}; exchanged"
-            self.findings.append(Finding("box_corners_exchanged", message, "error", image["id"], image["file_name"], where=where))
+            self.findings.append(
+                Finding("box_corners_exchanged", message, "error", image["id"], image["file_name"], where=where)
+            )
             x1, x2, y1, y2 = min(x1, x2), max(x1, x2), min(y1, y2), max(y1, y2)
         if x1 < x2 and y1 < y2:
             x1, y1 = x1 - offset, y1 - offset
@@ -65,7 +75,11 @@ class Tables:
     def class_names(self) -> list[str]:
         """By category id, as far as the file makes sense."""
         numbered = [record for record in self.categories if isinstance(whole(record.get("id")), int)]
-        return list(dict.fromkeys(str(record.get("name")) for record in sorted(numbered, key=lambda record: whole(record["id"]) or 0)))
+        return list(
+            dict.fromkeys(
+                str(record.get("name")) for record in sorted(numbered, key=lambda record: whole(record["id"]) or 0)
+            )
+        )
 
 
 def whole(value: Any) -> int | str | None:
@@ -109,6 +123,8 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: expected a file, got none that can be read: {error.strerror}. Check the path.") from None
+        raise ValueError(
+            f"{path}: expected a file, got none that can be read: {error.strerror}. Check the path."
+        ) from None
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     return content.decode(encoding, errors="replace")

@@ -64,11 +64,15 @@ class Pipeline:
         self.min_visibility = min_visibility
         self.min_area = min_area
         self.mixing, self.head, self.tail = _split(transforms)
-        in_float = any(isinstance(step, Normalize) or getattr(step, "backend", "") == "torch_float" for step in self.head)
+        in_float = any(
+            isinstance(step, Normalize) or getattr(step, "backend", "") == "torch_float" for step in self.head
+        )
         self.dtype = np.dtype(np.float32 if in_float else np.uint8)  # after the head
         # the no-op takes boxes, which albumentations asks of at least one transform
         chain = [*self.head, A.NoOp(p=0)]
-        self.compose = A.Compose(chain, bbox_params=A.BboxParams(format="albumentations"), is_check_shapes=False, strict=True)
+        self.compose = A.Compose(
+            chain, bbox_params=A.BboxParams(format="albumentations"), is_check_shapes=False, strict=True
+        )
         # Its own filter looks at one transform at a time, and with its checks takes a tenth of the time of a sample.
         processor = self.compose.processors["bboxes"]
         processor.filter = self._keep_visible
@@ -113,7 +117,9 @@ class Pipeline:
             pixels, table = result["image"], result["bboxes"]
             if pixels.dtype != self.dtype or pixels.ndim != 3 or pixels.shape[2] != 3:
                 found = f"{pixels.dtype} {list(pixels.shape)}"
-                raise ValueError(f"transforms: expected {self.dtype} [h, w, 3] at the end, got {found}. Leave normalizing to the model.")
+                raise ValueError(
+                    f"transforms: expected {self.dtype} [h, w, 3] at the end, got {found}. Leave normalizing to the model."
+                )
             size = pixels.shape[:2]
         else:
             random_state.random()  # as Compose does: the numbers drawn do not depend on which moves are planned
@@ -133,7 +139,9 @@ class Pipeline:
         for step in self.mixing:
             if random_state.random() < step.p:
                 if original.other is None:
-                    raise ValueError(f"{type(step).__name__}: expected images of a data set, got a single one. Leave it to training.")
+                    raise ValueError(
+                        f"{type(step).__name__}: expected images of a data set, got a single one. Leave it to training."
+                    )
                 others = [original.other(random_state).scene() for _ in range(step.num_others)]
                 scene = step(scene, others, random_state)
         return scene
@@ -188,7 +196,9 @@ def _split(transforms: Sequence[Any]) -> tuple[list[Mixing], list[Any], list[Any
     head, tail = list(transforms[len(mixing) :]), list[Any]()
     late = [type(step).__name__ for step in head if isinstance(step, Mixing)]
     if late:
-        raise ValueError(f"transforms: expected {', '.join(late)} before all others, got it after {type(head[0]).__name__}. Change the order.")
+        raise ValueError(
+            f"transforms: expected {', '.join(late)} before all others, got it after {type(head[0]).__name__}. Change the order."
+        )
     while head:
         if isinstance(head[-1], ResizeShortestSide):
             if any(isinstance(step, ResizeShortestSide) for step in tail):
@@ -229,7 +239,9 @@ class _Resizing(A.DualTransform):
         if backend not in ("cv2", "pil", "torch_float"):
             raise ValueError(f"{name}: expected backend cv2, pil or torch_float, got {backend!r}.")
         if backend == "pil" and antialias is False:
-            raise ValueError(f"{name}: pil always antialiases, got antialias=False. Use backend=cv2, or leave antialias out.")
+            raise ValueError(
+                f"{name}: pil always antialiases, got antialias=False. Use backend=cv2, or leave antialias out."
+            )
         self.backend = backend
         self.antialias = backend == "pil" if antialias is None else antialias
 
@@ -296,7 +308,9 @@ class LargeScaleJitter(_Resizing):
         if len(self.size) != 2 or min(self.size) < 1:
             raise ValueError(f"LargeScaleJitter: expected size (h, w) in px, got {self.size}.")
         if len(self.scale_range) != 2 or not 0 < self.scale_range[0] <= self.scale_range[1]:
-            raise ValueError(f"LargeScaleJitter: expected scale_range (low, high) with 0 < low <= high, got {self.scale_range}.")
+            raise ValueError(
+                f"LargeScaleJitter: expected scale_range (low, high) with 0 < low <= high, got {self.scale_range}."
+            )
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         height, width = params["shape"][:2]
@@ -311,7 +325,9 @@ class LargeScaleJitter(_Resizing):
         top, left, height, width = window
         return resize(img, resized, self.backend, self.antialias)[top : top + height, left : left + width]
 
-    def apply_to_bboxes(self, bboxes: np.ndarray, resized: tuple[int, int], window: tuple[int, ...], **params: Any) -> np.ndarray:
+    def apply_to_bboxes(
+        self, bboxes: np.ndarray, resized: tuple[int, int], window: tuple[int, ...], **params: Any
+    ) -> np.ndarray:
         top, left, height, width = window
         moved = bboxes.copy()
         moved[:, [0, 2]] = (bboxes[:, [0, 2]] * resized[1] - left) / width

@@ -83,7 +83,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: expected a checkpoint of fpn_det, got a damaged or foreign file ({reason}).") from None
+        raise ValueError(
+            f"{path}: expected a checkpoint of fpn_det, got a damaged or foreign file ({reason})."
+        ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         got = repr(state.get("format")) if isinstance(state, dict) else f"a {type(state).__name__}"
         raise ValueError(f"{path}: expected '{FORMAT}', got {got}. To start from its weights, say init_from=<file>.")

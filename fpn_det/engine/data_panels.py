@@ -54,10 +54,15 @@ def draw_data(model: Detector, batch: Batch, class_names: Sequence[str]) -> Iter
         if anchored:
             levels = anchored[row].levels.tolist()
             zoom = SIDE / max(shown.shape[:2])
-            anchors = frame(scaled_to(shown, SIDE), anchored[row].boxes.cpu().numpy() * zoom, np.array(LEVEL_COLORS)[levels])
+            anchors = frame(
+                scaled_to(shown, SIDE), anchored[row].boxes.cpu().numpy() * zoom, np.array(LEVEL_COLORS)[levels]
+            )
             white = np.full((len(labels), 3), 255)
             pictures.append(frame(anchors, boxes.cpu().numpy() * zoom, white, brightness=1))
-            titles.append("anchors: " + (", ".join(f"{levels.count(level)} on {names[level]}" for level in sorted(set(levels))) or "none"))
+            titles.append(
+                "anchors: "
+                + (", ".join(f"{levels.count(level)} on {names[level]}" for level in sorted(set(levels))) or "none")
+            )
     step = IMAGES_PER_SHEET * len(pictures) // len(batch)
     for start in range(0, len(pictures), step):
         yield arrange(pictures[start : start + step], titles[start : start + step], COLUMNS)

@@ -69,7 +69,9 @@ def evaluate(
             images.append(batch_images)
             tables.append(table)
 
-    shards = gather_objects((np.concatenate(images), DetectionTable.join(tables), levels.cpu().numpy(), _to_floats(losses)))
+    shards = gather_objects(
+        (np.concatenate(images), DetectionTable.join(tables), levels.cpu().numpy(), _to_floats(losses))
+    )
     scored = None
     if shards is not None:
         evaluated, found, counts, sums = (list(column) for column in zip(*shards, strict=True))
@@ -78,11 +80,20 @@ def evaluate(
         names = [f"detections/P{assigner.first + index}" for index in range(assigner.num_levels)]
         statistics = dict(zip(names, per_image.tolist(), strict=True))
         means = {name: sum(part.get(name, 0.0) for part in sums) / scored.num_images for part in sums for name in part}
-        metrics: dict[str, float | None] = {**scored.metrics, **{name: means.pop(name) for name in ("loss",) if name in means}}
+        metrics: dict[str, float | None] = {
+            **scored.metrics,
+            **{name: means.pop(name) for name in ("loss",) if name in means},
+        }
         ap = metrics.get("AP")
-        causes = () if ap is None or ap >= ABOUT_ZERO else diagnose(annotations, scored.detections, np.concatenate(evaluated))
+        causes = (
+            ()
+            if ap is None or ap >= ABOUT_ZERO
+            else diagnose(annotations, scored.detections, np.concatenate(evaluated))
+        )
         seconds = time.perf_counter() - start
-        scored = replace(scored, metrics=metrics, statistics=statistics | means, seconds=seconds, diagnosis=tuple(causes))
+        scored = replace(
+            scored, metrics=metrics, statistics=statistics | means, seconds=seconds, diagnosis=tuple(causes)
+        )
     told = broadcast_object(scored and replace(scored, detections=DetectionTable.join([])))
     return scored or told
 

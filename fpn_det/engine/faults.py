@@ -22,7 +22,9 @@ REMEDIES = {
     errno.ENOMEM: "Lower data.num_workers or trainer.batch_size.",
     errno.EMFILE: "Raise the limit of open files (ulimit -n).",
 }
-WORKER_ENDED = re.compile(r"DataLoader worker \(pid.*?\) (?:is killed by signal: (?P<signal>[^.]*)|exited unexpectedly)")
+WORKER_ENDED = re.compile(
+    r"DataLoader worker \(pid.*?\) (?:is killed by signal: (?P<signal>[^.]*)|exited unexpectedly)"
+)
 WORKER_REMEDIES = {
     "Killed": "The system kills what takes too much memory: lower data.num_workers.",
     "Bus error": "The shared memory is full: enlarge /dev/shm (docker run --shm-size=8g), or set data.num_workers=0.",

@@ -52,6 +52,7 @@ class RunFolder:
             ValueError: another process holds it.
         """
         with (self.path / LOCK).open("a+") if current_ranks().is_main else nullcontext() as file:
+
             def take() -> None:
                 assert file is not None, "rank 0 takes it for all"
                 _take(file, self.path)
@@ -83,7 +84,9 @@ class RunFolder:
         else:
             state = CheckpointFolder(self.checkpoint.parent, keep_last=0).load(warn, first=self.checkpoint)
         if state is not None and "optimizer" not in state:
-            raise ValueError(f"resume: expected the checkpoint of a run, got weights alone in {self.checkpoint}. Say init_from instead of resume.")
+            raise ValueError(
+                f"resume: expected the checkpoint of a run, got weights alone in {self.checkpoint}. Say init_from instead of resume."
+            )
         return state
 
 
@@ -112,7 +115,9 @@ def choose_folder(
         try:
             return find()
         except OSError as error:
-            raise ValueError(f"run_dir: expected a folder to write in, got {error}. Choose another one with run_dir=<folder>.") from None
+            raise ValueError(
+                f"run_dir: expected a folder to write in, got {error}. Choose another one with run_dir=<folder>."
+            ) from None
 
     def find() -> RunFolder:
         experiment_folder = root / (experiment or "default")
@@ -142,7 +147,11 @@ def write_settings(folder: Path, config: str, overrides: Sequence[str]) -> None:
 
 def versions() -> dict[str, str | None]:
     """What runs here: python, packages, GPU, and the revision of this code (None outside a git checkout)."""
-    found: dict[str, str | None] = {"fpn_det": _version("fpn_det"), "git": _git_revision(), "python": platform.python_version()}
+    found: dict[str, str | None] = {
+        "fpn_det": _version("fpn_det"),
+        "git": _git_revision(),
+        "python": platform.python_version(),
+    }
     found |= {package: _version(package) for package in PACKAGES}
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return found
@@ -206,7 +215,11 @@ def _make_room(path: Path, set_aside: bool) -> None:
 
 
 def _newest_unfinished(experiment_folder: Path) -> Path | None:
-    runs = [path for path in experiment_folder.glob("*") if path.is_dir() and not RunFolder(path).checkpoints().is_finished()]
+    runs = [
+        path
+        for path in experiment_folder.glob("*")
+        if path.is_dir() and not RunFolder(path).checkpoints().is_finished()
+    ]
     return max(runs, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -215,10 +228,14 @@ def _folder_of(resume: Path, run_dir: str | None) -> RunFolder:
     if resume.is_dir():
         files = RunFolder(resume).checkpoints().files()
         if not files:
-            raise ValueError(f"resume: expected a run folder with checkpoints, got {resume}. To start it over, say resume=auto.")
+            raise ValueError(
+                f"resume: expected a run folder with checkpoints, got {resume}. To start it over, say resume=auto."
+            )
         resume = files[0]
     if not resume.is_file():
         raise ValueError(f"resume: expected auto, a checkpoint or a run folder, got {resume}, which does not exist.")
     if run_dir is None and resume.parent.name != "checkpoints":
-        raise ValueError(f"resume: expected a checkpoint in a run folder, got {resume}. Say with run_dir=<folder> where to go on.")
+        raise ValueError(
+            f"resume: expected a checkpoint in a run folder, got {resume}. Say with run_dir=<folder> where to go on."
+        )
     return RunFolder(Path(run_dir) if run_dir is not None else resume.parent.parent, resume=True, checkpoint=resume)

@@ -59,7 +59,12 @@ class RunLog:
         width = None if sys.stdout.isatty() else PLAIN_WIDTH
         self._screen = (screen or Console(file=sys.stdout, width=width)) if ranks.is_main else None
         self._writer: SummaryWriter | None = None
-        columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         without_bar = self._screen is None or not self._screen.is_terminal
         self._bar = Progress(*columns, console=self._screen, transient=True, expand=True, disable=without_bar)
         self._training: TaskID | None = None
@@ -69,7 +74,9 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
         with suppress(OSError) if error is not None else nullcontext():  # on a full disk: it has been noticed
             if error is not None:
@@ -159,7 +166,10 @@ class RunLog:
         """The settings beside what they led to, for TensorBoard's HParams; among the other curves, not in a run of their own."""
         if self._writer is None:
             return
-        plain = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in settings.items()}
+        plain = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in settings.items()
+        }
         reached = {f"val/{name}": value for name, value in metrics.items() if value is not None}
         writer = self._writer._get_file_writer()
         for summary in hparams(plain, reached):

@@ -57,7 +57,12 @@ class Pace:
     """
 
     def __init__(
-        self, step: int, total_steps: int, batch_size: int, eval_every: int, clock: Callable[[], float] = time.perf_counter
+        self,
+        step: int,
+        total_steps: int,
+        batch_size: int,
+        eval_every: int,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.first_step = step
         self.total_steps = total_steps

@@ -138,11 +138,19 @@ def explain(
     all_paths = [image["path"] for described in images for image in described]
 
     parts = gather_objects((causes, steep, modules, suspects, all_paths, [unsaved] if unsaved else []))
-    merged = parts and [list(dict.fromkeys(name for part in column for name in part)) for column in zip(*parts, strict=True)]
+    merged = parts and [
+        list(dict.fromkeys(name for part in column for name in part)) for column in zip(*parts, strict=True)
+    ]
     causes, steep, modules, suspects, all_paths, troubles = broadcast_object(merged)
     where = f" First bad output: {modules[0]}." if modules else ""
-    kept = f"The dump could not be written ({troubles[0]})." if troubles else f"Do it again with 'python tools/replay.py {folder}'."
-    return f"not finite: {_listed(causes or steep)}.{where} Images of that batch: {_listed(suspects or all_paths)}. {kept}"
+    kept = (
+        f"The dump could not be written ({troubles[0]})."
+        if troubles
+        else f"Do it again with 'python tools/replay.py {folder}'."
+    )
+    return (
+        f"not finite: {_listed(causes or steep)}.{where} Images of that batch: {_listed(suspects or all_paths)}. {kept}"
+    )
 
 
 def load_dump(folder: Path, rank: int) -> tuple[dict[str, Any], dict[str, Any], list[Batch]]:
@@ -157,7 +165,9 @@ def load_dump(folder: Path, rank: int) -> tuple[dict[str, Any], dict[str, Any], 
 
 def _as_batch(record: dict[str, Any]) -> Batch:
     proposals = record.get("proposals")
-    return Batch(**{**record, "targets": Targets(**record["targets"]), "proposals": proposals and Proposals(**proposals)})
+    return Batch(
+        **{**record, "targets": Targets(**record["targets"]), "proposals": proposals and Proposals(**proposals)}
+    )
 
 
 def _share_of(folder: Path, rank: int) -> Path:
@@ -193,7 +203,9 @@ def _watched(model: nn.Module) -> Iterator[list[str]]:
 
         return look
 
-    hooks = [module.register_forward_hook(watch(name or type(model).__name__)) for name, module in model.named_modules()]
+    hooks = [
+        module.register_forward_hook(watch(name or type(model).__name__)) for name, module in model.named_modules()
+    ]
     try:
         yield found
     finally:

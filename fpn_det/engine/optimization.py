@@ -99,7 +99,9 @@ class Optimization:
         if precision not in PRECISIONS:
             raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got '{precision}'.")
         if clip_norm is not None and clip_norm <= 0:
-            raise ValueError(f"trainer.clip_norm: expected a positive length, got {clip_norm}. Use null for no clipping.")
+            raise ValueError(
+                f"trainer.clip_norm: expected a positive length, got {clip_norm}. Use null for no clipping."
+            )
         self.model = model
         self.optimizer = optimizer
         self.schedule = schedule
@@ -209,7 +211,9 @@ class Optimization:
         """
         name, tensors = state["optimizer"]["name"], state["optimizer"]["state"]
         if name != type(self.optimizer).__name__:
-            raise ValueError(f"resume: expected a checkpoint of {type(self.optimizer).__name__}, got one of {name}. {OTHERWISE}")
+            raise ValueError(
+                f"resume: expected a checkpoint of {type(self.optimizer).__name__}, got one of {name}. {OTHERWISE}"
+            )
         if differing := sorted(tensors.keys() ^ self.parameters.keys()):
             raise ValueError(
                 f"resume: expected a checkpoint that trained the same parameters, but {len(differing)} are in one only, "

@@ -84,7 +84,9 @@ class SGD(Recipe):
 
     def __post_init__(self) -> None:
         if self.nesterov and not self.momentum:
-            raise ValueError("optimizer.nesterov: expected momentum to look ahead with, got momentum=0. Set optimizer.momentum.")
+            raise ValueError(
+                "optimizer.nesterov: expected momentum to look ahead with, got momentum=0. Set optimizer.momentum."
+            )
 
     def build(self, model: nn.Module, batch_size: int) -> Optimizer:
         groups = self.groups(model, batch_size)

@@ -49,7 +49,10 @@ def draw_comparison(
 
     found = np.flatnonzero((detections.images == row) & (detections.scores >= min_score))[:MOST_BOXES]
     labels = detections.labels[found].tolist()
-    texts = [f"{names[label]} {score:.2f}" if named else f"{score:.2f}" for label, score in zip(labels, detections.scores[found], strict=True)]
+    texts = [
+        f"{names[label]} {score:.2f}" if named else f"{score:.2f}"
+        for label, score in zip(labels, detections.scores[found], strict=True)
+    ]
     answer = draw_boxes(pixels, detections.boxes[found], labels, texts)
     return arrange([truth, answer], [f"{len(crowd)} objects", f"{len(found)} detections, score >= {min_score:g}"])
 
@@ -75,7 +78,9 @@ def as_picture(pixels: Tensor) -> Picture:
     return pixels.byte().permute(1, 2, 0).numpy()  # [3, H, W] -> [H, W, 3]
 
 
-def draw_boxes(pixels: Picture, boxes: NDArray, labels: Sequence[int], texts: Sequence[str], side: int = SIDE) -> Picture:
+def draw_boxes(
+    pixels: Picture, boxes: NDArray, labels: Sequence[int], texts: Sequence[str], side: int = SIDE
+) -> Picture:
     """An image scaled to a longer side of `side`, with a frame and a text for every box, the first on top.
 
     Args:

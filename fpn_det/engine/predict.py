@@ -81,14 +81,18 @@ class Predictor:
             ValueError: a picture is none of these, or cannot be read.
         """
         if not isinstance(images, list | tuple):
-            raise ValueError(f"predict: expected a list of pictures, got a {type(images).__name__}. Put a single one in a list.")
+            raise ValueError(
+                f"predict: expected a list of pictures, got a {type(images).__name__}. Put a single one in a list."
+            )
         sizes = torch.tensor([_size(image) for image in images]).view(-1, 2)
         predictions: dict[int, Prediction] = {}
         for indices in evaluation_batches(sizes, self.batch_size, Ranks()):
             batch = self.batch_of([images[index] for index in indices.tolist()])
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                 detections = self.model.detect(batch, self.tta)
-            for index, (boxes, scores, labels) in zip(indices.tolist(), detections.to_original(batch).cpu().images(), strict=True):
+            for index, (boxes, scores, labels) in zip(
+                indices.tolist(), detections.to_original(batch).cpu().images(), strict=True
+            ):
                 names = tuple(self.class_names[label] for label in labels.tolist())
                 predictions[index] = Prediction(boxes, scores, labels, names)
         return [predictions[index] for index in range(len(images))]

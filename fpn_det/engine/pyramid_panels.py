@@ -23,7 +23,15 @@ from fpn_det.structures import Batch
 
 SIDE = 240  # px of the longer side of every picture
 NUM_BOXES = 20  # best proposals that are shown, over all levels
-LEVEL_COLORS = ((86, 180, 233), (0, 200, 140), (240, 228, 66), (230, 159, 0), (235, 90, 60), (204, 121, 200), (200, 200, 200))
+LEVEL_COLORS = (
+    (86, 180, 233),
+    (0, 200, 140),
+    (240, 228, 66),
+    (230, 159, 0),
+    (235, 90, 60),
+    (204, 121, 200),
+    (200, 200, 200),
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ def read_levels(model: Detector, batch: Batch) -> Levels:
         proposed = [each.boxes[0][each.valid[0] & (each.logits[0] >= worst)] for each in found]
         per_cell = model.rpn.anchors.num_per_cell
         objectness = [
-            part.logits.view(*shape, per_cell).amax(dim=2).sigmoid() for part, shape in zip(parts, pyramid.shapes, strict=True)
+            part.logits.view(*shape, per_cell).amax(dim=2).sigmoid()
+            for part, shape in zip(parts, pyramid.shapes, strict=True)
         ]
         positive = match.positive[0].split(output.level_sizes)
         pooled = None
@@ -68,7 +77,10 @@ def read_levels(model: Detector, batch: Batch) -> Levels:
     return Levels(
         names=[f"P{stride.bit_length() - 1}" for stride in pyramid.strides],
         strides=pyramid.strides,
-        features=[_by_pixel(level[0].norm(dim=0), stride, size) for level, stride in zip(pyramid.levels, pyramid.strides, strict=True)],
+        features=[
+            _by_pixel(level[0].norm(dim=0), stride, size)
+            for level, stride in zip(pyramid.levels, pyramid.strides, strict=True)
+        ],
         objectness=[_by_pixel(level, stride, size) for level, stride in zip(objectness, pyramid.strides, strict=True)],
         matched=[_numpy(part.anchors[mask]) for part, mask in zip(parts, positive, strict=True)],
         proposed=[_numpy(boxes) for boxes in proposed],
@@ -81,7 +93,9 @@ def _by_level(output: RPNOutput) -> list[RPNOutput]:
     tensors = (output.logits, output.deltas, output.anchors[None], output.allowed)
     split = zip(*(tensor.split(output.level_sizes, dim=1) for tensor in tensors), strict=True)
     return [
-        replace(output, logits=logits, deltas=deltas, anchors=anchors[0], allowed=allowed, level_sizes=[logits.shape[1]])
+        replace(
+            output, logits=logits, deltas=deltas, anchors=anchors[0], allowed=allowed, level_sizes=[logits.shape[1]]
+        )
         for logits, deltas, anchors, allowed in split
     ]
 
@@ -94,7 +108,9 @@ def draw_levels(levels: Levels, batch: Batch, side: int = SIDE) -> Picture:
     valid = batch.targets.valid[0]
     truth, labels = _numpy(batch.targets.boxes[0][valid]), batch.targets.labels[0][valid].tolist()
 
-    pictures = [frame(image, truth * zoom, np.array([class_color(label) for label in labels]).reshape(-1, 3), brightness=1)]
+    pictures = [
+        frame(image, truth * zoom, np.array([class_color(label) for label in labels]).reshape(-1, 3), brightness=1)
+    ]
     titles = [f"{len(labels)} objects"]
     pictures += [heat(each, image) for each in levels.features]
     titles += [f"{name}: stride {stride}" for name, stride in zip(levels.names, levels.strides, strict=True)]
@@ -111,7 +127,9 @@ def draw_levels(levels: Levels, batch: Batch, side: int = SIDE) -> Picture:
         colors = np.repeat(LEVEL_COLORS[: len(per_level)], [len(each) for each in per_level], axis=0)
         starts = np.cumsum([len(each) for each in per_level])[:-1]
         pictures.append(frame(image, boxes, colors))
-        pictures += [frame(image, *part) for part in zip(np.split(boxes, starts), np.split(colors, starts), strict=True)]
+        pictures += [
+            frame(image, *part) for part in zip(np.split(boxes, starts), np.split(colors, starts), strict=True)
+        ]
         titles += [f"{sum(map(len, per_level))} {title}", *(str(len(each)) for each in per_level)]
     return arrange(pictures, titles, columns=1 + len(levels.names))
 

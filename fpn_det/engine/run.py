@@ -86,7 +86,9 @@ class Run:
         schedule = self._schedule(state)
         self.optimization = Optimization(parts.model, optimizer, schedule, precision, trainer.clip_norm, trainer.ema)
         if trainer.batch_size != "auto" and batch_size < trainer.batch_size:
-            log.info(f"trainer.batch_size: the training set has images for {batch_size} per step only, not {trainer.batch_size}.")
+            log.info(
+                f"trainer.batch_size: the training set has images for {batch_size} per step only, not {trainer.batch_size}."
+            )
         log.info(parts.recipe.describe_lr(batch_size, ranks.world_size, trainer.accumulate))
         if state is not None:
             self._restore(state)
@@ -148,7 +150,12 @@ class Run:
         annotations = self.parts.val_annotations
         batches = stop.until_stopped(self.log.track(self.parts.val_loader, "evaluating"))
         self.evaluation = evaluation = evaluate(
-            model, batches, annotations, self.parts.evaluation, self.optimization.dtype, with_losses=self.trainer.val_loss
+            model,
+            batches,
+            annotations,
+            self.parts.evaluation,
+            self.optimization.dtype,
+            with_losses=self.trainer.val_loss,
         )
         weights: Literal["ema", "raw"] = "raw" if self.optimization.ema is None else "ema"
         checkpoint = f"step_{step:08d}.pt"
@@ -212,7 +219,9 @@ class Run:
     def _restore(self, state: State) -> None:
         names = state["class_names"], self.parts.meaning["class_names"]
         if names[0] != names[1]:
-            raise ValueError(f"resume: expected the classes of the checkpoint, {', '.join(names[0])}, got {', '.join(names[1])}.")
+            raise ValueError(
+                f"resume: expected the classes of the checkpoint, {', '.join(names[0])}, got {', '.join(names[1])}."
+            )
         self.optimization.load(state)
         self.evaluated = state["progress"].get("evaluated", self.first_step)  # earlier versions never cut one short
         if state["best"]["metric"] == self.best.metric:

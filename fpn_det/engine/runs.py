@@ -74,9 +74,14 @@ def compare(runs: Sequence[RunSummary], root: Path) -> tuple[list[str], list[lis
     metrics = list(dict.fromkeys(run.best.metric for run in runs))
     rows = []
     for run in runs:
-        values = ["n/a" if run.best.value is None else f"{run.best.value:.3f}" if run.best.metric == metric else "" for metric in metrics]
+        values = [
+            "n/a" if run.best.value is None else f"{run.best.value:.3f}" if run.best.metric == metric else ""
+            for metric in metrics
+        ]
         settings = [str(run.settings.get(name, ABSENT)) for name in names]
-        rows.append([str(run.path.relative_to(root)), run.status, str(run.step), *values, str(run.best.step), *settings])
+        rows.append(
+            [str(run.path.relative_to(root)), run.status, str(run.step), *values, str(run.best.step), *settings]
+        )
     return ["run", "status", "step", *(f"best {metric}" for metric in metrics), "at step", *names], rows
 
 

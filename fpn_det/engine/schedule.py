@@ -58,7 +58,9 @@ class MultiStep(Schedule):
         if wrong := [milestone for milestone in self.milestones if not 0 < milestone < 1]:
             raise ValueError(f"schedule.milestones: expected fractions of the run, between 0 and 1, got {wrong}.")
         if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(f"schedule.milestones: expected growing fractions of the run, got {list(self.milestones)}.")
+            raise ValueError(
+                f"schedule.milestones: expected growing fractions of the run, got {list(self.milestones)}."
+            )
 
     def decay(self, progress: float) -> float:
         return self.gamma ** sum(progress >= milestone for milestone in self.milestones)

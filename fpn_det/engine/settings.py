@@ -23,7 +23,9 @@ class Trainer:
 
     epochs: Positive | None  # length of the run; or
     max_steps: Count | None
-    batch_size: Count | Literal["auto"]  # images per step, over all ranks and accumulation; auto = what a GPU's memory holds
+    batch_size: (
+        Count | Literal["auto"]
+    )  # images per step, over all ranks and accumulation; auto = what a GPU's memory holds
     accumulate: Count  # backward passes per step
     eval_every: CountOrZero  # steps; 0 = only at the end
     save_every: CountOrZero  # steps; 0 = only at the end
@@ -42,7 +44,9 @@ class Trainer:
         if self.epochs is None and self.max_steps is None:
             raise ValueError("trainer: expected a length, got none. Set trainer.epochs or trainer.max_steps.")
         if self.batch_size != "auto" and self.batch_size % self.accumulate:
-            raise ValueError(f"trainer.batch_size: expected a multiple of trainer.accumulate={self.accumulate}, got {self.batch_size}.")
+            raise ValueError(
+                f"trainer.batch_size: expected a multiple of trainer.accumulate={self.accumulate}, got {self.batch_size}."
+            )
         if self.early_stop and not self.eval_every:
             raise ValueError("trainer.early_stop: expected evaluations on the way, got none. Set trainer.eval_every.")
 
@@ -56,8 +60,12 @@ class Trainer:
         """Refuse a `best_metric` that is not among those that an evaluation gives."""
         known = [*names, *(["loss"] if self.val_loss else [])]
         if self.best_metric not in known:
-            way_out = " Set trainer.val_loss=true." if self.best_metric == "loss" else did_you_mean(self.best_metric, known)
-            raise ValueError(f"trainer.best_metric: expected one of {listed(known)}, got '{self.best_metric}'.{way_out}")
+            way_out = (
+                " Set trainer.val_loss=true." if self.best_metric == "loss" else did_you_mean(self.best_metric, known)
+            )
+            raise ValueError(
+                f"trainer.best_metric: expected one of {listed(known)}, got '{self.best_metric}'.{way_out}"
+            )
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """The length of the run."""

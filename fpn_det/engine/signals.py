@@ -15,7 +15,9 @@ from fpn_det.runtime import agree_on_max
 T = TypeVar("T")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-PATIENCE_S = 5.0  # launchers pass on what the whole process group got already: repeats within this time are the same request
+PATIENCE_S = (
+    5.0  # launchers pass on what the whole process group got already: repeats within this time are the same request
+)
 
 
 class Stopped(Exception):

@@ -46,10 +46,14 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         limits = list(self.max_dets)
         if not limits or limits[0] < 1 or limits != sorted(set(limits)):
-            raise ValueError(f"evaluation.max_dets: expected growing numbers from 1, got {limits}. COCO's are [1, 10, 100].")
+            raise ValueError(
+                f"evaluation.max_dets: expected growing numbers from 1, got {limits}. COCO's are [1, 10, 100]."
+            )
         for name, bounds in self.area_ranges.items():
             if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1]:
-                raise ValueError(f"evaluation.area_ranges.{name}: expected [smallest, largest] in px^2, got {list(bounds)}.")
+                raise ValueError(
+                    f"evaluation.area_ranges.{name}: expected [smallest, largest] in px^2, got {list(bounds)}."
+                )
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -110,7 +114,9 @@ class DetectionTable:
         for row in rows:
             if row["image_id"] not in image_of or row["category_id"] not in label_of:
                 what = f"image {row['image_id']}, category {row['category_id']}"
-                raise ValueError(f"{file}: {what} is not in the annotations. Take those that the detections were made for.")
+                raise ValueError(
+                    f"{file}: {what} is not in the annotations. Take those that the detections were made for."
+                )
         xywh = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
         return cls.join(
             [
@@ -139,7 +145,9 @@ class DetectionTable:
 class Evaluation:
     """The result. Numbers are in 0..1, or None where no object makes them defined."""
 
-    metrics: dict[str, float | None]  # AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl, or as the settings say
+    metrics: dict[
+        str, float | None
+    ]  # AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl, or as the settings say
     per_class: dict[str, dict[str, float | None]]  # name -> AP, AP50, AR, objects, detections; empty of proposals
     num_images: int
     cap: int  # as many detections as an image could have
@@ -157,7 +165,9 @@ class Evaluation:
         if not any(row["detections"] for row in self.per_class.values()):
             remarks.append("There is not a single detection.")
         if self.capped_images:
-            remarks.append(f"{self.capped_images} of {self.num_images} images reached the cap of {self.cap} detections.")
+            remarks.append(
+                f"{self.capped_images} of {self.num_images} images reached the cap of {self.cap} detections."
+            )
         absent = sum(row["AP"] is None for row in self.per_class.values())
         if absent:
             remarks.append(f"{absent} of {len(self.per_class)} classes have no objects here; the means leave them out.")

@@ -23,6 +23,7 @@ SAME_OBJECT = 0.5  # IoU
 Boxes = NDArray[np.floating]
 Sizes = NDArray[np.int64]  # [D, 2], (h, w) of each detection's image
 
+
 def _mirrored(boxes: Boxes, sizes: Sizes, axis: int) -> Boxes:
     """Boxes with x (axis 0) or y (1) counted from the other side."""
     mirrored = boxes.copy()
@@ -37,8 +38,12 @@ def _sides(boxes: Boxes) -> Boxes:
 # What may have happened to boxes xyxy, and how to undo it.
 MISTAKES: dict[str, Callable[[Boxes, Sizes], Boxes]] = {
     "x and y of the boxes are exchanged": lambda boxes, sizes: boxes[:, [1, 0, 3, 2]],
-    "boxes hold x, y, width, height where corners are expected": lambda boxes, sizes: boxes + np.pad(boxes[:, :2], ((0, 0), (2, 0))),
-    "boxes hold corners where x, y, width, height are expected": lambda boxes, sizes: boxes - np.pad(boxes[:, :2], ((0, 0), (2, 0))),
+    "boxes hold x, y, width, height where corners are expected": lambda boxes, sizes: (
+        boxes + np.pad(boxes[:, :2], ((0, 0), (2, 0)))
+    ),
+    "boxes hold corners where x, y, width, height are expected": lambda boxes, sizes: (
+        boxes - np.pad(boxes[:, :2], ((0, 0), (2, 0)))
+    ),
     "boxes begin at their centers": lambda boxes, sizes: boxes - np.tile(_sides(boxes) / 2, 2),
     "boxes are mirrored left to right": lambda boxes, sizes: _mirrored(boxes, sizes, 0),
     "boxes are upside down": lambda boxes, sizes: _mirrored(boxes, sizes, 1),
@@ -58,22 +63,30 @@ def diagnose(annotations: Annotations, detections: DetectionTable, images: NDArr
     if not len(truth.rows):
         return []
     if not len(detections):
-        return ["No object was found because there are no detections: no score passes model.roi_head.score_threshold (yet)."]
+        return [
+            "No object was found because there are no detections: no score passes model.roi_head.score_threshold (yet)."
+        ]
     found = detections.take(np.argsort(detections.images, kind="stable"))
     found = found.take(np.flatnonzero(np.isin(found.images, truth.rows)))
     if not len(found):
-        return ["No detection is on an image with objects: are the detections those of another data set, or its image ids others?"]
+        return [
+            "No detection is on an image with objects: are the detections those of another data set, or its image ids others?"
+        ]
     as_it_is = truth.ap50(found) if truth.recall(found) >= PROOF else 0.0
     best, cause, undone = as_it_is, "", found
     for name, boxes in truth.undo(found):
         other = DetectionTable(found.images, boxes, found.scores, found.labels)
-        if truth.recall(other) >= PROOF and (ap50 := truth.ap50(other)) > best:  # AP is at most the recall, and takes longer
+        if (
+            truth.recall(other) >= PROOF and (ap50 := truth.ap50(other)) > best
+        ):  # AP is at most the recall, and takes longer
             best, cause, undone = ap50, name, other
     if best < PROOF:
         return truth.compare_with_chance(found)
     reasons = []
     if cause and best > 2 * as_it_is:
-        reasons.append(f"The frame of the boxes is wrong: {cause}. Undone, AP50 without regard to classes is {best:.2f} instead of {as_it_is:.2f}.")
+        reasons.append(
+            f"The frame of the boxes is wrong: {cause}. Undone, AP50 without regard to classes is {best:.2f} instead of {as_it_is:.2f}."
+        )
     else:
         undone = found
     named = truth.ap50(undone, by_class=True)
@@ -125,7 +138,13 @@ class _Truth:
 
     def _overlap(self, found: DetectionTable, boxes: Boxes) -> float:
         rows = self.rows[:: -(-len(self.rows) // MOST_SEARCHED)]
-        return float(np.mean(np.concatenate([iou.max(axis=0, initial=0) for _, _, iou in self._pairs(found, boxes, MOST_DETECTIONS, rows)])))
+        return float(
+            np.mean(
+                np.concatenate(
+                    [iou.max(axis=0, initial=0) for _, _, iou in self._pairs(found, boxes, MOST_DETECTIONS, rows)]
+                )
+            )
+        )
 
     def _pairs(
         self, found: DetectionTable, boxes: Boxes, most: int | None = None, rows: NDArray | None = None
@@ -144,13 +163,17 @@ class _Truth:
         for detected, objects, iou in self._pairs(found, found.boxes):
             on_object = np.flatnonzero(iou.max(axis=1, initial=0) >= SAME_OBJECT)
             if len(on_object):
-                np.add.at(counts, (found.labels[detected[on_object]], self._labels[objects[iou[on_object].argmax(axis=1)]]), 1)
+                np.add.at(
+                    counts, (found.labels[detected[on_object]], self._labels[objects[iou[on_object].argmax(axis=1)]]), 1
+                )
         used = np.flatnonzero(counts.any(axis=1))
         meant = counts.argmax(axis=1)
         if len(used) == 1 and len(np.flatnonzero(counts.any(axis=0))) > 1:
             return f"Every detection is called {names[used[0]]!r}."
         if counts.max(axis=1).sum() < 0.7 * counts.sum():
-            return "The names do not follow from the classes that are drawn: boxes were learned, classes were not (yet)."
+            return (
+                "The names do not follow from the classes that are drawn: boxes were learned, classes were not (yet)."
+            )
         moved = [label for label in used.tolist() if meant[label] != label]
         steps = {int(meant[label]) - label for label in moved}
         shift = f" Labels are off by {-steps.pop()}." if len(steps) == 1 and len(moved) > 1 else ""
@@ -171,7 +194,9 @@ class _Truth:
         low, high = np.quantile(found.scores, [0.05, 0.95])
         spread = f"scores lie between {low:.2f} and {high:.2f}"
         if recall <= 1.5 * chance + 0.02:
-            return [f"The detector is untrained: its boxes meet {recall:.0%} of the objects, those of another image {chance:.0%}; {spread}."]
+            return [
+                f"The detector is untrained: its boxes meet {recall:.0%} of the objects, those of another image {chance:.0%}; {spread}."
+            ]
         return [
             f"Boxes meet {recall:.0%} of the objects with IoU {SAME_OBJECT:g} (by chance {chance:.0%}), but not as the best ones; {spread}. "
             "No mistake of frame or classes explains it: train longer, or look at optimizer.lr."

@@ -40,7 +40,9 @@ class Conversion:
 
     def report(self) -> str:
         """Counts, and every key that was not simply renamed."""
-        lines = [f"{len(self.mapped)} tensors mapped, {len(self.dropped)} dropped, {len(self.added)} added, {len(self.missing)} missing"]
+        lines = [
+            f"{len(self.mapped)} tensors mapped, {len(self.dropped)} dropped, {len(self.added)} added, {len(self.missing)} missing"
+        ]
         lines += [f"  dropped {key}: {reason}" for key, reason in self.dropped.items()]
         lines += [f"  added {key}: {reason}" for key, reason in self.added.items()]
         lines += [f"  missing {key}" for key in self.missing]
@@ -97,7 +99,9 @@ def _to_fpn_det(state: Mapping[str, Tensor], source: Project, norm_eps: float) -
             result.dropped[key] = "a constant, which the settings give"
             continue
         if name is None or leaf not in (*modules[name], COUNTER):
-            raise ValueError(f"{source}: expected tensors that its Faster R-CNN with FPN has, got {key} {list(value.shape)}.")
+            raise ValueError(
+                f"{source}: expected tensors that its Faster R-CNN with FPN has, got {key} {list(value.shape)}."
+            )
         if source == "torchvision" and name == LOGITS:
             value = torch.cat([value[1:], value[:1]])
         elif source == "torchvision" and name == DELTAS:
@@ -116,7 +120,9 @@ def _from_fpn_det(state: Mapping[str, Tensor], target: Project) -> Conversion:
     for key, value in state.items():
         module, _, leaf = key.rpartition(".")
         if module not in theirs_of:
-            raise ValueError(f"{target}: expected tensors that its Faster R-CNN with FPN has, got {key} {list(value.shape)}.")
+            raise ValueError(
+                f"{target}: expected tensors that its Faster R-CNN with FPN has, got {key} {list(value.shape)}."
+            )
         if target == "detectron2" and leaf == COUNTER:
             result.dropped[key] = "detectron2's norms do not count their batches"
             continue

@@ -68,17 +68,24 @@ class LoadReport:
         if self.replaced:
             rows.append(("replaced", f"{', '.join(self.replaced)}: other classes"))
             rows.append(("copied", f"{len(self.copied)} classes by name: {_some(self.copied)}"))
-            rows.append(("fresh", f"{len(self.fresh_classes)} classes that the file does not know: {_some(self.fresh_classes)}"))
+            rows.append(
+                ("fresh", f"{len(self.fresh_classes)} classes that the file does not know: {_some(self.fresh_classes)}")
+            )
         reasons: dict[str, list[str]] = {}
         for key, reason in self.dropped.items():
             reasons.setdefault(reason, []).append(key)
         rows += [("dropped", f"{_some(keys)}: {reason}") for reason, keys in reasons.items()]
         rows += [("note", remark) for remark in self.remarks]
-        return "\n".join([f"weights of {self.source} ({self.project})", *(f"  {name:<9} {text}" for name, text in rows)])
+        return "\n".join(
+            [f"weights of {self.source} ({self.project})", *(f"  {name:<9} {text}" for name, text in rows)]
+        )
 
 
 def read_as_ours(
-    path: str | Path, class_names: Sequence[str] | None = None, project: Project | None = None, norm_eps: float | None = None
+    path: str | Path,
+    class_names: Sequence[str] | None = None,
+    project: Project | None = None,
+    norm_eps: float | None = None,
 ) -> Weights:
     """Read a file of any project and bring its weights to our names.
 
@@ -97,9 +104,13 @@ def read_as_ours(
         norm_eps = 0.0 if project == "torchvision" and _start_of_hash(file.path) in WITHOUT_EPS else EPS
     conversion = convert(file.state, project, "fpn_det", norm_eps)
     if conversion.missing:
-        raise ValueError(f"{path}: expected a whole Faster R-CNN with FPN, got one without {_some(conversion.missing)}.")
+        raise ValueError(
+            f"{path}: expected a whole Faster R-CNN with FPN, got one without {_some(conversion.missing)}."
+        )
     if f"{LOGITS}.bias" not in conversion.state:
-        raise ValueError(f"{path}: expected a detector that names what it finds, got an RPN alone. tools/eval.py scores it.")
+        raise ValueError(
+            f"{path}: expected a detector that names what it finds, got an RPN alone. tools/eval.py scores it."
+        )
     num_classes = len(conversion.state[f"{LOGITS}.bias"]) - 1
     names = tuple(class_names or file.class_names or assumed_class_names(num_classes) or ())
     if names and len(names) != num_classes:
@@ -107,7 +118,9 @@ def read_as_ours(
     return Weights(conversion.state, names or None, str(path), project, file.dropped | conversion.dropped, file.config)
 
 
-def load_weights(model: nn.Module, weights: Weights | str | Path, class_names: Sequence[str] | None = None) -> LoadReport:
+def load_weights(
+    model: nn.Module, weights: Weights | str | Path, class_names: Sequence[str] | None = None
+) -> LoadReport:
     """Fill a detector, in place.
 
     Args:
@@ -127,7 +140,11 @@ def load_weights(model: nn.Module, weights: Weights | str | Path, class_names: S
     state = {key: value for key, value in state.items() if key not in dropped}
     state |= {key: own[key] for key in counters if key in own and key not in state}
 
-    if weights.project in ("detectron2", "mmdet") and _is_caffe_style(weights.state) and not getattr(model, "flips_channels", True):
+    if (
+        weights.project in ("detectron2", "mmdet")
+        and _is_caffe_style(weights.state)
+        and not getattr(model, "flips_channels", True)
+    ):
         remarks.append(
             "its norms have no statistics, as in backbones that came from Caffe: those expect BGR pixels of deviation 1 and the stride "
             "on the 1x1, and this model gives RGB. Compare with experiment=compat/detectron2_r50_fpn"
@@ -152,7 +169,9 @@ def load_weights(model: nn.Module, weights: Weights | str | Path, class_names: S
     total = sum(value.numel() for value in own.values())
     share = sum(own[key].numel() for key in loaded) / total
     if share < LEAST_SHARE:
-        raise ValueError(f"{weights.source}: expected weights of this model, got a file that fills {share:.0%} of it. Is it the right file?")
+        raise ValueError(
+            f"{weights.source}: expected weights of this model, got a file that fills {share:.0%} of it. Is it the right file?"
+        )
     if wrong := _differences(own, state):
         raise ValueError(f"{weights.source}: expected weights of this model, got others: {wrong}.")
     model.load_state_dict(state)

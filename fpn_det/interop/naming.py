@@ -20,7 +20,11 @@ LOGITS, DELTAS = "roi_head.predictor.class_logits", "roi_head.predictor.box_delt
 # Names of modules that changed between versions of a project, old -> new.
 OLD_NAMES = {
     "torchvision": {"rpn.head.conv": "rpn.head.conv.0.0"}
-    | {f"backbone.fpn.{kind}_blocks.{i}": f"backbone.fpn.{kind}_blocks.{i}.0" for kind in ("inner", "layer") for i in range(4)}
+    | {
+        f"backbone.fpn.{kind}_blocks.{i}": f"backbone.fpn.{kind}_blocks.{i}.0"
+        for kind in ("inner", "layer")
+        for i in range(4)
+    }
 }
 
 
@@ -58,7 +62,9 @@ class Layout:
         known = {(2, 2, 2, 2, 2): 18, (3, 4, 6, 3, 2): 34, (3, 4, 6, 3, 3): 50, (3, 4, 23, 3, 3): 101}
         depth = next((depth for blocks, depth in known.items() if blocks == (*self.blocks, self.convs_per_block)), None)
         if depth is None:
-            raise ValueError(f"weights: expected a ResNet of 18, 34, 50 or 101 layers, got stages of {list(self.blocks)} blocks.")
+            raise ValueError(
+                f"weights: expected a ResNet of 18, 34, 50 or 101 layers, got stages of {list(self.blocks)} blocks."
+            )
         return depth
 
     def modules(self) -> dict[str, tuple[str, ...]]:

@@ -23,7 +23,18 @@ from torch import Tensor
 
 TORCH_MAGIC = bytes.fromhex("80028a0a6cfc9c46f920")  # how torch's files began before they were zip archives
 # Modules of the standard library whose names may stand in a file of weights; all others have no business there.
-DATA_MODULES = {"_codecs", "argparse", "builtins", "collections", "copyreg", "datetime", "decimal", "enum", "pathlib", "uuid"}
+DATA_MODULES = {
+    "_codecs",
+    "argparse",
+    "builtins",
+    "collections",
+    "copyreg",
+    "datetime",
+    "decimal",
+    "enum",
+    "pathlib",
+    "uuid",
+}
 OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # how Python 2 called them, and so do old pickles
 DATA_BUILTINS = {"bytearray", "complex", "frozenset", "getattr", "object", "range", "set", "slice"}
 
@@ -70,7 +81,9 @@ def read_weights(path: str | Path) -> WeightFile:
         content, foreign = _read_torch(path) if is_torch else (_read_pickle(path), [])
     except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, IndexError, KeyError, TypeError) as error:
         reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: expected a file of weights, got one that is damaged or holds more than that ({reason}).") from None
+        raise ValueError(
+            f"{path}: expected a file of weights, got one that is damaged or holds more than that ({reason})."
+        ) from None
     dropped = {where: f"not plain data (the file names {', '.join(foreign)})" for where in _inert_parts(content)}
     return _find_weights(path, content, dropped)
 
@@ -104,7 +117,9 @@ def _refuse_code(path: Path, name: str) -> None:
     package = module.split(".")[0]
     is_data = package in DATA_MODULES and (package != "builtins" or attribute in DATA_BUILTINS)
     if package in sys.stdlib_module_names and not is_data:
-        raise ValueError(f"{path}: expected weights, got a file that wants to call {name}. Nothing of it was run; do not trust it.")
+        raise ValueError(
+            f"{path}: expected weights, got a file that wants to call {name}. Nothing of it was run; do not trust it."
+        )
 
 
 def _latin1(text: str, encoding: str) -> bytes:
@@ -123,7 +138,11 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         package, _, rest = module.partition(".")
-        if package == "numpy" and rest in ("core.multiarray", "_core.multiarray") and name in ("_reconstruct", "scalar"):
+        if (
+            package == "numpy"
+            and rest in ("core.multiarray", "_core.multiarray")
+            and name in ("_reconstruct", "scalar")
+        ):
             example = np.empty(0) if name == "_reconstruct" else np.float64(0)
             return example.__reduce__()[0]  # wherever this numpy keeps it
         admitted = {

@@ -13,7 +13,9 @@ from torch import Tensor
 from fpn_det.interop.naming import Project
 
 
-def write_weights(path: Path, state: Mapping[str, Tensor], project: Project, class_names: Sequence[str] | None = None) -> None:
+def write_weights(
+    path: Path, state: Mapping[str, Tensor], project: Project, class_names: Sequence[str] | None = None
+) -> None:
     """Write a state dict in the names of `project`, wrapped as that project wraps it.
 
     torchvision: the state dict alone. detectron2: under `model`; as numpy arrays if the file is called .pkl, like its
@@ -24,7 +26,9 @@ def write_weights(path: Path, state: Mapping[str, Tensor], project: Project, cla
     """
     tensors = OrderedDict((name, value.detach().cpu().contiguous()) for name, value in state.items())
     if path.suffix == ".pkl" and project != "detectron2":
-        raise ValueError(f"{path}: expected the name of a torch file (.pth) for {project}, got a pickle's. Only detectron2 reads those.")
+        raise ValueError(
+            f"{path}: expected the name of a torch file (.pth) for {project}, got a pickle's. Only detectron2 reads those."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".pkl":
         arrays = {name: value.numpy() for name, value in tensors.items()}

@@ -72,7 +72,9 @@ class Detector(nn.Module):
         backbone.end_after(self.neck.num_inputs or len(backbone.channels))
         self.stride = max(backbone.strides)
         self.rpn = rpn and rpn(channels=self.neck.channels, strides=self.neck.strides, canvas_stride=self.stride)
-        self.roi_head = roi_head and roi_head(channels=self.neck.channels, strides=self.neck.roi_strides, num_classes=num_classes)
+        self.roi_head = roi_head and roi_head(
+            channels=self.neck.channels, strides=self.neck.roi_strides, num_classes=num_classes
+        )
         self.assigner = self.roi_head.pooler.assigner if self.roi_head else LevelAssigner(self.neck.roi_strides)
         self.pixel_divisor = pixel_divisor
         self.flips_channels = channel_order == "bgr"
@@ -176,5 +178,7 @@ class Detector(nn.Module):
 
 def _given(batch: Batch) -> Proposals:
     if batch.proposals is None:
-        raise ValueError("model.rpn: expected proposals in the batch for a model without an RPN, got none. Set data.proposals.")
+        raise ValueError(
+            "model.rpn: expected proposals in the batch for a model without an RPN, got none. Set data.proposals."
+        )
     return batch.proposals

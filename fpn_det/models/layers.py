@@ -121,7 +121,13 @@ class ConvBlock(nn.Sequential):
     """Convolution, norm, ReLU; the last two where asked for. Weights are at `0.`, the norm's at `1.`."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, norm: Norm | None = None, relu: bool = False, stride: int = 1
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        norm: Norm | None = None,
+        relu: bool = False,
+        stride: int = 1,
     ) -> None:
         conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=norm is None)
         super().__init__(conv, *([make_norm(norm, out_channels)] if norm else []))

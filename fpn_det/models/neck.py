@@ -119,7 +119,9 @@ class ExtraLevels(nn.Module):
             raise ValueError(f"neck.extra_method: expected {', '.join(EXTRA_METHODS)}, got '{method}'.")
         self.count = count
         self.method = method
-        self.convs = nn.ModuleList(projection(channels, channels, 3, stride=2) for _ in range(count if method == "conv" else 0))
+        self.convs = nn.ModuleList(
+            projection(channels, channels, 3, stride=2) for _ in range(count if method == "conv" else 0)
+        )
 
     def strides(self, strides: Sequence[int]) -> tuple[int, ...]:
         """Those of the pyramid with the extra levels."""

@@ -141,7 +141,9 @@ class SingleMap(Neck):
         width = in_channels[self.index]
         self.channels = channels or width
         self.project = (
-            nn.Sequential(projection(width, channels, 1, norm), projection(channels, channels, 3, norm)) if channels else nn.Identity()
+            nn.Sequential(projection(width, channels, 1, norm), projection(channels, channels, 3, norm))
+            if channels
+            else nn.Identity()
         )
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -178,7 +180,9 @@ class FeatureHierarchy(Neck):
         widths, self.roi_strides = in_channels[self.index :], tuple(in_strides[self.index :])
         num_added = num_levels - len(widths)
         if num_added < 0:
-            raise ValueError(f"neck.num_levels: expected at least {len(widths)}, as many as from {first} on, got {num_levels}.")
+            raise ValueError(
+                f"neck.num_levels: expected at least {len(widths)}, as many as from {first} on, got {num_levels}."
+            )
         self.channels = channels
         self.strides = (*self.roi_strides, *(in_strides[-1] << number for number in range(1, num_added + 1)))
         self.lateral = nn.ModuleList(projection(width, channels, 1, norm) for width in widths)

@@ -235,7 +235,10 @@ class RPN(nn.Module):
             level_scores.append(F.pad(best, (0, widest - best.shape[1]), value=-torch.inf))
             level_idxs.append(F.pad(idxs + start, (0, widest - idxs.shape[1])))
             start += size
-        scores, idxs = torch.stack(level_scores, dim=1), torch.stack(level_idxs, dim=1).flatten(1)  # [B, L, K], [B, L*K]
+        scores, idxs = (
+            torch.stack(level_scores, dim=1),
+            torch.stack(level_idxs, dim=1).flatten(1),
+        )  # [B, L, K], [B, L*K]
         valid = scores.isfinite()
         if keep.ranking == "logits_then_probabilities":
             scores = scores.sigmoid()
@@ -266,7 +269,9 @@ class RPN(nn.Module):
 
     def _at(self, output: RPNOutput, pyramid: Pyramid, sample: Sample) -> tuple[Tensor, Tensor]:
         if not self.samples_loss:
-            return output.logits.gather(1, sample.idxs), output.deltas.gather(1, sample.idxs[..., None].expand(-1, -1, 4))
+            return output.logits.gather(1, sample.idxs), output.deltas.gather(
+                1, sample.idxs[..., None].expand(-1, -1, 4)
+            )
         per_cell = self.anchors.num_per_cell
         return self.head.at(gather_neighborhoods(pyramid, sample.idxs // per_cell), sample.idxs % per_cell)
 

@@ -32,7 +32,9 @@ class Views:
 
     def __post_init__(self) -> None:
         if not self.scales or min(self.scales) <= 0:
-            raise ValueError(f"views: expected at least one scale above 0, got {list(self.scales)}. [1.0] is the image as it is.")
+            raise ValueError(
+                f"views: expected at least one scale above 0, got {list(self.scales)}. [1.0] is the image as it is."
+            )
 
     def of(self, batch: Batch, stride: int) -> Iterator[tuple[Batch, bool]]:
         """Each view, and whether it is mirrored, one at a time; their canvases divide by `stride`. The batch itself is one of
@@ -47,7 +49,9 @@ class Views:
         parts = []
         for view, mirrored in self.of(batch, stride):
             found = raw(view)
-            parts.append(found if view is batch else replace(found, boxes=carry(found.boxes, view.sizes, batch.sizes, mirrored)))
+            parts.append(
+                found if view is batch else replace(found, boxes=carry(found.boxes, view.sizes, batch.sizes, mirrored))
+            )
         if len(parts) == 1:
             return parts[0]
         boxes, scores, valid = zip(*((part.boxes, part.scores, part.valid) for part in parts), strict=True)

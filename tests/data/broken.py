@@ -42,7 +42,11 @@ def clean() -> Document:
                     "iscrowd": int(number == 1 and kind == 1),
                 }
             )
-    return {"images": images, "annotations": annotations, "categories": [{"id": 3, "name": "cat"}, {"id": 90, "name": "dog"}]}
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 3, "name": "cat"}, {"id": 90, "name": "dog"}],
+    }
 
 
 Fault = Callable[[Document, Path], None]  # changes the document, or the pictures in the folder
@@ -148,15 +152,39 @@ FAULTS: dict[str, tuple[Fault, tuple[str, ...], bool]] = {
     # files
     "file missing": (file("0.png", lambda _: None), ("image_file_missing", "image 7 (0.png)"), False),
     "file empty": (file("0.png", lambda _: b""), ("image_unreadable", "image 7 (0.png)", "empty"), False),
-    "file truncated": (file("0.png", lambda content: content[: len(content) // 2]), ("image_unreadable", "image 7 (0.png)"), False),
-    "jpeg truncated": (file("0.png", lambda content: as_jpeg(content)[:-40]), ("image_unreadable", "image 7 (0.png)"), False),
-    "file is text": (file("0.png", lambda _: b"<html>404 not found</html>"), ("image_unreadable", "image 7 (0.png)"), False),
-    "file is zeros": (file("0.png", lambda content: bytes(len(content))), ("image_unreadable", "image 7 (0.png)"), False),
+    "file truncated": (
+        file("0.png", lambda content: content[: len(content) // 2]),
+        ("image_unreadable", "image 7 (0.png)"),
+        False,
+    ),
+    "jpeg truncated": (
+        file("0.png", lambda content: as_jpeg(content)[:-40]),
+        ("image_unreadable", "image 7 (0.png)"),
+        False,
+    ),
+    "file is text": (
+        file("0.png", lambda _: b"<html>404 not found</html>"),
+        ("image_unreadable", "image 7 (0.png)"),
+        False,
+    ),
+    "file is zeros": (
+        file("0.png", lambda content: bytes(len(content))),
+        ("image_unreadable", "image 7 (0.png)"),
+        False,
+    ),
     "header only": (file("0.png", lambda content: content[:33]), ("image_unreadable", "image 7 (0.png)"), False),
-    "folder instead of a file": (both(file("0.png", lambda _: None), lambda d, f: (f / "0.png").mkdir()), ("image_unreadable", "image 7"), False),
+    "folder instead of a file": (
+        both(file("0.png", lambda _: None), lambda d, f: (f / "0.png").mkdir()),
+        ("image_unreadable", "image 7"),
+        False,
+    ),
     "file in another case": (renamed("0.png", "0.PNG"), ("image_file_missing", "image 7 (0.png)", "0.PNG"), True),
     "windows path": (one("images", file_name="C:\\data\\0.png"), ("image_file_missing", "image 7", "0.png"), True),
-    "path of another machine": (one("images", file_name="/home/somebody/0.png"), ("image_file_missing", "image 7"), True),
+    "path of another machine": (
+        one("images", file_name="/home/somebody/0.png"),
+        ("image_file_missing", "image 7"),
+        True,
+    ),
     "path with the folder twice": (one("images", file_name="train/0.png"), ("image_file_missing", "image 7"), True),
     "file name missing": (one("images", file_name=...), ("image_file_unnamed", "image 7"), False),
     "file name null": (one("images", file_name=None), ("image_file_unnamed", "image 7"), False),
@@ -196,20 +224,40 @@ FAULTS: dict[str, tuple[Fault, tuple[str, ...], bool]] = {
         ("image_id_is_text", "image picture 7 (0.png)"),
         True,
     ),
-    "image_id of another split": (one("annotations", image_id=4711), ("image_unknown", "image 4711", "annotation 1"), False),
+    "image_id of another split": (
+        one("annotations", image_id=4711),
+        ("image_unknown", "image 4711", "annotation 1"),
+        False,
+    ),
     "image_id missing": (one("annotations", image_id=...), ("image_unknown", "annotation 1"), False),
-    "image_id as text": (one("annotations", image_id="7"), ("image_id_is_text", "image 7 (0.png)", "annotation 1"), True),
+    "image_id as text": (
+        one("annotations", image_id="7"),
+        ("image_id_is_text", "image 7 (0.png)", "annotation 1"),
+        True,
+    ),
     # annotation ids
     "annotation id 0": (one("annotations", id=0), ("annotation_id", "image 7 (0.png)", "annotation 0"), True),
-    "all annotation ids 0": (each("annotations", lambda record: record.update(id=0)), ("annotation_id", "annotation 0"), True),
-    "annotation ids from 0": (each("annotations", lambda record: record.update(id=record["id"] - 1)), ("annotation_id", "annotation 0"), True),
+    "all annotation ids 0": (
+        each("annotations", lambda record: record.update(id=0)),
+        ("annotation_id", "annotation 0"),
+        True,
+    ),
+    "annotation ids from 0": (
+        each("annotations", lambda record: record.update(id=record["id"] - 1)),
+        ("annotation_id", "annotation 0"),
+        True,
+    ),
     "annotation id twice": (one("annotations", row=1, id=1), ("annotation_id", "annotation 1"), True),
     "annotation id missing": (one("annotations", id=...), ("annotation_id", "image 7 (0.png)"), True),
     "annotation id as text": (one("annotations", id="1"), ("annotation_id", "annotation 1"), True),
     "annotation id negative": (one("annotations", id=-1), ("annotation_id", "annotation -1"), True),
     "annotation id beyond all reason": (one("annotations", id=10**30), ("annotation_id", "image 7 (0.png)"), True),
     # boxes
-    "box NaN": (one("annotations", bbox=[1, 2, float("nan"), 4]), ("box_not_numbers", "image 7 (0.png)", "annotation 1"), False),
+    "box NaN": (
+        one("annotations", bbox=[1, 2, float("nan"), 4]),
+        ("box_not_numbers", "image 7 (0.png)", "annotation 1"),
+        False,
+    ),
     "box infinite": (one("annotations", bbox=[1, 2, float("inf"), 4]), ("box_not_numbers", "annotation 1"), False),
     "box of three": (one("annotations", bbox=[1, 2, 3]), ("box_not_numbers", "annotation 1"), False),
     "box missing": (one("annotations", bbox=...), ("box_not_numbers", "annotation 1"), False),
@@ -221,7 +269,11 @@ FAULTS: dict[str, tuple[Fault, tuple[str, ...], bool]] = {
     "box partly outside": (one("annotations", bbox=[60, 40, 20, 20]), ("box_partly_outside", "annotation 1"), False),
     "box huge": (one("annotations", bbox=[0, 0, 1e99, 1e99]), ("box_partly_outside", "annotation 1"), False),
     "box beyond all reason": (one("annotations", bbox=[0, 0, 10**400, 1]), ("box_not_numbers", "annotation 1"), False),
-    "boxes are corners": (each("annotations", to_corners), ("boxes_are_corners", "image 7 (0.png)", "annotation 1"), True),
+    "boxes are corners": (
+        each("annotations", to_corners),
+        ("boxes_are_corners", "image 7 (0.png)", "annotation 1"),
+        True,
+    ),
     # area and crowd
     "area missing": (each("annotations", lambda record: record.pop("area")), ("area_missing", "annotation 1"), True),
     "area negative": (one("annotations", area=-1), ("area_missing", "annotation 1"), True),
@@ -232,7 +284,11 @@ FAULTS: dict[str, tuple[Fault, tuple[str, ...], bool]] = {
     "iscrowd 2": (one("annotations", iscrowd=2), ("iscrowd_missing", "annotation 1"), True),
     "iscrowd null": (one("annotations", iscrowd=None), ("iscrowd_missing", "annotation 1"), True),
     # classes
-    "category_id out of range": (one("annotations", category_id=333), ("class_unknown", "image 7 (0.png)", "annotation 1", "333"), False),
+    "category_id out of range": (
+        one("annotations", category_id=333),
+        ("class_unknown", "image 7 (0.png)", "annotation 1", "333"),
+        False,
+    ),
     "category_id as text": (one("annotations", category_id="3"), ("category_id_is_text", "annotation 1"), True),
     "category_id missing": (one("annotations", category_id=...), ("class_unknown", "annotation 1"), False),
     "category_id true": (one("annotations", category_id=True), ("class_unknown", "annotation 1"), False),
@@ -251,7 +307,11 @@ FAULTS: dict[str, tuple[Fault, tuple[str, ...], bool]] = {
         True,
     ),
     "empty file and unknown class and NaN": (
-        both(file("0.png", lambda _: b""), one("annotations", 2, category_id=5), one("annotations", 4, bbox=[1, 1, float("nan"), 1])),
+        both(
+            file("0.png", lambda _: b""),
+            one("annotations", 2, category_id=5),
+            one("annotations", 4, bbox=[1, 1, float("nan"), 1]),
+        ),
         ("image_unreadable", "class_unknown", "annotation 3", "box_not_numbers", "annotation 5"),
         False,
     ),
@@ -265,7 +325,10 @@ FAULTS: dict[str, tuple[Fault, tuple[str, ...], bool]] = {
 # What leaves the numbers as they are: it is said, and no run stops.
 WARNINGS: dict[str, tuple[Fault, tuple[str, ...]]] = {
     "jpeg called png": (file("0.png", as_jpeg), ("image_mislabeled", "image 7 (0.png)", "JPEG")),
-    "tiny box": (added("annotations", id=99, bbox=[3, 3, 1, 1], area=1), ("box_tiny", "image 7 (0.png)", "annotation 99")),
+    "tiny box": (
+        added("annotations", id=99, bbox=[3, 3, 1, 1], area=1),
+        ("box_tiny", "image 7 (0.png)", "annotation 99"),
+    ),
     "object twice": (added("annotations", id=99), ("box_twice", "image 7 (0.png)", "annotation 99")),
     "area beyond the box": (one("annotations", area=4000), ("area_beyond_box", "annotation 1")),
     "classes alike": (added("categories", id=4, name="Cat"), ("class_alike", "'cat'", "'Cat'")),

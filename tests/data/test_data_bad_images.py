@@ -31,7 +31,9 @@ def broken(document, write, pictures, tmp_path) -> Annotations:
     return read_annotations(write(document), pictures)
 
 
-def train(annotations: Annotations, workers: int = 0, ranks: Ranks | None = None, start: int = 0, told=None) -> list[Batch]:
+def train(
+    annotations: Annotations, workers: int = 0, ranks: Ranks | None = None, start: int = 0, told=None
+) -> list[Batch]:
     ranks = ranks or Ranks()
     dataset = DetectionDataset(annotations, Pipeline([ResizeShortestSide([40, 48], 100)]), seed=5, replace=True)
     order = GlobalBatches(annotations.sizes, 4, seed=1, parts=ranks.world_size)
@@ -49,7 +51,11 @@ def test_another_image_takes_the_place_of_a_bad_one(broken):
     assert {bad.path.name for bad in told} == {"cut3.png", "cut6.png"} and len(told) >= 6
     for bad in told:
         assert str(bad).startswith(f"{bad.path}: expected a complete picture")
-        assert str(bad).endswith("It is image 37, annotations 5, 6." if bad.path.name == "cut3.png" else "It is image 67, annotations 11, 12.")
+        assert str(bad).endswith(
+            "It is image 37, annotations 5, 6."
+            if bad.path.name == "cut3.png"
+            else "It is image 67, annotations 11, 12."
+        )
     for batch in batches:
         for index, boxes in zip(batch.indices.tolist(), batch.targets.valid.sum(dim=1).tolist(), strict=True):
             rows = broken.rows(index)

@@ -28,7 +28,9 @@ def perfect_detections(folder: Path) -> dict[str, list[tuple]]:
     """What a detector without fault finds on the clean set, by file: (box, label)."""
     truth = read(folder, clean(), "fail")
     return {
-        truth.path(row).stem: list(zip(truth.boxes[truth.rows(row)].tolist(), truth.labels[truth.rows(row)].tolist(), strict=True))
+        truth.path(row).stem: list(
+            zip(truth.boxes[truth.rows(row)].tolist(), truth.labels[truth.rows(row)].tolist(), strict=True)
+        )
         for row in range(len(truth))
     }
 

@@ -66,13 +66,17 @@ def test_a_disk_that_fills_up_is_no_error(pictures, tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"data\.cache: expected a folder that can be written, got .*file/cache: Not a directory"):
+    with pytest.raises(
+        ValueError, match=r"data\.cache: expected a folder that can be written, got .*file/cache: Not a directory"
+    ):
         PictureCache(tmp_path / "file" / "cache")
 
 
 def test_a_data_set_is_the_same_from_its_cache(document, write, pictures, tmp_path):
     annotations = read_annotations(write(document), pictures)
-    plain, cached = (DetectionDataset(annotations, Pipeline([]), 0, cache=kept) for kept in (None, PictureCache(tmp_path / "cache")))
+    plain, cached = (
+        DetectionDataset(annotations, Pipeline([]), 0, cache=kept) for kept in (None, PictureCache(tmp_path / "cache"))
+    )
     for _ in range(2):
         for index in range(8):
             assert np.array_equal(plain[index, 0].pixels, cached[index, 0].pixels)

@@ -34,7 +34,9 @@ def make_voc(root: Path) -> Path:
             for kind, x1, y1, x2, y2 in BOXES[name]
         )
         size = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
-        (root / "Annotations" / f"{name}.xml").write_text(f"<annotation><filename>{name}.png</filename>{size}{objects}</annotation>")
+        (root / "Annotations" / f"{name}.xml").write_text(
+            f"<annotation><filename>{name}.png</filename>{size}{objects}</annotation>"
+        )
     lists = root / "ImageSets" / "Main"
     lists.mkdir(parents=True)
     (lists / "train.txt").write_text("a\nb\nc\n")
@@ -119,7 +121,9 @@ def test_voc_with_a_folder_for_each_split(tmp_path):
 def test_voc_split_has_the_classes_of_all_files(tmp_path):
     found = read_annotations(make_voc(tmp_path / "set"), split="val")
     assert found.class_names == ("ant", "bee") and len(found) == 1
-    with pytest.raises(ValueError, match=r"expected the list tran.txt, got none of that name. Name one as data.tran.annotations: train"):
+    with pytest.raises(
+        ValueError, match=r"expected the list tran.txt, got none of that name. Name one as data.tran.annotations: train"
+    ):
         read_annotations(tmp_path / "set", split="tran")
 
 
@@ -187,9 +191,15 @@ def test_text_files_of_windows_are_read(tmp_path, encoding, ending):
 def test_csv_with_the_names_of_other_tools(tmp_path):
     root = make_csv(tmp_path / "set")
     path = root / "train.csv"
-    path.write_text(path.read_text().replace("file,width,height,x1,y1,x2,y2,class", "filename,w,h,xmin,ymin,xmax,ymax,label").replace(",", ";"))
+    path.write_text(
+        path.read_text()
+        .replace("file,width,height,x1,y1,x2,y2,class", "filename,w,h,xmin,ymin,xmax,ymax,label")
+        .replace(",", ";")
+    )
     assert_is_the_set(read("csv", root))
-    path.write_text("\n".join(",".join(line.split(";")[:1] + line.split(";")[3:]) for line in path.read_text().splitlines()))
+    path.write_text(
+        "\n".join(",".join(line.split(";")[:1] + line.split(";")[3:]) for line in path.read_text().splitlines())
+    )
     assert_is_the_set(read("csv", root))  # sizes are the pictures'
 
 
@@ -214,35 +224,129 @@ def empty(name: str) -> Callable[[Path], None]:
 FAULTS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...], bool]] = {
     "voc corners exchanged": (
         "voc",
-        edit("Annotations/b.xml", "<xmin>2</xmin><ymin>3</ymin><xmax>21</xmax>", "<xmin>21</xmin><ymin>3</ymin><xmax>2</xmax>"),
+        edit(
+            "Annotations/b.xml",
+            "<xmin>2</xmin><ymin>3</ymin><xmax>21</xmax>",
+            "<xmin>21</xmin><ymin>3</ymin><xmax>2</xmax>",
+        ),
         ("box_corners_exchanged", "b.png", "b.xml object 1"),
         True,
     ),
-    "voc corner is text": ("voc", edit("Annotations/b.xml", "<xmin>2<", "<xmin>two<"), ("box_not_numbers", "b.png", "b.xml object 1"), False),
-    "voc corner missing": ("voc", edit("Annotations/b.xml", "<xmin>2</xmin>", ""), ("box_not_numbers", "b.xml object 1"), False),
-    "voc box outside": ("voc", edit("Annotations/b.xml", "<xmax>21<", "<xmax>99<"), ("box_partly_outside", "b.xml object 1"), False),
-    "voc name missing": ("voc", edit("Annotations/a.xml", "<name>ant</name>", ""), ("class_unknown", "a.xml object 1"), False),
-    "voc size differs": ("voc", edit("Annotations/a.xml", "<width>64<", "<width>46<"), ("image_size_differs", "a.png"), True),
-    "voc file broken": ("voc", edit("Annotations/b.xml", "</annotation>", ""), ("annotation_file_unreadable", "b.xml"), False),
+    "voc corner is text": (
+        "voc",
+        edit("Annotations/b.xml", "<xmin>2<", "<xmin>two<"),
+        ("box_not_numbers", "b.png", "b.xml object 1"),
+        False,
+    ),
+    "voc corner missing": (
+        "voc",
+        edit("Annotations/b.xml", "<xmin>2</xmin>", ""),
+        ("box_not_numbers", "b.xml object 1"),
+        False,
+    ),
+    "voc box outside": (
+        "voc",
+        edit("Annotations/b.xml", "<xmax>21<", "<xmax>99<"),
+        ("box_partly_outside", "b.xml object 1"),
+        False,
+    ),
+    "voc name missing": (
+        "voc",
+        edit("Annotations/a.xml", "<name>ant</name>", ""),
+        ("class_unknown", "a.xml object 1"),
+        False,
+    ),
+    "voc size differs": (
+        "voc",
+        edit("Annotations/a.xml", "<width>64<", "<width>46<"),
+        ("image_size_differs", "a.png"),
+        True,
+    ),
+    "voc file broken": (
+        "voc",
+        edit("Annotations/b.xml", "</annotation>", ""),
+        ("annotation_file_unreadable", "b.xml"),
+        False,
+    ),
     "voc file empty": ("voc", empty("Annotations/b.xml"), ("annotation_file_unreadable", "b.xml"), False),
     "voc file missing": ("voc", remove("Annotations/b.xml"), ("annotation_file_missing", "b.xml"), False),
     "voc picture missing": ("voc", remove("JPEGImages/b.png"), ("image_file_missing", "b.png"), False),
     "voc picture empty": ("voc", empty("JPEGImages/b.png"), ("image_unreadable", "b.png"), False),
-    "yolo class out of range": ("yolo", edit("labels/train/a.txt", "1 0.75", "7 0.75"), ("class_unknown", "a.png", "a.txt line 2", "7"), False),
-    "yolo class negative": ("yolo", edit("labels/train/a.txt", "1 0.75", "-1 0.75"), ("class_unknown", "a.txt line 2"), False),
-    "yolo class by name": ("yolo", edit("labels/train/a.txt", "1 0.75", "bee 0.75"), ("class_unknown", "a.txt line 2"), False),
-    "yolo four values": ("yolo", edit("labels/train/a.txt", "1 0.75", "0.75"), ("label_columns", "a.png", "a.txt line 2"), False),
-    "yolo six values": ("yolo", edit("labels/train/a.txt", "0.5\n", "0.5 0.93\n"), ("label_columns", "a.txt line 2"), True),
-    "yolo in px": ("yolo", edit("labels/train/a.txt", "1 0.75 0.75", "1 48 36"), ("box_outside", "a.txt line 2"), False),
+    "yolo class out of range": (
+        "yolo",
+        edit("labels/train/a.txt", "1 0.75", "7 0.75"),
+        ("class_unknown", "a.png", "a.txt line 2", "7"),
+        False,
+    ),
+    "yolo class negative": (
+        "yolo",
+        edit("labels/train/a.txt", "1 0.75", "-1 0.75"),
+        ("class_unknown", "a.txt line 2"),
+        False,
+    ),
+    "yolo class by name": (
+        "yolo",
+        edit("labels/train/a.txt", "1 0.75", "bee 0.75"),
+        ("class_unknown", "a.txt line 2"),
+        False,
+    ),
+    "yolo four values": (
+        "yolo",
+        edit("labels/train/a.txt", "1 0.75", "0.75"),
+        ("label_columns", "a.png", "a.txt line 2"),
+        False,
+    ),
+    "yolo six values": (
+        "yolo",
+        edit("labels/train/a.txt", "0.5\n", "0.5 0.93\n"),
+        ("label_columns", "a.txt line 2"),
+        True,
+    ),
+    "yolo in px": (
+        "yolo",
+        edit("labels/train/a.txt", "1 0.75 0.75", "1 48 36"),
+        ("box_outside", "a.txt line 2"),
+        False,
+    ),
     "yolo NaN": ("yolo", edit("labels/train/a.txt", "1 0.75", "1 nan"), ("box_not_numbers", "a.txt line 2"), False),
     "yolo label without picture": ("yolo", remove("images/train/b.png"), ("image_file_missing", "b.txt"), False),
     "yolo picture empty": ("yolo", empty("images/train/b.png"), ("image_unreadable", "b.png"), False),
-    "csv number is text": ("csv", edit("train.csv", "10,20,30,40", "ten,20,30,40"), ("box_not_numbers", "a.png", "train.csv line 2"), False),
-    "csv number missing": ("csv", edit("train.csv", "10,20,30,40", ",20,30,40"), ("box_not_numbers", "train.csv line 2"), False),
-    "csv class missing": ("csv", edit("train.csv", "30,40,ant", "30,40,"), ("class_unknown", "train.csv line 2"), False),
-    "csv line too short": ("csv", edit("train.csv", "10,20,30,40,ant", "10,20"), ("class_unknown", "train.csv line 2"), False),
-    "csv corners exchanged": ("csv", edit("train.csv", "10,20,30,40", "30,20,10,40"), ("box_corners_exchanged", "train.csv line 2"), True),
-    "csv two sizes": ("csv", edit("train.csv", "a.png,64,48,32", "a.png,64,49,32"), ("image_size_differs", "train.csv line 3"), True),
+    "csv number is text": (
+        "csv",
+        edit("train.csv", "10,20,30,40", "ten,20,30,40"),
+        ("box_not_numbers", "a.png", "train.csv line 2"),
+        False,
+    ),
+    "csv number missing": (
+        "csv",
+        edit("train.csv", "10,20,30,40", ",20,30,40"),
+        ("box_not_numbers", "train.csv line 2"),
+        False,
+    ),
+    "csv class missing": (
+        "csv",
+        edit("train.csv", "30,40,ant", "30,40,"),
+        ("class_unknown", "train.csv line 2"),
+        False,
+    ),
+    "csv line too short": (
+        "csv",
+        edit("train.csv", "10,20,30,40,ant", "10,20"),
+        ("class_unknown", "train.csv line 2"),
+        False,
+    ),
+    "csv corners exchanged": (
+        "csv",
+        edit("train.csv", "10,20,30,40", "30,20,10,40"),
+        ("box_corners_exchanged", "train.csv line 2"),
+        True,
+    ),
+    "csv two sizes": (
+        "csv",
+        edit("train.csv", "a.png,64,48,32", "a.png,64,49,32"),
+        ("image_size_differs", "train.csv line 3"),
+        True,
+    ),
     "csv picture missing": ("csv", remove("b.png"), ("image_file_missing", "b.png"), False),
 }
 
@@ -287,5 +391,8 @@ def test_data_without_its_parts_is_refused_in_one_sentence(tmp_path, kind, fault
 
 def test_a_folder_of_no_format_is_refused(tmp_path):
     (tmp_path / "instances.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"expected a folder in VOC or YOLO format, got another that holds instances.json: name that file"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected a folder in VOC or YOLO format, got another that holds instances.json: name that file",
+    ):
         read_annotations(tmp_path)

@@ -11,7 +11,9 @@ from PIL import Image
 
 from fpn_det.data.images import image_size, read_image
 
-SMOOTH = cv2.resize(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8), (80, 48), interpolation=cv2.INTER_CUBIC)
+SMOOTH = cv2.resize(
+    np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8), (80, 48), interpolation=cv2.INTER_CUBIC
+)
 
 
 def encoded(picture: Image.Image, kind: str, **options) -> bytes:
@@ -57,7 +59,10 @@ def color_modes() -> dict[str, tuple[bytes, np.ndarray]]:
     wide = cv2.imencode(".png", SMOOTH[..., ::-1].astype(np.uint16) * 257)[1].tobytes()
     return {
         "grey": (encoded(picture.convert("L"), "PNG"), np.repeat(grey[..., None], 3, axis=2)),
-        "grey 16 bit": (encoded(Image.fromarray(grey.astype(np.uint16) * 257), "PNG"), np.repeat(grey[..., None], 3, axis=2)),
+        "grey 16 bit": (
+            encoded(Image.fromarray(grey.astype(np.uint16) * 257), "PNG"),
+            np.repeat(grey[..., None], 3, axis=2),
+        ),
         "rgb 16 bit": (wide, SMOOTH),
         "palette": (encoded(palette, "PNG"), np.asarray(palette.convert("RGB"))),
         "rgba png": (encoded(transparent, "PNG"), SMOOTH),
@@ -112,7 +117,9 @@ def test_pictures_beyond_every_limit_are_named(tmp_path):
     framed = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
     path = tmp_path / "map.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(framed))
-    with pytest.raises(ValueError, match=r"map\.png: expected at most 1,073,741,824 pixels, got 40000 x 40000\. Cut it into tiles"):
+    with pytest.raises(
+        ValueError, match=r"map\.png: expected at most 1,073,741,824 pixels, got 40000 x 40000\. Cut it into tiles"
+    ):
         read_image(path)
 
 

@@ -31,7 +31,9 @@ def dataset(document, write, pictures) -> DetectionDataset:
     return DetectionDataset(drop_empty(read_annotations(write(document), pictures)), Pipeline(chain), seed=5)
 
 
-def loader(dataset: DetectionDataset, ranks: Ranks | None = None, accumulate: int = 1, workers: int = 0, **options) -> TrainLoader:
+def loader(
+    dataset: DetectionDataset, ranks: Ranks | None = None, accumulate: int = 1, workers: int = 0, **options
+) -> TrainLoader:
     ranks = ranks or Ranks()
     batches = GlobalBatches(dataset.annotations.sizes, 4, seed=1, parts=ranks.world_size * accumulate)
     return TrainLoader(dataset, batches, ranks, accumulate, workers, 32, (128, 128), CPU, **options)
@@ -56,12 +58,16 @@ def test_dataset_gives_what_is_drawn_without_crowds(document, write, pictures):
     assert dataset[2, 0].boxes.shape == (0, 4)  # nothing
 
 
-@pytest.mark.parametrize(("column", "value"), [("boxes", float("nan")), ("boxes", float("inf")), ("labels", 2), ("labels", -1)])
+@pytest.mark.parametrize(
+    ("column", "value"), [("boxes", float("nan")), ("boxes", float("inf")), ("labels", 2), ("labels", -1)]
+)
 def test_dataset_names_the_annotation_that_is_none(document, write, pictures, column, value):
     annotations = read_annotations(write(document), pictures)
     getattr(annotations, column)[annotations.rows(3)][1] = value
     dataset = DetectionDataset(annotations, Pipeline([]), seed=0)
-    with pytest.raises(ValueError, match=r"3.png \(image 37\): annotation 6: expected a finite box and a label below 2, got"):
+    with pytest.raises(
+        ValueError, match=r"3.png \(image 37\): annotation 6: expected a finite box and a label below 2, got"
+    ):
         dataset[3, 0]
 
 
@@ -69,14 +75,18 @@ def test_dataset_names_the_picture_that_is_not_as_annotated(document, write, pic
     document["images"][0] |= {"width": 48, "height": 64}
     document["images"][3] |= {"width": 100}
     dataset = DetectionDataset(read_annotations(write(document), pictures), Pipeline([]), seed=0)
-    with pytest.raises(ValueError, match=r"0\.png: expected 48 x 64 px as annotated, got 64 x 48\. It is turned by its EXIF"):
+    with pytest.raises(
+        ValueError, match=r"0\.png: expected 48 x 64 px as annotated, got 64 x 48\. It is turned by its EXIF"
+    ):
         dataset[0, 0]
     with pytest.raises(ValueError, match=r"3\.png: expected 100 x 48 px as annotated, got 64 x 48\. Correct"):
         dataset[3, 0]
 
 
 def test_dataset_names_the_picture_on_which_a_transform_fails(document, write, pictures):
-    dataset = DetectionDataset(read_annotations(write(document), pictures), Pipeline([A.RandomCrop(height=60, width=10, p=1)]), seed=0)
+    dataset = DetectionDataset(
+        read_annotations(write(document), pictures), Pipeline([A.RandomCrop(height=60, width=10, p=1)]), seed=0
+    )
     with pytest.raises(ValueError, match=r"0\.png \(image 7, annotations 1, 2\): a transform failed: CropSizeError"):
         dataset[0, 0]
 
@@ -103,7 +113,9 @@ def test_collate_lays_images_on_the_least_canvas_that_the_stride_divides():
         height, width = each.pixels.shape[:2]
         assert np.array_equal(image[:, :height, :width].permute(1, 2, 0), each.pixels)
         assert image.sum() == each.pixels.sum(dtype=np.int64)  # the padding is zero
-    assert all(field.dtype == torch.int64 for field in (batch.sizes, batch.original_sizes, batch.indices, batch.targets.labels))
+    assert all(
+        field.dtype == torch.int64 for field in (batch.sizes, batch.original_sizes, batch.indices, batch.targets.labels)
+    )
 
 
 def test_collate_fills_a_fixed_canvas_or_refuses():
@@ -119,7 +131,9 @@ def test_collate_does_not_copy_when_it_unpacks():
 
 def test_loader_refuses_a_canvas_that_the_stride_does_not_divide(dataset):
     batches = GlobalBatches(dataset.annotations.sizes, 2, seed=0)
-    with pytest.raises(ValueError, match=r"data\.canvas: expected sides that the model's stride 32 divides, got \[100, 128\]"):
+    with pytest.raises(
+        ValueError, match=r"data\.canvas: expected sides that the model's stride 32 divides, got \[100, 128\]"
+    ):
         TrainLoader(dataset, batches, Ranks(), 1, 0, 32, (100, 128), CPU)
 
 
@@ -143,7 +157,10 @@ def test_batches_are_the_same_from_spawned_workers(dataset):
 def test_ranks_and_micro_batches_add_up_to_the_global_batch(dataset):
     whole = list(islice(loader(dataset).iterate(0), 3))
     for world_size, accumulate in [(2, 1), (1, 2), (2, 2)]:
-        shares = [list(islice(loader(dataset, Ranks(r, world_size), accumulate).iterate(0), 3 * accumulate)) for r in range(world_size)]
+        shares = [
+            list(islice(loader(dataset, Ranks(r, world_size), accumulate).iterate(0), 3 * accumulate))
+            for r in range(world_size)
+        ]
         for step, batch in enumerate(whole):
             parts = [share[step * accumulate + number] for number in range(accumulate) for share in shares]
             assert torch.equal(torch.cat([part.indices for part in parts]), batch.indices)
@@ -226,7 +243,9 @@ def test_workers_go_with_a_killed_main_process():
         "print(batches._workers[0].pid, flush=True)",
         "input()",
     )
-    process = subprocess.Popen([sys.executable, "-c", "\n".join(lines)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "\n".join(lines)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     worker = Path("/proc") / process.stdout.readline().strip() / "stat"
     assert worker.exists()

@@ -118,7 +118,11 @@ STEPS = [
 def test_any_pipeline_keeps_boxes_and_labels_together(seed):
     draw = random.Random(seed)
     chosen = sorted(draw.sample(range(len(STEPS)), draw.randint(1, 6)), key=lambda number: number if number < 3 else 3)
-    pipeline = Pipeline([STEPS[number] for number in chosen], min_visibility=draw.choice([0.0, 0.0, 0.3]), min_area=draw.choice([1.0, 9.0]))
+    pipeline = Pipeline(
+        [STEPS[number] for number in chosen],
+        min_visibility=draw.choice([0.0, 0.0, 0.3]),
+        min_area=draw.choice([1.0, 9.0]),
+    )
     numbers = np.random.default_rng(seed)
 
     def original(first: int) -> Original:
@@ -126,7 +130,9 @@ def test_any_pipeline_keeps_boxes_and_labels_together(seed):
         corners = numbers.uniform(-0.05, 1.05, (count, 2, 2)) * (width, height)
         boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
         pixels = numbers.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        return Original((height, width), boxes, np.arange(count) + first, lambda least: pixels, lambda draw: original(first + 1000))
+        return Original(
+            (height, width), boxes, np.arange(count) + first, lambda least: pixels, lambda draw: original(first + 1000)
+        )
 
     for number in range(5):
         prepared = pipeline.prepare(original(0), (seed, number))
@@ -149,10 +155,14 @@ def dataset(document, write, pictures) -> DetectionDataset:
     return DetectionDataset(read_annotations(write(document), pictures), Pipeline(chain, min_visibility=0.1), seed=5)
 
 
-def batches(dataset: DetectionDataset, workers: int = 0, ranks: Ranks | None = None, resize_on="worker", count: int = 5) -> list[Batch]:
+def batches(
+    dataset: DetectionDataset, workers: int = 0, ranks: Ranks | None = None, resize_on="worker", count: int = 5
+) -> list[Batch]:
     ranks = ranks or Ranks()
     order = GlobalBatches(dataset.annotations.sizes, 4, seed=1, parts=ranks.world_size)
-    return list(islice(TrainLoader(dataset, order, ranks, 1, workers, 32, (128, 128), CPU, resize_on).iterate(0), count))
+    return list(
+        islice(TrainLoader(dataset, order, ranks, 1, workers, 32, (128, 128), CPU, resize_on).iterate(0), count)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
@@ -167,7 +177,9 @@ def test_mixed_batches_do_not_depend_on_workers_ranks_or_the_place_of_resizing(d
 
 
 def test_mixed_images_differ_between_epochs(dataset):
-    seen = [pixels.numpy().tobytes() for batch in batches(dataset, count=20) for pixels in batch.pixels]  # 80 images of 10 epochs
+    seen = [
+        pixels.numpy().tobytes() for batch in batches(dataset, count=20) for pixels in batch.pixels
+    ]  # 80 images of 10 epochs
     assert len(set(seen)) == len(seen)
 
 
@@ -180,7 +192,10 @@ def test_mixed_images_differ_between_epochs(dataset):
         (lambda: MixUp(0), "expected alpha above 0"),
         (lambda: CopyPaste(0), "expected max_objects of at least 1"),
         (lambda: CopyPaste(p=2), r"CopyPaste: expected p in 0\.\.1, got 2"),
-        (lambda: Pipeline([A.HorizontalFlip(), MixUp()]), "expected MixUp before all others, got it after HorizontalFlip"),
+        (
+            lambda: Pipeline([A.HorizontalFlip(), MixUp()]),
+            "expected MixUp before all others, got it after HorizontalFlip",
+        ),
     ],
 )
 def test_mixing_refuses_what_makes_no_sense(build, words):

@@ -49,7 +49,9 @@ def annotations(tmp_path) -> Annotations:
 def written(path: Path, kind: str) -> Path:
     """The results in the ways that files are written: a line each, on one line, indented."""
     lines = ",\n".join(json.dumps(row) for row in RESULTS)
-    text = {"lines": f"[\n{lines}\n]\n", "one line": json.dumps(RESULTS), "indented": json.dumps(RESULTS, indent=1)}[kind]
+    text = {"lines": f"[\n{lines}\n]\n", "one line": json.dumps(RESULTS), "indented": json.dumps(RESULTS, indent=1)}[
+        kind
+    ]
     path.write_text(text)
     return path
 
@@ -69,7 +71,9 @@ def test_proposals_go_through_the_transforms_and_into_the_batch(annotations, tmp
     assert batch.proposals.valid.sum(dim=1).tolist() == [1, 0, 3]
     assert batch.proposals.boxes.shape == (3, 4, 4) and (batch.proposals.boxes[~batch.proposals.valid] == 0).all()
     # x goes to 20 - x
-    assert torch.allclose(batch.proposals.boxes[2, :3], torch.tensor([[8.0, 6, 15, 14], [12, 2, 18, 8], [16, 2, 19, 6]]))
+    assert torch.allclose(
+        batch.proposals.boxes[2, :3], torch.tensor([[8.0, 6, 15, 14], [12, 2, 18, 8], [16, 2, 19, 6]])
+    )
     assert torch.allclose(batch.targets.boxes[2, 0], torch.tensor([15.0, 1, 19, 9]))
     assert batch.targets.valid.sum(dim=1).tolist() == [0, 0, 1] and batch.targets.labels[2, 0] == 1
     last = batch.select(slice(2, 3)).to("cpu")
@@ -95,7 +99,10 @@ def test_without_a_file_a_batch_has_no_proposals(annotations):
         ('{"images": []}', "expected COCO results"),
         ('[{"image_id": 5, "bbox": [1, 2, 3], "score": 1}]', "expected COCO results"),
         ("[]", "expected proposals for these 3 images, got none for any"),
-        ('[{"image_id": 1, "bbox": [1, 2, 3, 4], "score": 1}]', "expected proposals for these 3 images, got none for any"),
+        (
+            '[{"image_id": 1, "bbox": [1, 2, 3, 4], "score": 1}]',
+            "expected proposals for these 3 images, got none for any",
+        ),
     ],
 )
 def test_a_file_that_holds_no_proposals_is_refused(annotations, tmp_path, text, words):

@@ -52,7 +52,10 @@ def test_read_annotations_selects_classes(document, write, pictures):
 
 
 def test_read_annotations_names_classes_that_differ(document, write, pictures):
-    with pytest.raises(ValueError, match=r"(?s)'Cat'.*is 'cat' here.*'bird' of the training set is missing.*'dog' is not in the training set"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)'Cat'.*is 'cat' here.*'bird' of the training set is missing.*'dog' is not in the training set",
+    ):
         read_annotations(write(document), pictures, ["Cat", "bird"])
     fixed = read_annotations(write(document), pictures, ["Cat", "bird"], on_error="fix")
     assert fixed.class_names == ("Cat", "bird")
@@ -70,7 +73,15 @@ def first(document):
 
 
 BOX_FAULTS = {
-    "box_not_numbers": [[1, 2, float("nan"), 4], [1, 2, float("inf"), 4], [1, 2, 3], None, "1 2 3 4", [1, None, 3, 4], [1, 2, 3, 10**400]],
+    "box_not_numbers": [
+        [1, 2, float("nan"), 4],
+        [1, 2, float("inf"), 4],
+        [1, 2, 3],
+        None,
+        "1 2 3 4",
+        [1, None, 3, 4],
+        [1, 2, 3, 10**400],
+    ],
     "box_without_area": [[1, 2, 0, 4], [1, 2, 5, -4], [30, 2, 1e-15, 5]],
     "box_outside": [[64, 3, 5, 5], [-9, 3, 5, 5], [3, 480, 5, 5]],
 }
@@ -79,7 +90,9 @@ BOX_FAULTS = {
 @pytest.mark.parametrize(("kind", "box"), [(kind, box) for kind, boxes in BOX_FAULTS.items() for box in boxes])
 def test_box_fault_is_named_and_left_out(document, write, pictures, kind, box):
     first(document)["bbox"] = box
-    with pytest.raises(ValueError, match=rf"(?s)instances.json: .*1 fault.*{kind}.*image 7 \(0.png\), annotation 1: .*bbox"):
+    with pytest.raises(
+        ValueError, match=rf"(?s)instances.json: .*1 fault.*{kind}.*image 7 \(0.png\), annotation 1: .*bbox"
+    ):
         read_annotations(write(document), pictures)
     assert read_annotations(write(document), pictures, on_error="fix").annotation_ids.tolist() == list(range(2, 15))
 
@@ -158,7 +171,9 @@ def test_images_that_share_an_id_are_left_out_with_their_boxes(document, write, 
 
 def test_missing_file_is_named_and_left_out(document, write, pictures):
     document["images"][0]["file_name"] = "00.png"
-    with pytest.raises(ValueError, match=rf"(?s)image_file_missing.*image 7 \(00.png\): no file {pictures}/00.png, but 0.png"):
+    with pytest.raises(
+        ValueError, match=rf"(?s)image_file_missing.*image 7 \(00.png\): no file {pictures}/00.png, but 0.png"
+    ):
         read_annotations(write(document), pictures)
     assert len(read_annotations(write(document), pictures, on_error="fix")) == 7
 
@@ -203,7 +218,9 @@ def test_missing_path_is_named_with_what_is_like_it(tmp_path):
     (tmp_path / "annotations").mkdir()
     for name in ("instances_train2017.json", "instances_val2017.json", "other.txt"):
         (tmp_path / "annotations" / name).touch()
-    with pytest.raises(ValueError, match=r"annotations: .*instances_train.json; .*Did you mean .*instances_train2017.json"):
+    with pytest.raises(
+        ValueError, match=r"annotations: .*instances_train.json; .*Did you mean .*instances_train2017.json"
+    ):
         read_annotations(tmp_path / "annotations" / "instances_train.json", None)
     with pytest.raises(ValueError, match=rf"{tmp_path}/annotation is not there. Did you mean {tmp_path}/annotations"):
         read_annotations(tmp_path / "annotation" / "x.json", None)

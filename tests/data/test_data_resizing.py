@@ -18,7 +18,9 @@ from fpn_det.runtime import Ranks
 from fpn_det.structures import Batch
 
 CPU = torch.device("cpu")
-SMOOTH = cv2.resize(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8), (80, 48), interpolation=cv2.INTER_CUBIC)
+SMOOTH = cv2.resize(
+    np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8), (80, 48), interpolation=cv2.INTER_CUBIC
+)
 
 BACKENDS = [("cv2", False), ("cv2", True), ("pil", True), ("torch_float", False), ("torch_float", True)]
 
@@ -66,10 +68,19 @@ def test_a_flip_costs_no_more_than_a_rounding_wherever_it_is_made(size):
 CHAINS = {
     "default": [A.HorizontalFlip(p=0.5), ResizeShortestSide([40, 48, 64], 100)],
     "resize first": [ResizeShortestSide([40, 48, 64], 100), A.HorizontalFlip(p=0.5)],
-    "others before": [A.RandomBrightnessContrast(p=0.5), A.VerticalFlip(p=0.5), A.HorizontalFlip(p=0.5), ResizeShortestSide([40, 64], 100)],
+    "others before": [
+        A.RandomBrightnessContrast(p=0.5),
+        A.VerticalFlip(p=0.5),
+        A.HorizontalFlip(p=0.5),
+        ResizeShortestSide([40, 64], 100),
+    ],
     "flip between": [A.HorizontalFlip(p=0.5), A.RandomCrop(30, 30), ResizeShortestSide([40, 64], 100, backend="pil")],
     "now and then": [ResizeShortestSide([64], 100, p=0.5)],
-    "float": [A.HorizontalFlip(p=0.5), Normalize((0.5,) * 3, (0.2,) * 3), ResizeShortestSide([40], 100, backend="torch_float")],
+    "float": [
+        A.HorizontalFlip(p=0.5),
+        Normalize((0.5,) * 3, (0.2,) * 3),
+        ResizeShortestSide([40], 100, backend="torch_float"),
+    ],
     "flip alone": [A.HorizontalFlip(p=0.5)],
 }
 
@@ -113,8 +124,14 @@ def test_planned_moves_are_what_albumentations_would_have_made(name):
     ("chain", "words"),
     [
         ([ResizeShortestSide([40], 100), A.Blur()], "got ResizeShortestSide, then Blur. Change the order"),
-        ([ResizeShortestSide([40], 100), A.VerticalFlip(), A.HorizontalFlip()], "got ResizeShortestSide, then VerticalFlip, HorizontalFlip."),
-        ([ResizeShortestSide([40], 100), ResizeShortestSide([20], 100)], "got ResizeShortestSide, then ResizeShortestSide."),
+        (
+            [ResizeShortestSide([40], 100), A.VerticalFlip(), A.HorizontalFlip()],
+            "got ResizeShortestSide, then VerticalFlip, HorizontalFlip.",
+        ),
+        (
+            [ResizeShortestSide([40], 100), ResizeShortestSide([20], 100)],
+            "got ResizeShortestSide, then ResizeShortestSide.",
+        ),
         ([LargeScaleJitter((64, 64))], "got LargeScaleJitter, then nothing."),
     ],
 )
@@ -146,16 +163,25 @@ def test_reduced_decoding_keeps_boxes_and_nearly_the_pixels(document, write, tmp
     assert cv2.imwrite(str(tmp_path / "large.jpg"), large)
     assert cv2.imwrite(str(tmp_path / "large.png"), large)
     names = {7: "large.jpg", 17: "large.png"}
-    document["images"] = [{"id": number, "file_name": name, "width": 640, "height": 480} for number, name in names.items()]
+    document["images"] = [
+        {"id": number, "file_name": name, "width": 640, "height": 480} for number, name in names.items()
+    ]
     document["annotations"] = document["annotations"][:2]
     annotations = read_annotations(write(document), tmp_path)
     examples = [
-        DetectionDataset(annotations, Pipeline([A.HorizontalFlip(p=1), ResizeShortestSide([110], 200)]), 0, reduce)[row, 0]
+        DetectionDataset(annotations, Pipeline([A.HorizontalFlip(p=1), ResizeShortestSide([110], 200)]), 0, reduce)[
+            row, 0
+        ]
         for row in (0, 1)
         for reduce in (False, True)
     ]
     # 110 < 480 / 4 = 120; PNG has no short cut
-    assert [example.pixels.shape for example in examples] == [(480, 640, 3), (120, 160, 3), (480, 640, 3), (480, 640, 3)]
+    assert [example.pixels.shape for example in examples] == [
+        (480, 640, 3),
+        (120, 160, 3),
+        (480, 640, 3),
+        (480, 640, 3),
+    ]
     full, reduced = (laid(example.plan, example.pixels).astype(int) for example in examples[:2])
     assert np.array_equal(examples[0].boxes, examples[1].boxes) and len(examples[0].boxes) == 2
     assert np.abs(full - reduced).mean() < 1
@@ -167,7 +193,9 @@ def test_reduced_reading_is_upright_and_refuses_truncated_files(tmp_path):
     content = cv2.imencode(".jpg", np.ascontiguousarray(SMOOTH[..., ::-1]))[1].tobytes()
     path = tmp_path / "cut.jpg"
     path.write_bytes(content)
-    assert np.abs(read_image(path, 2).astype(int) - cv2.resize(SMOOTH, (40, 24), interpolation=cv2.INTER_AREA)).mean() < 3
+    assert (
+        np.abs(read_image(path, 2).astype(int) - cv2.resize(SMOOTH, (40, 24), interpolation=cv2.INTER_AREA)).mean() < 3
+    )
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"cut\.jpg: expected a complete picture"):
         read_image(path, 2)
@@ -186,7 +214,9 @@ def test_ten_pixels_and_three_thousand_objects_make_a_batch(document, write, tmp
         {"id": number, "image_id": image, "category_id": 3, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
         for number, (image, box) in enumerate(boxes, start=1)
     ]
-    dataset = DetectionDataset(read_annotations(write(document), tmp_path), Pipeline([ResizeShortestSide([320], 400)]), seed=0)
+    dataset = DetectionDataset(
+        read_annotations(write(document), tmp_path), Pipeline([ResizeShortestSide([320], 400)]), seed=0
+    )
     (batch,) = EvalLoader(dataset, 2, Ranks(), 0, 32, "batch", CPU, resize_on)
     assert batch.pixels.shape == (2, 3, 320, 320) and batch.targets.boxes.shape == (2, 4096, 4)
     assert batch.targets.valid.sum(dim=1).tolist() == [1, 3000]

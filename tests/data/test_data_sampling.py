@@ -86,11 +86,15 @@ def test_a_small_data_set_makes_one_smaller_batch_without_repeats():
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():
-    with pytest.raises(ValueError, match=r"trainer\.batch_size: expected a multiple of ranks x trainer\.accumulate = 4, got 6\. Use 4"):
+    with pytest.raises(
+        ValueError, match=r"trainer\.batch_size: expected a multiple of ranks x trainer\.accumulate = 4, got 6\. Use 4"
+    ):
         GlobalBatches(sizes(20, 0), batch_size=6, seed=0, parts=4)
 
 
-@pytest.mark.parametrize(("images", "world_size", "batch_size"), [(5, 2, 1), (5, 2, 4), (1, 2, 1), (16, 3, 4), (0, 2, 2)])
+@pytest.mark.parametrize(
+    ("images", "world_size", "batch_size"), [(5, 2, 1), (5, 2, 4), (1, 2, 1), (16, 3, 4), (0, 2, 2)]
+)
 def test_evaluation_sees_every_image_once_over_all_ranks(images, world_size, batch_size):
     shapes = sizes(images // 2, images - images // 2).view(-1, 2)
     seen = []
@@ -151,7 +155,9 @@ def test_an_epoch_shows_each_image_as_often_as_its_factor_says():
 
 
 def test_repeats_of_one_change_nothing_in_number():
-    plain, repeated = (GlobalBatches(sizes(5, 4), 4, seed=0, repeats=repeats) for repeats in (None, torch.ones(9, dtype=torch.float64)))
+    plain, repeated = (
+        GlobalBatches(sizes(5, 4), 4, seed=0, repeats=repeats) for repeats in (None, torch.ones(9, dtype=torch.float64))
+    )
     assert plain.steps_per_epoch == repeated.steps_per_epoch == 2
     for step in range(20):
         assert len(set(repeated.slice(step)[1].tolist())) == 4
@@ -162,5 +168,7 @@ def test_sums_that_are_whole_but_for_rounding_fill_the_epoch():
     repeats = torch.full((3000,), 1.1, dtype=torch.float64)  # adds up to 3300 give or take the last bits
     batches = GlobalBatches(sizes(2000, 1000), 100, seed=0, repeats=repeats)
     for epoch in range(50):
-        rows = torch.cat([batches.slice(batches.steps_per_epoch * epoch + step)[1] for step in range(batches.steps_per_epoch)])
+        rows = torch.cat(
+            [batches.slice(batches.steps_per_epoch * epoch + step)[1] for step in range(batches.steps_per_epoch)]
+        )
         assert len(rows) in (3200, 3300) and torch.bincount(rows).max() <= 2

@@ -26,7 +26,9 @@ def test_shared_memory_is_counted_before_workers_start(small, monkeypatch):
     image = 800 * 1088 * 3  # 2.49 MiB
     check_room(image, 2, 4, 3)  # 4 * 3 * 2 = 24 of them: 60 MiB
     check_room(image, 1000, 0, 3)  # without workers nothing is shared
-    with pytest.raises(ValueError, match=r"data\.num_workers=4: expected 478 MiB .* got 64 MiB free in .*docker run --shm-size=1g"):
+    with pytest.raises(
+        ValueError, match=r"data\.num_workers=4: expected 478 MiB .* got 64 MiB free in .*docker run --shm-size=1g"
+    ):
         check_room(image, 16, 4, 3)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(ValueError, match="of each of 32 workers"):
@@ -34,7 +36,9 @@ def test_shared_memory_is_counted_before_workers_start(small, monkeypatch):
 
 
 def test_what_travels_depends_on_where_it_is_resized(document, write, pictures, small):
-    dataset = DetectionDataset(read_annotations(write(document), pictures), Pipeline([ResizeShortestSide([480, 4800], 6400)]), seed=0)
+    dataset = DetectionDataset(
+        read_annotations(write(document), pictures), Pipeline([ResizeShortestSide([480, 4800], 6400)]), seed=0
+    )
     # 48 x 64 is the usual size, and 4800 x 6400 the most that becomes of it
     assert usual_bytes(dataset, "batch", "device") == 48 * 64 * 3
     assert usual_bytes(dataset, "batch", "worker") == 4800 * 6400 * 3

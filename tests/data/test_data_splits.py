@@ -86,7 +86,9 @@ def test_a_class_in_other_letters_is_a_fault_of_several_files_too(root):
 
 
 def test_several_files_need_a_folder_each_or_one(root):
-    with pytest.raises(ValueError, match=r"data.train: expected a folder of images for each of 2 annotations, or one, got 3"):
+    with pytest.raises(
+        ValueError, match=r"data.train: expected a folder of images for each of 2 annotations, or one, got 3"
+    ):
         read_annotations([root / "train.json", root / "other.json"], [root] * 3)
     assert len(read_annotations([root / "train.json", root / "other.json"], root / "train", on_error="fix")) == 12
 
@@ -94,10 +96,19 @@ def test_several_files_need_a_folder_each_or_one(root):
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda document: document["categories"][0].update(name="Cat"), "class 'cat' of the training set is 'Cat' here"),
-        (lambda document: document["categories"][0].update(name="cta"), "class 'cat' of the training set is missing (near: 'cta')"),
+        (
+            lambda document: document["categories"][0].update(name="Cat"),
+            "class 'cat' of the training set is 'Cat' here",
+        ),
+        (
+            lambda document: document["categories"][0].update(name="cta"),
+            "class 'cat' of the training set is missing (near: 'cta')",
+        ),
         (lambda document: document["categories"].pop(0), "class 'cat' of the training set is missing"),
-        (lambda document: document["categories"].append({"id": 5, "name": "emu"}), "class 'emu' is not in the training set"),
+        (
+            lambda document: document["categories"].append({"id": 5, "name": "emu"}),
+            "class 'emu' is not in the training set",
+        ),
     ],
 )
 def test_classes_of_validation_that_differ_are_named(root, defaults, edit, words):

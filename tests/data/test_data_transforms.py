@@ -83,9 +83,14 @@ def test_resize_shortest_side_draws_every_side():
 
 def test_resize_backends_are_opencv_and_pillow():
     size = (20, 30)
-    assert np.array_equal(resize(PIXELS, size, "cv2", False), cv2.resize(PIXELS, (30, 20), interpolation=cv2.INTER_LINEAR))
+    assert np.array_equal(
+        resize(PIXELS, size, "cv2", False), cv2.resize(PIXELS, (30, 20), interpolation=cv2.INTER_LINEAR)
+    )
     assert np.array_equal(resize(PIXELS, size, "cv2", True), cv2.resize(PIXELS, (30, 20), interpolation=cv2.INTER_AREA))
-    assert np.array_equal(resize(PIXELS, size, "pil", True), np.asarray(Image.fromarray(PIXELS).resize((30, 20), Image.Resampling.BILINEAR)))
+    assert np.array_equal(
+        resize(PIXELS, size, "pil", True),
+        np.asarray(Image.fromarray(PIXELS).resize((30, 20), Image.Resampling.BILINEAR)),
+    )
     # 2x2 pixels averaged, by pencil
     halves = PIXELS.reshape(24, 2, 32, 2, 3).mean(axis=(1, 3))
     assert np.abs(resize(PIXELS, (24, 32), "cv2", True) - halves).max() <= 0.5
@@ -116,8 +121,14 @@ def test_resizing_in_float_is_what_torchvision_does(side: int):
     pixels, _, _ = pipeline(PIXELS, *NO_BOXES, (0,))
     assert pixels.dtype == np.float32
     assert torch.allclose(torch.from_numpy(pixels).permute(2, 0, 1), expected, atol=1e-4)
-    batch = collate([Example(pixels, Plan(pixels.shape[:2]), np.zeros((0, 4), np.float32), np.zeros(0, np.int64), (48, 64), 0)], 32, "batch")
-    assert torch.equal(batch.pixels[0, :, : pixels.shape[0], : pixels.shape[1]], torch.from_numpy(pixels).permute(2, 0, 1))
+    batch = collate(
+        [Example(pixels, Plan(pixels.shape[:2]), np.zeros((0, 4), np.float32), np.zeros(0, np.int64), (48, 64), 0)],
+        32,
+        "batch",
+    )
+    assert torch.equal(
+        batch.pixels[0, :, : pixels.shape[0], : pixels.shape[1]], torch.from_numpy(pixels).permute(2, 0, 1)
+    )
     assert batch.pixels[0, :, pixels.shape[0] :].abs().sum() == 0
 
 
@@ -173,14 +184,19 @@ CHAINS = {
     "affine": [A.Affine(scale=(0.5, 1.5), rotate=(-30, 30), shear=(-10, 10), translate_percent=(-0.2, 0.2), p=1)],
     "perspective": [A.Perspective(p=1)],
     "photometric": [A.RandomBrightnessContrast(p=1), A.HueSaturationValue(p=1), A.GaussianBlur(p=0.5)],
-    "one of": [A.OneOf([A.HorizontalFlip(p=1), A.RandomCrop(height=30, width=30, p=1)], p=1), A.SomeOf([A.Transpose(), A.NoOp()], n=1)],
+    "one of": [
+        A.OneOf([A.HorizontalFlip(p=1), A.RandomCrop(height=30, width=30, p=1)], p=1),
+        A.SomeOf([A.Transpose(), A.NoOp()], n=1),
+    ],
     "pad": [A.PadIfNeeded(min_height=100, min_width=100, p=1), A.RandomCrop(height=60, width=60, p=1)],
     "our own": [A.HorizontalFlip(p=0.5), ResizeShortestSide([40, 50], 100), LargeScaleJitter((64, 64))],
     "dropout": [A.CoarseDropout(p=1)],
 }
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")  # CoarseDropout, on boxes under 1 px
+@pytest.mark.filterwarnings(
+    "ignore:invalid value encountered in divide:RuntimeWarning"
+)  # CoarseDropout, on boxes under 1 px
 @pytest.mark.parametrize("name", CHAINS)
 def test_any_chain_keeps_boxes_and_labels_together(name):
     pipeline = Pipeline(CHAINS[name])
@@ -232,6 +248,8 @@ def test_pipeline_survives_pickling():
     pipeline = Pipeline([A.HorizontalFlip(p=0.5), ResizeShortestSide([40, 50], 100)], min_visibility=0.2)
     boxes, labels = random_boxes(np.random.default_rng(0), 5, 64, 48)
     for mine, theirs in zip(
-        pipeline(PIXELS, boxes, labels, (1, 2, 3)), pickle.loads(pickle.dumps(pipeline))(PIXELS, boxes, labels, (1, 2, 3)), strict=True
+        pipeline(PIXELS, boxes, labels, (1, 2, 3)),
+        pickle.loads(pickle.dumps(pipeline))(PIXELS, boxes, labels, (1, 2, 3)),
+        strict=True,
     ):
         assert np.array_equal(mine, theirs)

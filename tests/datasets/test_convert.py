@@ -32,9 +32,19 @@ def start(tmp_path, images) -> Path:
     """A COCO file with four objects on the first picture, the second of them a crowd, and two on the second."""
     corners = np.random.default_rng(0).uniform(0, 20, (6, 2)).tolist()
     document = {
-        "images": [{"id": n, "file_name": name, "height": h, "width": w} for n, (name, (h, w)) in enumerate(SIZES.items(), start=1)],
+        "images": [
+            {"id": n, "file_name": name, "height": h, "width": w}
+            for n, (name, (h, w)) in enumerate(SIZES.items(), start=1)
+        ],
         "annotations": [
-            {"id": n + 1, "image_id": 1 + n // 4, "category_id": 1 + n % 2, "bbox": [x, y, 7.3, 9.1], "area": 7.3 * 9.1, "iscrowd": int(n == 1)}
+            {
+                "id": n + 1,
+                "image_id": 1 + n // 4,
+                "category_id": 1 + n % 2,
+                "bbox": [x, y, 7.3, 9.1],
+                "area": 7.3 * 9.1,
+                "iscrowd": int(n == 1),
+            }
             for n, (x, y) in enumerate(corners)
         ],
         "categories": [{"id": n, "name": name} for n, name in enumerate(CLASSES, start=1)],
@@ -70,7 +80,9 @@ def assert_same(found: Annotations, expected: Annotations, with_crowd: bool = Tr
 @pytest.mark.parametrize("offset", ["0", "1"])
 def test_voc_round_trip_keeps_everything(start, images, tmp_path, offset):
     voc = convert("coco", "voc", start, tmp_path / "voc", "--split", "val", "--pixel-offset", offset)
-    end = convert("voc", "coco", voc, tmp_path / "end.json", "--split", "val", "--images", str(images), "--pixel-offset", offset)
+    end = convert(
+        "voc", "coco", voc, tmp_path / "end.json", "--split", "val", "--images", str(images), "--pixel-offset", offset
+    )
     found = read_annotations(end, images)
     assert found.class_names == ("ant", "zebra")
     assert_same(found, read_annotations(start, images))
@@ -87,7 +99,9 @@ def test_coco_round_trip_keeps_everything(start, images, tmp_path):
 @pytest.mark.parametrize("target", ["yolo", "csv"])
 def test_round_trip_keeps_everything_but_crowds(start, images, tmp_path, target, capsys):
     table, split, pictures = tmp_path / "table.csv", ["--split", "train"], ["--images", str(images)]
-    output = convert("coco", "csv", start, table) if target == "csv" else convert("coco", "yolo", start, tmp_path, *split)
+    output = (
+        convert("coco", "csv", start, table) if target == "csv" else convert("coco", "yolo", start, tmp_path, *split)
+    )
     assert "a.jpg: 1 crowd region(s), which" in capsys.readouterr().out
     end = convert(target, "coco", output, tmp_path / "end.json", *(pictures if target == "csv" else split))
     assert_same(read_annotations(end, images), read_annotations(start, images), with_crowd=False)
@@ -102,24 +116,33 @@ def test_command_goes_round_all_formats(start, images, tmp_path, capsys):
     found = read_annotations(end, images)
     assert found.class_names == CLASSES
     assert_same(found, read_annotations(start, images), with_crowd=False)
-    assert capsys.readouterr().out.splitlines()[-1] == f"{end}: 3 pictures (1 without objects), 5 objects, classes zebra, ant."
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == f"{end}: 3 pictures (1 without objects), 5 objects, classes zebra, ant."
+    )
 
 
 def test_coco_written_has_ids_from_one_and_areas(start, tmp_path):
     document = json.loads(start.read_text())
-    document["annotations"] = [{"id": 70, "image_id": 1, "category_id": 30, "bbox": [1, 2, 3.5, 4], "area": 11, "iscrowd": 0}]
+    document["annotations"] = [
+        {"id": 70, "image_id": 1, "category_id": 30, "bbox": [1, 2, 3.5, 4], "area": 11, "iscrowd": 0}
+    ]
     document["categories"] = [{"id": 9, "name": "zebra"}, {"id": 30, "name": "ant"}]
     start.write_text(json.dumps(document))
     content = json.loads(convert("coco", "coco", start, tmp_path / "end.json").read_text())
     assert content["images"] == document["images"]
-    assert content["annotations"] == [{"id": 1, "image_id": 1, "category_id": 2, "bbox": [1.0, 2.0, 3.5, 4.0], "area": 11.0, "iscrowd": 0}]
+    assert content["annotations"] == [
+        {"id": 1, "image_id": 1, "category_id": 2, "bbox": [1.0, 2.0, 3.5, 4.0], "area": 11.0, "iscrowd": 0}
+    ]
     assert content["categories"] == [{"id": 1, "name": "zebra"}, {"id": 2, "name": "ant"}]
 
 
 def test_yolo_second_split_joins_the_first(start, tmp_path, capsys):
     for split in ("train", "val"):
         convert("coco", "yolo", start, tmp_path, "--split", split)
-    assert (tmp_path / "data.yaml").read_text() == "path: .\ntrain: images/train\nnames:\n  0: zebra\n  1: ant\nval: images/val\n"
+    assert (
+        tmp_path / "data.yaml"
+    ).read_text() == "path: .\ntrain: images/train\nnames:\n  0: zebra\n  1: ant\nval: images/val\n"
     with pytest.raises(SystemExit):
         convert("coco", "yolo", start, tmp_path, "--split", "test", "--classes", "ant", "zebra")
     assert "data.yaml: expected the classes ant, zebra, got others" in capsys.readouterr().err
@@ -143,7 +166,11 @@ def test_faults_end_the_conversion_or_are_repaired_in_what_is_written(start, ima
         convert("coco", "csv", start, tmp_path / "table.csv")
     said = capsys.readouterr().err
     assert end.value.code == 1 and not (tmp_path / "table.csv").exists()
-    assert "box_partly_outside" in said and "annotation 1: " in said and "annotation 3: expected the id of a category" in said
+    assert (
+        "box_partly_outside" in said
+        and "annotation 1: " in said
+        and "annotation 3: expected the id of a category" in said
+    )
     assert "--on-error fix" in said
     convert("coco", "csv", start, tmp_path / "table.csv", "--on-error", "fix")
     assert (tmp_path / "table.csv").read_text().splitlines()[1] == "a.jpg,64,48,60.0,40.0,64.0,48.0,zebra"

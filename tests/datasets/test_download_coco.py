@@ -70,7 +70,9 @@ def archives(server):
             for number in range(3):
                 content.writestr(f"{folder}/{number}.bin", noise.bytes(40_000))
         server.files[f"zips/{folder}.zip"] = packed.getvalue()
-        described.append(Archive(folder, f"zips/{folder}.zip", len(packed.getvalue()), hashlib.sha1(packed.getvalue()).hexdigest()))
+        described.append(
+            Archive(folder, f"zips/{folder}.zip", len(packed.getvalue()), hashlib.sha1(packed.getvalue()).hexdigest())
+        )
     return described
 
 
@@ -124,7 +126,9 @@ def test_fetch_gives_up_when_nothing_comes(server, archives, tmp_path):
 def test_fetch_deletes_a_damaged_archive_and_can_begin_again(server, archives, tmp_path):
     good = server.files[archives[0].path]
     server.files[archives[0].path] = good[:500] + bytes([good[500] ^ 1]) + good[501:]
-    with pytest.raises(ValueError, match=rf"val2017.zip: expected SHA-1 {archives[0].sha1}, got \w+: the file was damaged"):
+    with pytest.raises(
+        ValueError, match=rf"val2017.zip: expected SHA-1 {archives[0].sha1}, got \w+: the file was damaged"
+    ):
         download(archives, server.url, tmp_path)
     assert tree(tmp_path) == []
     server.files[archives[0].path] = good
@@ -137,7 +141,9 @@ def test_fetch_refuses_another_file_before_it_comes(server, archives, tmp_path):
     with pytest.raises(ValueError, match=rf"expected {archives[0].size} bytes, the server has {archives[0].size + 4}"):
         fetch(archives[0], server.url, tmp_path)
     server.files.clear()
-    with pytest.raises(ValueError, match=r"val2017.zip: expected the archive, got HTTP 404 Not Found. Check --base-url"):
+    with pytest.raises(
+        ValueError, match=r"val2017.zip: expected the archive, got HTTP 404 Not Found. Check --base-url"
+    ):
         fetch(archives[0], server.url, tmp_path)
 
 
@@ -153,7 +159,9 @@ def test_unpack_goes_on_and_mends_a_file_cut_short(server, archives, tmp_path):
 
 def test_download_needs_the_space_first(server, archives, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 300_000))
-    with pytest.raises(ValueError, match=r"expected 0.0 GB of free space, got 0.0 GB. Make room or choose another --out"):
+    with pytest.raises(
+        ValueError, match=r"expected 0.0 GB of free space, got 0.0 GB. Make room or choose another --out"
+    ):
         download(archives, server.url, tmp_path)  # 120 kB each, unpacked, and one archive beside them: 360 kB
     assert server.starts == []
 

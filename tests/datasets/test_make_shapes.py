@@ -38,7 +38,9 @@ def inside(contours, size, samples):
     return result
 
 
-@pytest.mark.parametrize("corner", [(5.3, 8.7), (-6.2, 3.1), (27.9, 30.4)], ids=["inside", "over the left", "over the corner"])
+@pytest.mark.parametrize(
+    "corner", [(5.3, 8.7), (-6.2, 3.1), (27.9, 30.4)], ids=["inside", "over the left", "over the corner"]
+)
 @pytest.mark.parametrize("name", CONTOURS)
 def test_stamp_covers_what_the_contours_enclose(name, corner):
     size, samples = (48, 44), 6
@@ -51,7 +53,9 @@ def test_stamp_covers_what_the_contours_enclose(name, corner):
     exact = expected.reshape(size[0], samples, size[1], samples).mean(axis=(1, 3))
     assert np.abs(coverage - exact).max() < 0.4 and np.abs(coverage - exact).mean() < 0.02
     steps = np.linspace(0, 1, 1000)[:, None, None]
-    edges = np.concatenate([(contour + steps * (np.roll(contour, -1, axis=0) - contour)).reshape(-1, 2) for contour in contours])
+    edges = np.concatenate(
+        [(contour + steps * (np.roll(contour, -1, axis=0) - contour)).reshape(-1, 2) for contour in contours]
+    )
     visible = edges[((edges >= 0) & (edges <= size[::-1])).all(axis=1)]
     np.testing.assert_allclose(stamp.box, [*visible.min(axis=0), *visible.max(axis=0)], atol=0.26)
     assert stamp.area == pytest.approx(coverage.sum(), abs=0.5)
@@ -63,7 +67,10 @@ def test_stamp_box_is_tight_around_the_covered_pixels(scenes):
             rows, columns = stamp.window
             covered_rows, covered_columns = (np.flatnonzero(stamp.coverage.any(axis=axis)) for axis in (1, 0))
             x1, y1, x2, y2 = stamp.box
-            assert (math.floor(x1), math.ceil(x2)) == (columns.start + covered_columns[0], columns.start + covered_columns[-1] + 1)
+            assert (math.floor(x1), math.ceil(x2)) == (
+                columns.start + covered_columns[0],
+                columns.start + covered_columns[-1] + 1,
+            )
             assert (math.floor(y1), math.ceil(y2)) == (rows.start + covered_rows[0], rows.start + covered_rows[-1] + 1)
 
 
@@ -125,15 +132,35 @@ def test_make_shapes_writes_the_coco_layout(drawn):
         assert [row["name"] for row in content["categories"]] == list(CONTOURS)
         assert [row["id"] for row in content["annotations"]] == list(range(1, len(content["annotations"]) + 1))
         for row in content["images"]:
-            assert cv2.imread(str(drawn / split / row["file_name"])).shape == (row["height"], row["width"], 3) == (96, 128, 3)
+            assert (
+                cv2.imread(str(drawn / split / row["file_name"])).shape
+                == (row["height"], row["width"], 3)
+                == (96, 128, 3)
+            )
         for row in content["annotations"]:
             x, y, width, height = row["bbox"]
             assert x >= 0 and y >= 0 and width > 0 and height > 0 and x + width <= 128 and y + height <= 96
-            assert 0 < row["area"] <= width * height + 1e-9 and 1 <= row["image_id"] <= count and 1 <= row["category_id"] <= len(CONTOURS)
+            assert (
+                0 < row["area"] <= width * height + 1e-9
+                and 1 <= row["image_id"] <= count
+                and 1 <= row["category_id"] <= len(CONTOURS)
+            )
 
 
 def test_make_shapes_draws_the_same_bytes_with_any_number_of_workers(drawn, tmp_path):
-    command = [sys.executable, make_shapes.__file__, "--out", tmp_path / "again", "--train", "6", "--val", "2", "--size", "96", "128"]
+    command = [
+        sys.executable,
+        make_shapes.__file__,
+        "--out",
+        tmp_path / "again",
+        "--train",
+        "6",
+        "--val",
+        "2",
+        "--size",
+        "96",
+        "128",
+    ]
     subprocess.run([*map(str, command), "--seed", "5", "--workers", "2"], check=True)
     assert contents(tmp_path / "again") == contents(drawn)
 
@@ -143,7 +170,11 @@ def test_make_shapes_draws_image_i_whatever_the_count(drawn, tmp_path):
     fewer, more = contents(tmp_path / "fewer" / "train2017"), contents(drawn / "train2017")
     assert len(fewer) == 3 and fewer.items() <= more.items()
     make_shapes.make_shapes(tmp_path / "other", num_train=3, num_val=3, size=(96, 128), seed=6)
-    pictures = [*more.values(), *contents(tmp_path / "other" / "train2017").values(), *contents(tmp_path / "other" / "val2017").values()]
+    pictures = [
+        *more.values(),
+        *contents(tmp_path / "other" / "train2017").values(),
+        *contents(tmp_path / "other" / "val2017").values(),
+    ]
     assert len(set(pictures)) == len(pictures)
 
 

@@ -72,7 +72,9 @@ class TinyLoader:
     ) -> None:
         self.batch_size = batch_size
         self.steps_per_epoch = num_images // batch_size
-        self.order = torch.arange(num_images).view(-1, accumulate, ranks.world_size, batch_size // ranks.world_size // accumulate)
+        self.order = torch.arange(num_images).view(
+            -1, accumulate, ranks.world_size, batch_size // ranks.world_size // accumulate
+        )
         self.rank = ranks.rank
         self.touch = touch
 

@@ -5,13 +5,23 @@ from fpn_det.engine.best import Best
 
 def test_best_takes_the_larger_value_and_the_earlier_of_equals():
     best = Best("AP")
-    assert [best.update(step, {"AP": value}) for step, value in [(1, 0.2), (2, 0.1), (3, 0.3), (4, 0.3)]] == [True, False, True, False]
+    assert [best.update(step, {"AP": value}) for step, value in [(1, 0.2), (2, 0.1), (3, 0.3), (4, 0.3)]] == [
+        True,
+        False,
+        True,
+        False,
+    ]
     assert (best.value, best.step) == (0.3, 3)
 
 
 def test_best_prefers_anything_to_undefined():
     best = Best("APs")
-    assert [best.update(step, {"APs": value}) for step, value in [(1, None), (2, None), (3, 0.0), (4, None)]] == [True, False, True, False]
+    assert [best.update(step, {"APs": value}) for step, value in [(1, None), (2, None), (3, 0.0), (4, None)]] == [
+        True,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_best_loss_is_the_smallest():

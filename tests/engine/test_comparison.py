@@ -32,7 +32,9 @@ def test_changes_say_whether_the_numbers_change():
 
 def make_run(path: Path, lr: float, aps: list[float | None], finished: bool = False) -> None:
     path.mkdir(parents=True)
-    (path / "config.yaml").write_text(f"run_dir: {path}\nseed: 0\noptimizer:\n  lr: {lr}\ntrainer:\n  best_metric: AP\n")
+    (path / "config.yaml").write_text(
+        f"run_dir: {path}\nseed: 0\noptimizer:\n  lr: {lr}\ntrainer:\n  best_metric: AP\n"
+    )
     records = [{"step": 10 * number, "AP": ap} for number, ap in enumerate(aps, start=1)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     RunFolder(path).checkpoints().save({"progress": {"step": 30}}, 30, is_best=False, finished=finished)

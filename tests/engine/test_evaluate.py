@@ -79,7 +79,12 @@ def test_evaluate_scores_in_the_original_frame():
     assert len(evaluation.detections) == len(annotations.boxes)
     assert evaluation.seconds > 0
     # 10 objects in 5 images, of 32 x 60 px in the input frame: all of the size of the finest level
-    assert evaluation.statistics == {"detections/P2": 2.0, "detections/P3": 0.0, "detections/P4": 0.0, "detections/P5": 0.0}
+    assert evaluation.statistics == {
+        "detections/P2": 2.0,
+        "detections/P3": 0.0,
+        "detections/P4": 0.0,
+        "detections/P5": 0.0,
+    }
 
 
 def test_evaluate_gives_every_module_its_mode_back():
@@ -128,13 +133,21 @@ def test_to_host_of_no_slots():
 
 def work(rank: int, port: int, answers) -> None:
     """Rank 0 has the images 4, 1 and 3; rank 1 has 2 and 0 and finds nothing."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     annotations = annotations_of_images()
     with process_group("cpu", timeout_minutes=1):
         model = Oracle(blind_from=0 if rank else NUM_IMAGES)
         shard = [2, 0] if rank else [4, 1, 3]
         evaluation = evaluate(model, batches_of(annotations, shard), annotations, SETTINGS)
-        answers.put((rank, evaluation.metrics, evaluation.num_images, len(evaluation.detections), evaluation.statistics))
+        answers.put(
+            (rank, evaluation.metrics, evaluation.num_images, len(evaluation.detections), evaluation.statistics)
+        )
 
 
 def test_evaluate_on_two_ranks_equals_one_process():

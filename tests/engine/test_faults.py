@@ -37,7 +37,10 @@ def test_full_disk_ends_the_run_in_one_sentence_and_leaves_what_was_saved(tmp_pa
         return save(state, step, *rest)
 
     run.checkpoints.save = save_on_a_full_disk
-    with pytest.raises(Fault, match=r"^system: expected to write .*step_00000009.pt, got: File too large. .* Last good checkpoint: .*last.pt"):
+    with pytest.raises(
+        Fault,
+        match=r"^system: expected to write .*step_00000009.pt, got: File too large. .* Last good checkpoint: .*last.pt",
+    ):
         with explained(RunFolder(tmp_path / "run").rescue):
             run.train()
     assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["progress"]["step"] == 6
@@ -67,7 +70,12 @@ def make_pace():
 
 def test_read_only_folder_is_refused(tmp_path, monkeypatch):
     refused = OSError(errno.EROFS, os.strerror(errno.EROFS), "runs/x/metrics.json")
-    with pytest.raises(Fault, match=r"expected to write runs/x/metrics.json, got: Read-only file system\. Choose a folder"), explained():
+    with (
+        pytest.raises(
+            Fault, match=r"expected to write runs/x/metrics.json, got: Read-only file system\. Choose a folder"
+        ),
+        explained(),
+    ):
         raise refused
 
 
@@ -86,7 +94,9 @@ class Sleepy(torch.utils.data.Dataset):
 
 def test_killed_worker_is_named():
     loader = DataLoader(Sleepy(), sampler=range(2), batch_size=None, num_workers=1)
-    with pytest.raises(Fault, match=r"data: expected the workers to live, got: DataLoader worker .* Killed.* lower data.num_workers"):
+    with pytest.raises(
+        Fault, match=r"data: expected the workers to live, got: DataLoader worker .* Killed.* lower data.num_workers"
+    ):
         with explained():
             batches = iter(loader)
             worker = batches._workers[0]

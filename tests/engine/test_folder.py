@@ -13,7 +13,9 @@ from fpn_det.engine.folder import choose_folder, versions, write_settings
 
 
 def save(folder, step: int, finished: bool = False) -> None:
-    folder.checkpoints(keep_last=2).save({"progress": {"step": step}, "optimizer": {}}, step, is_best=False, finished=finished)
+    folder.checkpoints(keep_last=2).save(
+        {"progress": {"step": step}, "optimizer": {}}, step, is_best=False, finished=finished
+    )
 
 
 def test_new_run_gets_a_folder_of_its_own(tmp_path):
@@ -27,7 +29,9 @@ def test_new_run_gets_a_folder_of_its_own(tmp_path):
 def test_run_dir_must_be_empty(tmp_path):
     assert choose_folder(None, str(tmp_path / "mine"), None).path == tmp_path / "mine"
     (tmp_path / "mine" / "log.txt").touch()
-    with pytest.raises(ValueError, match=r"run_dir: expected a new or empty folder, got .*mine, which holds log.txt\. .*resume=auto"):
+    with pytest.raises(
+        ValueError, match=r"run_dir: expected a new or empty folder, got .*mine, which holds log.txt\. .*resume=auto"
+    ):
         choose_folder(None, str(tmp_path / "mine"), None)
 
 
@@ -71,7 +75,9 @@ def test_resume_takes_a_checkpoint_or_a_run_folder(tmp_path):
 
 
 def test_resume_names_what_is_missing(tmp_path):
-    with pytest.raises(ValueError, match=r"resume: expected auto, a checkpoint or a run folder, got .*none.pt, which does not exist"):
+    with pytest.raises(
+        ValueError, match=r"resume: expected auto, a checkpoint or a run folder, got .*none.pt, which does not exist"
+    ):
         choose_folder("demo", None, str(tmp_path / "none.pt"), root=tmp_path)
     with pytest.raises(ValueError, match="resume: expected a run folder with checkpoints"):
         choose_folder("demo", None, str(tmp_path), root=tmp_path)
@@ -79,7 +85,9 @@ def test_resume_names_what_is_missing(tmp_path):
 
 def test_resume_refuses_weights_alone(tmp_path):
     save_checkpoint(tmp_path / "converted.pt", {"model": {}})
-    with pytest.raises(ValueError, match=r"resume: expected the checkpoint of a run, got weights alone in .*converted.pt"):
+    with pytest.raises(
+        ValueError, match=r"resume: expected the checkpoint of a run, got weights alone in .*converted.pt"
+    ):
         choose_folder(None, str(tmp_path / "run"), str(tmp_path / "converted.pt")).load(print)
 
 
@@ -103,7 +111,9 @@ def holder_of(path) -> subprocess.Popen:
         f"with RunFolder(Path({str(path)!r})).held():",
         "    print(1, flush=True); sys.stdin.read()",
     )
-    process = subprocess.Popen([sys.executable, "-c", "\n".join(code)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "\n".join(code)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "1\n"
     return process
 

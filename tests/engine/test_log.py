@@ -17,7 +17,9 @@ def evaluation_of(ap: float | None, num_classes: int = 2) -> Evaluation:
     names = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
     row = {"AP": ap, "AP50": 0.875, "AR": None, "objects": 3, "detections": 0}
     per_class = {f"[class] {k}": dict(row) for k in range(num_classes)}
-    return Evaluation(dict.fromkeys(names, ap), per_class, 40, 100, 7, DetectionTable.join([]), {"detections/P2": 4.5}, 12.0)
+    return Evaluation(
+        dict.fromkeys(names, ap), per_class, 40, 100, 7, DetectionTable.join([]), {"detections/P2": 4.5}, 12.0
+    )
 
 
 def points(folder) -> dict[str, list[tuple[int, float]]]:
@@ -131,7 +133,9 @@ def test_log_warns_once_when_training_waits_for_data(tmp_path, capsys):
 def test_log_puts_settings_and_results_side_by_side(tmp_path):
     with RunLog(tmp_path, Ranks()) as log:
         log.begin(Pace(0, 10, 1, 0))
-        log.hparams({"optimizer.lr": 0.1, "model.backbone.weights": None, "trainer.compile": False}, {"AP": 0.5, "APs": None})
+        log.hparams(
+            {"optimizer.lr": 0.1, "model.backbone.weights": None, "trainer.compile": False}, {"AP": 0.5, "APs": None}
+        )
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert set(events.summary_metadata) >= {"_hparams_/experiment", "_hparams_/session_start_info"}

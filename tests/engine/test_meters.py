@@ -54,7 +54,8 @@ def test_pace_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("step", "total", "every", "left"), [(0, 10, 0, 1), (10, 10, 0, 0), (0, 10, 5, 2), (5, 10, 5, 1), (9, 10, 4, 1), (0, 3, 5, 1)]
+    ("step", "total", "every", "left"),
+    [(0, 10, 0, 1), (10, 10, 0, 0), (0, 10, 5, 2), (5, 10, 5, 1), (9, 10, 4, 1), (0, 3, 5, 1)],
 )
 def test_pace_counts_evaluations(step, total, every, left):
     assert Pace(0, total, 1, every).evaluations_after(step) == left

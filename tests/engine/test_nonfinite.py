@@ -101,11 +101,17 @@ def test_images_that_are_bad_alone_are_named():
 def test_explanation_survives_a_dump_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     text = explained(make_optimization(), [spoiled_pixel(make_batch([0, 1]))], tmp_path / "file" / "nan_dump")
-    assert "not finite: pixels of image_1.jpg" in text and "The dump could not be written ([Errno 20] Not a directory" in text
+    assert (
+        "not finite: pixels of image_1.jpg" in text
+        and "The dump could not be written ([Errno 20] Not a directory" in text
+    )
 
 
 def test_new_dump_replaces_the_old_one(tmp_path):
     (tmp_path / "rank7").mkdir()
     (tmp_path / "rank7" / "step.pt").touch()
     explained(make_optimization(), [spoiled_pixel(make_batch([0, 1]))], tmp_path)
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.pt")) == ["checkpoint.pt", "rank0/step.pt"]
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.pt")) == [
+        "checkpoint.pt",
+        "rank0/step.pt",
+    ]

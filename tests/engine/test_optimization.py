@@ -60,7 +60,9 @@ def test_step_equals_plain_torch(recipe):
 
 @pytest.mark.parametrize("clip_norm", [0.1, 100.0])
 def test_clipping_equals_torchs(clip_norm):
-    optimization = make_optimization(recipe=SGD(lr=1.0, base_batch_size=None, momentum=0.0, weight_decay=0.0), clip_norm=clip_norm)
+    optimization = make_optimization(
+        recipe=SGD(lr=1.0, base_batch_size=None, momentum=0.0, weight_decay=0.0), clip_norm=clip_norm
+    )
     torch.manual_seed(0)
     model = TinyDetector()
     batch = make_batch([0, 1, 2, 3])

@@ -33,7 +33,9 @@ def test_lr_stands_without_a_base():
 def test_groups_follow_the_kind_of_parameter():
     model = TinyDetector()
     model.head.weight.requires_grad_(False)
-    recipe = SGD(lr=1.0, base_batch_size=None, weight_decay=0.1, norm_weight_decay=0.0, bias_weight_decay=0.2, bias_lr_factor=2.0)
+    recipe = SGD(
+        lr=1.0, base_batch_size=None, weight_decay=0.1, norm_weight_decay=0.0, bias_weight_decay=0.2, bias_lr_factor=2.0
+    )
     found = {}
     for group in recipe.build(model, 4).param_groups:
         for parameter in group["params"]:
@@ -51,7 +53,10 @@ def test_groups_follow_the_kind_of_parameter():
 @pytest.mark.parametrize(
     "recipe, reference",
     [
-        (SGD(lr=0.1, base_batch_size=None, nesterov=True), partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)),
+        (
+            SGD(lr=0.1, base_batch_size=None, nesterov=True),
+            partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
+        ),
         (AdamW(lr=0.01, base_batch_size=None), partial(torch.optim.AdamW, lr=0.01)),
     ],
 )

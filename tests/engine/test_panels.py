@@ -72,7 +72,10 @@ def test_some_images_are_always_the_same_and_have_objects(annotations):
 
 def test_draw_comparison_puts_truth_left_and_answer_right(annotations):
     found = DetectionTable(
-        np.array([3, 3, 1]), np.array([[60, 30, 90, 54]] * 3, np.float32), np.array([0.8, 0.1, 0.9], np.float32), np.array([0, 1, 1])
+        np.array([3, 3, 1]),
+        np.array([[60, 30, 90, 54]] * 3, np.float32),
+        np.array([0.8, 0.1, 0.9], np.float32),
+        np.array([0, 1, 1]),
     )
     left, right = np.split(draw_comparison(annotations, found, 3), [SIDE], axis=1)
     cat, dog = class_color(0), class_color(1)

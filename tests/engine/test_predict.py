@@ -20,8 +20,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def settings(shapes_dataset):
-    resize = "data.eval_transforms.resize={_target_:fpn_det.data.transforms.ResizeShortestSide,sides:[112],max_side:160}"
-    return compose([*TINY, f"data.root={shapes_dataset}", resize, "data.eval_batch_size=3", "model.roi_head.score_threshold=0.01"])
+    resize = (
+        "data.eval_transforms.resize={_target_:fpn_det.data.transforms.ResizeShortestSide,sides:[112],max_side:160}"
+    )
+    return compose(
+        [*TINY, f"data.root={shapes_dataset}", resize, "data.eval_batch_size=3", "model.roi_head.score_threshold=0.01"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +39,15 @@ def predictor(settings, annotations) -> Predictor:
     model = api.build_model(settings, annotations.num_classes)
     torch.nn.init.normal_(model.roi_head.predictor.class_logits.weight, std=1.0)
     transform = api.build_transforms(settings.data.eval_transforms, settings.data, "data.eval_transforms")
-    return Predictor(model, annotations.class_names, transform, settings.data.eval_batch_size, settings.data.canvas, CPU)
+    return Predictor(
+        model, annotations.class_names, transform, settings.data.eval_batch_size, settings.data.canvas, CPU
+    )
 
 
 @pytest.mark.parametrize("tta", [None, Views((0.5, 1.0), flip=True)])
-def test_predicting_the_validation_files_gives_the_detections_that_are_scored(settings, annotations, predictor, tta, monkeypatch):
+def test_predicting_the_validation_files_gives_the_detections_that_are_scored(
+    settings, annotations, predictor, tta, monkeypatch
+):
     monkeypatch.setattr(predictor, "tta", tta)
     loader = api.build_eval_loader(settings, annotations, predictor.model.stride, Ranks(), CPU)
     scored = evaluate(predictor.model, loader, annotations, settings.evaluation, tta=tta).detections

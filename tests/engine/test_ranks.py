@@ -72,7 +72,12 @@ def detect_and_learn(ranks: Ranks, folder: Path) -> dict[str, list[float]]:
     curves = {}
     for norm, accumulate in (("sync", 1), ("sync", 2), ("frozen", 1), ("frozen", 2)):
         torch.manual_seed(0)
-        model = Detector(3, ResNet(18, norm=norm, frozen_stages=0), partial(FPN, channels=16), roi_head=partial(ROIHead, box_head=SMALL))
+        model = Detector(
+            3,
+            ResNet(18, norm=norm, frozen_stages=0),
+            partial(FPN, channels=16),
+            roi_head=partial(ROIHead, box_head=SMALL),
+        )
         optimization = make_optimization(model.train(), SGD(lr=0.01, base_batch_size=None))
         curve = []
         for step in range(2):
@@ -87,11 +92,15 @@ def detect_and_learn(ranks: Ranks, folder: Path) -> dict[str, list[float]]:
 def drawn(rows: list[int]) -> Batch:
     """Images of noise with these numbers; those of rank 1 have no objects."""
     generators = [torch.Generator().manual_seed(row) for row in rows]
-    corners = [torch.rand(2 * (row < 2), 2, generator=generator) * 30 for row, generator in zip(rows, generators, strict=True)]
+    corners = [
+        torch.rand(2 * (row < 2), 2, generator=generator) * 30 for row, generator in zip(rows, generators, strict=True)
+    ]
     boxes = [torch.cat([corner, corner + 25], dim=1) for corner in corners]
     pixels = torch.stack([torch.randint(0, 256, (3, 64, 64), generator=generator) for generator in generators])
     sizes = torch.tensor([[64, 64]] * len(rows))
-    return Batch(pixels.byte(), sizes, sizes, Targets.pad(boxes, [torch.arange(len(box)) for box in boxes]), torch.tensor(rows))
+    return Batch(
+        pixels.byte(), sizes, sizes, Targets.pad(boxes, [torch.arange(len(box)) for box in boxes]), torch.tensor(rows)
+    )
 
 
 def one_bad_rank(ranks: Ranks, folder: Path) -> dict:
@@ -159,7 +168,10 @@ def failing_choice(ranks: Ranks, folder: Path) -> dict:
 
 def everything(ranks: Ranks, folder: Path) -> dict:
     """All in one pair of processes, because starting them takes longest."""
-    return {work.__name__: work(ranks, folder) for work in (train, detect_and_learn, one_bad_rank, stopped_run, failing_choice)}
+    return {
+        work.__name__: work(ranks, folder)
+        for work in (train, detect_and_learn, one_bad_rank, stopped_run, failing_choice)
+    }
 
 
 def lost_rank(ranks: Ranks, folder: Path) -> dict:
@@ -190,7 +202,9 @@ def test_two_ranks_train_as_one(two_ranks, tmp_path):
     one = train(Ranks(), tmp_path)
     for result in two_ranks:
         for name, tensor in result["train"].items():
-            torch.testing.assert_close(tensor, one[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                tensor, one[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def test_a_detector_learns_the_same_on_two_ranks_of_which_one_has_no_objects(two_ranks, tmp_path):

@@ -58,7 +58,16 @@ class Watched(list):
         self.look()
 
 
-def make_run(path: Path, resume: str | None = None, precision: str = "fp32", recipe=RECIPE, schedule=Cosine, touch=None, look=None, **changes):
+def make_run(
+    path: Path,
+    resume: str | None = None,
+    precision: str = "fp32",
+    recipe=RECIPE,
+    schedule=Cosine,
+    touch=None,
+    look=None,
+    **changes,
+):
     """A run in `path`; `changes` are settings of the trainer, `look` hears of every batch that is evaluated."""
     trainer = dataclasses.replace(TRAINER, **changes)
     torch.manual_seed(0)
@@ -186,7 +195,14 @@ def test_run_leaves_what_it_promises(tmp_path):
     run = make_run(tmp_path / "run")
     run.train()
     left = {str(path.relative_to(run.folder)) for path in run.folder.rglob("*") if path.is_file()}
-    assert left >= {"log.txt", "metrics.json", "metrics.jsonl", "predictions.json", "checkpoints/last.pt", "checkpoints/best.pt"}
+    assert left >= {
+        "log.txt",
+        "metrics.json",
+        "metrics.jsonl",
+        "predictions.json",
+        "checkpoints/last.pt",
+        "checkpoints/best.pt",
+    }
     assert {"checkpoints/step_00000009.pt", "checkpoints/step_00000012.pt"} <= left
     assert "checkpoints/step_00000006.pt" not in left
     metrics = json.loads((run.folder / "metrics.json").read_text())
@@ -225,7 +241,9 @@ def test_longer_run_keeps_its_curve(tmp_path):
     assert longer.optimization.lr == pytest.approx(0.5 * Cosine(steps=12).factor(11))
     assert "keeps its curve over 12 steps" in log_of(longer)
     assert re.search(r"trainer.max_steps +- +15 +yes", log_of(longer))
-    given = make_run(tmp_path / "run", resume="auto", max_steps=18, schedule=functools.partial(Cosine, final_factor=0.5))
+    given = make_run(
+        tmp_path / "run", resume="auto", max_steps=18, schedule=functools.partial(Cosine, final_factor=0.5)
+    )
     assert given.optimization.schedule.steps == 18
 
 
@@ -253,7 +271,9 @@ def test_bad_step_ends_the_run_and_keeps_what_is_good(tmp_path):
         return batch
 
     run = make_run(tmp_path / "run", touch=touch)
-    with pytest.raises(FloatingPointError, match=r"^step 8: not finite: pixels of image_12.jpg, .* Last good checkpoint: .*last.pt"):
+    with pytest.raises(
+        FloatingPointError, match=r"^step 8: not finite: pixels of image_12.jpg, .* Last good checkpoint: .*last.pt"
+    ):
         run.train()
     assert torch.load(run.folder / "checkpoints/last.pt", weights_only=True)["progress"]["step"] == 6
     assert torch.load(run.folder / "nan_dump/checkpoint.pt", weights_only=True)["progress"]["step"] == 7
@@ -263,7 +283,9 @@ def test_bad_weight_is_named(tmp_path):
     run = make_run(tmp_path / "run")
     with torch.no_grad():
         run.parts.model.head.weight[0, 0] = float("inf")
-    with pytest.raises(FloatingPointError, match=r"step 1: not finite: weight head.weight, roi_box=inf\. First bad output: head\."):
+    with pytest.raises(
+        FloatingPointError, match=r"step 1: not finite: weight head.weight, roi_box=inf\. First bad output: head\."
+    ):
         run.train()
 
 
@@ -296,29 +318,45 @@ def test_validation_loss_changes_nothing_but_the_record(tmp_path):
 def test_best_may_be_the_smallest_loss(tmp_path):
     run = make_run(tmp_path / "run", val_loss=True, best_metric="loss")
     run.train()
-    losses = {record["step"]: record["loss"] for record in map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())}
+    losses = {
+        record["step"]: record["loss"]
+        for record in map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
+    }
     assert run.best.step == min(losses, key=losses.__getitem__)
-    with pytest.raises(ValueError, match=r"trainer.best_metric: expected one of AP, .* got 'loss'. Set trainer.val_loss=true."):
+    with pytest.raises(
+        ValueError, match=r"trainer.best_metric: expected one of AP, .* got 'loss'. Set trainer.val_loss=true."
+    ):
         make_run(tmp_path / "other", best_metric="loss")
 
 
-@pytest.mark.parametrize("options", [{"precision": "fp16", "accumulate": 2}, {"recipe": AdamW(lr=0.01, base_batch_size=None)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"precision": "fp16", "accumulate": 2}, {"recipe": AdamW(lr=0.01, base_batch_size=None)}], ids=str
+)
 def test_probe_changes_nothing(tmp_path, options):
     plain, probed = make_run(tmp_path / "plain", **options), make_run(tmp_path / "probed", probe=True, **options)
     plain.train(), probed.train()
     assert differences(result(plain), result(probed)) == []
-    assert f"probe: a step with {4 // options.get('accumulate', 1)} images of 8 x 8 px (h x w) with up to 1 objects takes" in log_of(probed)
+    assert (
+        f"probe: a step with {4 // options.get('accumulate', 1)} images of 8 x 8 px (h x w) with up to 1 objects takes"
+        in log_of(probed)
+    )
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory.\nTried"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+    ],
 )
 def test_too_little_memory_ends_in_one_sentence(tmp_path, error):
     run = make_run(tmp_path / "run")
     run.parts.model.forward = lambda batch, step: (_ for _ in ()).throw(error)
     with pytest.raises(Fault) as fault:
         run.train()
-    assert str(fault.value).startswith("memory: expected room for 4 images of 8 x 8 px (h x w) with up to 1 objects, got: ")
+    assert str(fault.value).startswith(
+        "memory: expected room for 4 images of 8 x 8 px (h x w) with up to 1 objects, got: "
+    )
     assert "trainer.accumulate" in str(fault.value) and "\n" not in str(fault.value)
 
 

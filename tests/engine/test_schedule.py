@@ -41,7 +41,11 @@ def test_schedule_means_the_same_at_any_length():
 
 
 def test_schedule_refuses_what_cannot_be():
-    with pytest.raises(ValueError, match=r"schedule.warmup_steps: expected at most the length of the run \(20 steps\), got 50"):
+    with pytest.raises(
+        ValueError, match=r"schedule.warmup_steps: expected at most the length of the run \(20 steps\), got 50"
+    ):
         Cosine(steps=20, warmup_steps=50)
-    with pytest.raises(ValueError, match=r"schedule.milestones: expected fractions of the run, between 0 and 1, got \[60000\]"):
+    with pytest.raises(
+        ValueError, match=r"schedule.milestones: expected fractions of the run, between 0 and 1, got \[60000\]"
+    ):
         MultiStep(steps=90, milestones=(0.5, 60000))

@@ -101,7 +101,10 @@ def mirror(boxes: np.ndarray, sizes: np.ndarray, axis: int) -> np.ndarray:
     [
         ("x and y of the boxes are exchanged", lambda boxes, sizes: boxes[:, [1, 0, 3, 2]]),
         ("boxes hold x, y, width, height", lambda boxes, sizes: np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])),
-        ("boxes hold corners where x, y, width", lambda boxes, sizes: np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])),
+        (
+            "boxes hold corners where x, y, width",
+            lambda boxes, sizes: np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]),
+        ),
         ("boxes begin at their centers", lambda boxes, sizes: boxes + np.tile((boxes[:, 2:] - boxes[:, :2]) / 2, 2)),
         ("mirrored left to right", lambda boxes, sizes: mirror(boxes, sizes, 0)),
         ("upside down", lambda boxes, sizes: mirror(boxes, sizes, 1)),
@@ -116,7 +119,9 @@ def test_wrong_frame_is_named(annotations, words, change):
 
 
 def test_frame_and_classes_are_both_named(annotations):
-    both = causes(annotations, found(annotations, lambda boxes, sizes: boxes[:, [1, 0, 3, 2]], lambda labels: labels ^ 1))
+    both = causes(
+        annotations, found(annotations, lambda boxes, sizes: boxes[:, [1, 0, 3, 2]], lambda labels: labels ^ 1)
+    )
     assert "exchanged" in both[0] and "'bee' is 'ant'" in both[1] and "'ant' is 'bee'" in both[1]
 
 
@@ -148,7 +153,11 @@ def test_objects_met_by_the_worst_boxes_are_no_mistake_of_frame(annotations):
     many = [table]
     for _ in range(10):
         corners = random.uniform(0, 400, (len(table), 2))
-        many.append(DetectionTable(table.images, np.hstack([corners, corners + 30]), random.uniform(0.95, 1, len(table)), table.labels))
+        many.append(
+            DetectionTable(
+                table.images, np.hstack([corners, corners + 30]), random.uniform(0.95, 1, len(table)), table.labels
+            )
+        )
     (cause,) = diagnose(annotations, DetectionTable.join(many), np.arange(NUM_IMAGES))
     assert "Boxes meet 100% of the objects" in cause and "train longer" in cause
 
@@ -161,5 +170,7 @@ def test_without_objects_there_is_nothing_to_say(annotations):
 def test_results_of_another_data_set_are_refused_with_the_ids_of_both(annotations, tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps([{"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}]))
-    with pytest.raises(ValueError, match=r"none of its image ids is in the annotations: it has 7, ..., they have 100, 101, 102"):
+    with pytest.raises(
+        ValueError, match=r"none of its image ids is in the annotations: it has 7, ..., they have 100, 101, 102"
+    ):
         DetectionTable.from_results(path, annotations)

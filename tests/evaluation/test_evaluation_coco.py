@@ -74,7 +74,9 @@ def random_scene(seed: int, num_images: int = 30, num_classes: int = 4) -> tuple
         for x1, y1, x2, y2, label, _ in [*rows, *rows, (5, 5, 50, 80, num_classes - 1, False)]:
             noise = rng.normal(0, 0.06, 4) * [x2 - x1, y2 - y1, x2 - x1, y2 - y1]
             box = np.array([x1, y1, x2, y2]) + noise
-            found.append((image, *box, round(rng.random(), 1), label if rng.random() < 0.8 else rng.integers(num_classes)))
+            found.append(
+                (image, *box, round(rng.random(), 1), label if rng.random() < 0.8 else rng.integers(num_classes))
+            )
     ids = rng.permutation(1000)[:num_images].tolist()
     return annotations_of(images, num_classes, ids, category_ids=[3, 7, 11, 90]), table_of(found)
 
@@ -184,7 +186,9 @@ def test_score_equals_pycocotools_on_a_part_of_the_images():
 
 def test_precision_and_recall_without_classes_equal_pycocotools():
     annotations, found = random_scene(7)
-    precision, recall = precision_and_recall(annotations, found, np.arange(len(annotations)), DEFAULT, class_agnostic=True)
+    precision, recall = precision_and_recall(
+        annotations, found, np.arange(len(annotations)), DEFAULT, class_agnostic=True
+    )
     theirs = pycocotools_run(annotations, found, use_cats=False).eval
     np.testing.assert_array_equal(np.nan_to_num(precision, nan=-1), theirs["precision"])
     np.testing.assert_array_equal(np.nan_to_num(recall, nan=-1), theirs["recall"])
@@ -285,7 +289,9 @@ def test_detection_table_survives_a_results_file_exactly(tmp_path):
     for name in ("images", "boxes", "scores", "labels"):
         np.testing.assert_array_equal(getattr(back, name), getattr(found, name))
     everything = np.arange(len(annotations))
-    assert score(annotations, back, everything, DEFAULT).metrics == score(annotations, found, everything, DEFAULT).metrics
+    assert (
+        score(annotations, back, everything, DEFAULT).metrics == score(annotations, found, everything, DEFAULT).metrics
+    )
 
 
 @pytest.mark.parametrize("change", [{"image_id": 5000}, {"category_id": 1}])

@@ -76,7 +76,9 @@ def test_names_are_those_of_the_project(project: Project, names: str):
 @pytest.mark.parametrize("version", ["", "_v2"])
 def test_names_are_those_of_torchvision_itself(version: str):
     with torch.device("meta"):
-        model = getattr(torchvision.models.detection, f"fasterrcnn_resnet50_fpn{version}")(weights=None, weights_backbone=None)
+        model = getattr(torchvision.models.detection, f"fasterrcnn_resnet50_fpn{version}")(
+            weights=None, weights_backbone=None
+        )
     state = model.state_dict()
     expected = {name for name in state if not name.endswith("num_batches_tracked")}
     assert set(keys(Layout.of(state), "torchvision")) == expected
@@ -107,7 +109,10 @@ def test_every_key_is_accounted_for(ours: dict[str, Tensor]):
     conversion = convert(state, "detectron2", "fpn_det")
     assert set(conversion.dropped) == {"pixel_mean", constant}
     assert conversion.missing == ("neck.lateral.1.bias",)
-    assert f"dropped {constant}: a constant" in conversion.report() and "missing neck.lateral.1.bias" in conversion.report()
+    assert (
+        f"dropped {constant}: a constant" in conversion.report()
+        and "missing neck.lateral.1.bias" in conversion.report()
+    )
     state |= {"backbone.fpn_lateral3.bias": lost, "roi_heads.mask_head.deconv.weight": torch.zeros(2, 2)}
     with pytest.raises(ValueError, match=r"has, got roi_heads.mask_head.deconv.weight \[2, 2\]."):
         convert(state, "detectron2", "fpn_det")
@@ -123,7 +128,9 @@ def test_counters_of_norms_are_dropped_or_made_where_a_project_has_none_or_some(
 
 def test_names_of_old_torchvision_files_are_understood(ours: dict[str, Tensor]):
     new = convert(ours, "fpn_det", "torchvision").state
-    old = {re.sub(r"(_blocks\.\d)\.0\.|(rpn\.head\.conv)\.0\.0\.", r"\1\2.", name): value for name, value in new.items()}
+    old = {
+        re.sub(r"(_blocks\.\d)\.0\.|(rpn\.head\.conv)\.0\.0\.", r"\1\2.", name): value for name, value in new.items()
+    }
     assert "backbone.fpn.inner_blocks.0.weight" in old and "rpn.head.conv.bias" in old
     back = convert(old, "torchvision", "fpn_det").state
     assert all(torch.equal(back[name], value) for name, value in ours.items())
@@ -139,7 +146,10 @@ def test_variances_without_epsilon_are_shifted(ours: dict[str, Tensor]):
 
 
 def test_a_stranger_is_not_recognized():
-    with pytest.raises(ValueError, match=r"got 1 tensors \(conv1.weight, ...\). Weights of a backbone alone go to model.backbone.weights"):
+    with pytest.raises(
+        ValueError,
+        match=r"got 1 tensors \(conv1.weight, ...\). Weights of a backbone alone go to model.backbone.weights",
+    ):
         recognize({"conv1.weight": torch.zeros(1)})
 
 
@@ -147,5 +157,8 @@ def test_what_a_project_does_not_have_is_refused():
     layout = Layout(blocks=(2, 2, 2, 2), convs_per_block=2, normed_neck=True, rpn_convs=2, head_convs=4)
     state = {name: torch.zeros(8, 1) for name in keys(layout, "fpn_det")}
     assert len(convert(state, "fpn_det", "torchvision").mapped) == len(state)
-    with pytest.raises(ValueError, match=re.escape("detectron2: expected tensors that its Faster R-CNN with FPN has, got neck.lateral.0.0")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape("detectron2: expected tensors that its Faster R-CNN with FPN has, got neck.lateral.0.0"),
+    ):
         convert(state, "fpn_det", "detectron2")

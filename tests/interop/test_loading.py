@@ -30,7 +30,10 @@ def test_the_same_classes_load_to_the_bit(make_detector: Maker, weights: Weights
         assert all(torch.equal(value, weights.state[name]) for name, value in model.state_dict().items())
         assert len(report.loaded) == len(weights.state) and report.share == 1
         assert not report.replaced and not report.dropped
-        assert report.table() == f"weights of file.pth (fpn_det)\n  loaded    {len(weights.state)} tensors, 100.0% of the model"
+        assert (
+            report.table()
+            == f"weights of file.pth (fpn_det)\n  loaded    {len(weights.state)} tensors, 100.0% of the model"
+        )
 
 
 def test_rows_of_other_classes_are_copied_by_name(make_detector: Maker, weights: Weights):
@@ -41,10 +44,14 @@ def test_rows_of_other_classes_are_copied_by_name(make_detector: Maker, weights:
     for leaf in ("weight", "bias"):
         name = f"{LOGITS}.{leaf}"
         # triangle is row 2 of the file, square row 0, the background its last
-        expected = torch.stack([fresh[name][0], weights.state[name][2], weights.state[name][0], fresh[name][3], weights.state[name][3]])
+        expected = torch.stack(
+            [fresh[name][0], weights.state[name][2], weights.state[name][0], fresh[name][3], weights.state[name][3]]
+        )
         assert torch.equal(loaded[name], expected)
         name = f"{DELTAS}.{leaf}"
-        expected = torch.cat([fresh[name][0:4], weights.state[name][8:12], weights.state[name][0:4], fresh[name][12:16]])
+        expected = torch.cat(
+            [fresh[name][0:4], weights.state[name][8:12], weights.state[name][0:4], fresh[name][12:16]]
+        )
         assert torch.equal(loaded[name], expected)
     assert torch.equal(loaded["backbone.conv1.weight"], weights.state["backbone.conv1.weight"])
     assert report.copied == ("triangle", "square") and report.fresh_classes == ("ellipse", "cross")
@@ -83,10 +90,14 @@ def test_counters_of_norms_are_no_difference(make_detector: Maker, weights: Weig
 
 
 def test_another_model_is_refused_with_what_does_not_fit(make_detector: Maker, weights: Weights):
-    with pytest.raises(ValueError, match=r"file.pth: expected weights of this model, got others: 80 without .*layer1.2.conv1.weight"):
+    with pytest.raises(
+        ValueError, match=r"file.pth: expected weights of this model, got others: 80 without .*layer1.2.conv1.weight"
+    ):
         load_weights(make_detector(depth=34), weights)
     with pytest.raises(ValueError, match=r"1 of other shape: rpn.head.objectness.bias \[7\] instead of \[3\]"):
-        load_weights(make_detector(), replace(weights, state=weights.state | {"rpn.head.objectness.bias": torch.zeros(7)}))
+        load_weights(
+            make_detector(), replace(weights, state=weights.state | {"rpn.head.objectness.bias": torch.zeros(7)})
+        )
     with pytest.raises(ValueError, match="1 with extra"):
         load_weights(make_detector(), replace(weights, state=weights.state | {"extra": torch.zeros(7)}))
     with pytest.raises(ValueError, match="got a file that fills 0% of it. Is it the right file?"):

@@ -79,11 +79,19 @@ def test_a_pickle_of_detectron2s_model_zoo_is_read(tmp_path: Path, ours: dict[st
     weights = read_as_ours(tmp_path / "model_final.pkl")
     assert_same(weights.state, ours)
     assert weights.project == "detectron2"
-    assert set(weights.dropped) == {"__author__", "matching_heuristics", "proposal_generator.anchor_generator.cell_anchors.0"}
+    assert set(weights.dropped) == {
+        "__author__",
+        "matching_heuristics",
+        "proposal_generator.anchor_generator.cell_anchors.0",
+    }
 
 
 def test_a_training_checkpoint_of_detectron2_is_read(tmp_path: Path, ours: dict[str, Tensor]):
-    trainer = {"iteration": 9, "hooks": {"LRScheduler": {"base_lrs": [np.float64(0.02)], "last_epoch": 9}}, "_trainer": {"optimizer": {}}}
+    trainer = {
+        "iteration": 9,
+        "hooks": {"LRScheduler": {"base_lrs": [np.float64(0.02)], "last_epoch": 9}},
+        "_trainer": {"optimizer": {}},
+    }
     content = {"model": convert(ours, "fpn_det", "detectron2").state, "trainer": trainer, "iteration": 9}
     torch.save(content, tmp_path / "model_0000009.pth")
     weights = read_as_ours(tmp_path / "model_0000009.pth")
@@ -92,13 +100,19 @@ def test_a_training_checkpoint_of_detectron2_is_read(tmp_path: Path, ours: dict[
 
 
 @pytest.mark.parametrize("meta", [{"dataset_meta": {"classes": CLASSES, "palette": [(1, 2, 3)]}}, {"CLASSES": CLASSES}])
-def test_a_checkpoint_of_mmdetection_is_read_with_its_classes(tmp_path: Path, ours: dict[str, Tensor], foreign_class: type, meta: dict):
+def test_a_checkpoint_of_mmdetection_is_read_with_its_classes(
+    tmp_path: Path, ours: dict[str, Tensor], foreign_class: type, meta: dict
+):
     state = OrderedDict(convert(ours, "fpn_det", "mmdet").state)
     content = {
         "meta": {"epoch": 12, "iter": 90, "cfg": "model = dict()", "time": "20240101", **meta},
         "state_dict": state,
-        "message_hub": {"log_scalars": {"train/lr": foreign_class(), "count": np.float32(1)}, "runtime_info": {"epoch": 12}},
-        "ema_state_dict": {f"module.{name}": torch.zeros_like(value) for name, value in state.items()} | {"steps": torch.tensor(3)},
+        "message_hub": {
+            "log_scalars": {"train/lr": foreign_class(), "count": np.float32(1)},
+            "runtime_info": {"epoch": 12},
+        },
+        "ema_state_dict": {f"module.{name}": torch.zeros_like(value) for name, value in state.items()}
+        | {"steps": torch.tensor(3)},
         "optimizer": {"state": {}, "param_groups": [{"lr": 0.02}]},
         "param_schedulers": [{"last_step": 12}],
     }
@@ -112,7 +126,13 @@ def test_a_checkpoint_of_mmdetection_is_read_with_its_classes(tmp_path: Path, ou
 
 def test_an_own_checkpoint_gives_its_moving_average(tmp_path: Path, ours: dict[str, Tensor]):
     zeros = {name: torch.zeros(1) for name in ours}
-    content = {"format": "fpn_det checkpoint 1", "class_names": list(CLASSES), "config": "seed: 0", "model": zeros, "ema": ours}
+    content = {
+        "format": "fpn_det checkpoint 1",
+        "class_names": list(CLASSES),
+        "config": "seed: 0",
+        "model": zeros,
+        "ema": ours,
+    }
     torch.save(content, tmp_path / "best.pt")
     weights = read_as_ours(tmp_path / "best.pt")
     assert_same(weights.state, ours)
@@ -137,7 +157,13 @@ class Malice:
 def test_malice_runs_nothing_and_ends_in_one_sentence(tmp_path: Path, ours: dict[str, Tensor], function, kind: str):
     victim = tmp_path / "victim"
     victim.touch()
-    argument = str(victim) if function is os.remove else f"touch {tmp_path}/ran" if function is os.system else f"open({str(tmp_path / 'ran')!r}, 'w')"
+    argument = (
+        str(victim)
+        if function is os.remove
+        else f"touch {tmp_path}/ran"
+        if function is os.system
+        else f"open({str(tmp_path / 'ran')!r}, 'w')"
+    )
     content = {"model": convert(ours, "fpn_det", "torchvision").state, "args": [Malice(function, argument)]}
     file = tmp_path / "weights"
     if kind == "pickle":
@@ -162,7 +188,10 @@ def test_malice_runs_nothing_and_ends_in_one_sentence(tmp_path: Path, ours: dict
         (pickle.dumps({"model": {"a": "text"}}), "expected weights, got none"),
         (pickle.dumps({}), "expected weights, got none (the file is empty)"),
         (pickle.dumps({"model": {"a": np.array([None])}}), "expected weights, got none (a: a ndarray, not a tensor)"),
-        (pickle.dumps({"model": {"a": np.zeros(3)}}), "expected a Faster R-CNN with FPN of fpn_det, torchvision, detectron2, mmdet"),
+        (
+            pickle.dumps({"model": {"a": np.zeros(3)}}),
+            "expected a Faster R-CNN with FPN of fpn_det, torchvision, detectron2, mmdet",
+        ),
     ],
 )
 def test_other_files_are_refused_in_words(tmp_path: Path, content: bytes, words: str):

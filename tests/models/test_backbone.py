@@ -85,7 +85,9 @@ def test_missing_weights_name_the_expected_file(tmp_path: Path, monkeypatch: pyt
         ResNet(18, weights="imagenet").load_pretrained()
 
 
-@pytest.mark.parametrize(("settings", "words"), [({"depth": 51}, "18, 34, 50, 101, got 51"), ({"frozen_stages": 6}, "0 .none. to 5")])
+@pytest.mark.parametrize(
+    ("settings", "words"), [({"depth": 51}, "18, 34, 50, 101, got 51"), ({"frozen_stages": 6}, "0 .none. to 5")]
+)
 def test_resnet_refuses(settings: dict, words: str):
     with pytest.raises(ValueError, match=words):
         ResNet(**settings)

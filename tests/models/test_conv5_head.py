@@ -61,5 +61,7 @@ def test_conv5_head_detects():
 
 
 def test_conv5_head_refuses_another_map_than_c4():
-    with pytest.raises(ValueError, match=r"expected C4 as it is, 256 channels, got 64. Say neck=single_map model.neck.level=C4"):
+    with pytest.raises(
+        ValueError, match=r"expected C4 as it is, 256 channels, got 64. Say neck=single_map model.neck.level=C4"
+    ):
         Conv5Head(64, 14, 18)

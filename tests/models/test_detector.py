@@ -17,7 +17,13 @@ from fpn_det.models.rpn import RPN, ProposalFilter, RPNHead
 from fpn_det.structures import Batch, Pyramid, Targets
 
 
-def make_model(num_classes: int = 3, norm: str = "frozen", frozen_stages: int = 0, rpn: dict | None = None, roi_head: dict | None = None):
+def make_model(
+    num_classes: int = 3,
+    norm: str = "frozen",
+    frozen_stages: int = 0,
+    rpn: dict | None = None,
+    roi_head: dict | None = None,
+):
     torch.manual_seed(0)
     filters = {"train_filter": ProposalFilter(200, 100), "test_filter": ProposalFilter(100, 50)}
     return Detector(
@@ -29,7 +35,9 @@ def make_model(num_classes: int = 3, norm: str = "frozen", frozen_stages: int = 
     )
 
 
-def make_batch(objects: tuple[int, ...] = (3, 1), canvas: tuple[int, int] = (96, 128), sizes: list | None = None) -> Batch:
+def make_batch(
+    objects: tuple[int, ...] = (3, 1), canvas: tuple[int, int] = (96, 128), sizes: list | None = None
+) -> Batch:
     generator = torch.Generator().manual_seed(1)
     boxes, labels = [], []
     for number in objects:
@@ -106,7 +114,11 @@ def test_losses_depend_on_the_step_only_through_the_samples():
 def spread_out(model: Detector) -> Detector:
     """Scores and boxes that differ, as after training."""
     with torch.no_grad():
-        for layer, factor in ((model.rpn.head.objectness, 30), (model.rpn.head.deltas, 5), (model.roi_head.predictor.class_logits, 60)):
+        for layer, factor in (
+            (model.rpn.head.objectness, 30),
+            (model.rpn.head.deltas, 5),
+            (model.roi_head.predictor.class_logits, 60),
+        ):
             layer.weight.mul_(factor)
     return model.eval()
 
@@ -136,7 +148,10 @@ def test_an_image_on_an_equal_canvas_is_the_same_alone_and_in_a_batch():
         alone = next(iter(model.detect(image_of(batch, row)).images()))
         assert len(alone[0]) == len(together[0]) > 5
         # scores that differ by rounding may change places, so compare each detection with its like
-        rows = [torch.cat([boxes, scores[:, None], 1e3 * labels[:, None]], dim=1) for boxes, scores, labels in (alone, together)]
+        rows = [
+            torch.cat([boxes, scores[:, None], 1e3 * labels[:, None]], dim=1)
+            for boxes, scores, labels in (alone, together)
+        ]
         assert torch.cdist(*rows, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1).max() < 1e-3
     together = torch.stack(list(model(batch, 2).terms.values()))
     separate = torch.stack([torch.stack(list(model(image_of(batch, row), 2).terms.values())) for row in range(2)])
@@ -217,7 +232,10 @@ def test_training_step_reads_five_results_per_image_on_cpu(images: int):
 
 
 def test_training_step_reads_a_handful_of_results_with_batched_suppression():
-    model, batch = make_model(rpn={"train_filter": ProposalFilter(200, 100, nms_method="batched")}), make_batch((2,) * 16)
+    model, batch = (
+        make_model(rpn={"train_filter": ProposalFilter(200, 100, nms_method="batched")}),
+        make_batch((2,) * 16),
+    )
     with HostReads() as reads:
         model(batch, 0).total().backward()
     assert 1 <= reads.count <= 9

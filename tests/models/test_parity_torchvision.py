@@ -56,8 +56,15 @@ def torchvision_model(name: str) -> nn.Module:
     predictor = model.roi_heads.box_predictor
     with torch.no_grad():
         targets = [{"boxes": torch.tensor([[10.0, 10, 60, 50]]), "labels": torch.tensor([1])}] * 2
-        model([image / 255 for image in images_of((160, 192), (160, 192), seed=1)], targets)  # norms learn their statistics
-        for layer, scale in ((model.rpn.head.cls_logits, 30), (model.rpn.head.bbox_pred, 3), (predictor.cls_score, 12), (predictor.bbox_pred, 3)):
+        model(
+            [image / 255 for image in images_of((160, 192), (160, 192), seed=1)], targets
+        )  # norms learn their statistics
+        for layer, scale in (
+            (model.rpn.head.cls_logits, 30),
+            (model.rpn.head.bbox_pred, 3),
+            (predictor.cls_score, 12),
+            (predictor.bbox_pred, 3),
+        ):
             layer.weight *= scale
     for norm in norms:
         norm.momentum = 0.1
@@ -95,7 +102,10 @@ def assert_same_detections(ours: Detections, theirs: list[dict[str, Tensor]], le
 
 def detect_both(name: str, images: list[Tensor]) -> tuple[Detections, list[dict[str, Tensor]]]:
     theirs = torchvision_model(name)
-    theirs.transform.min_size, theirs.transform.max_size = (min(map(min, (image.shape[1:] for image in images))),), 10_000
+    theirs.transform.min_size, theirs.transform.max_size = (
+        (min(map(min, (image.shape[1:] for image in images))),),
+        10_000,
+    )
     batch = make_batch(images)
     with torch.no_grad():
         return our_model(name).detect(batch), theirs([image / 255 for image in images])
@@ -142,7 +152,9 @@ def drawn(*counts: int) -> list[dict[str, Tensor]]:
     return targets
 
 
-@pytest.mark.parametrize("name", ["torchvision_r50_fpn", pytest.param("torchvision_r50_fpn_v2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["torchvision_r50_fpn", pytest.param("torchvision_r50_fpn_v2", marks=pytest.mark.slow)]
+)
 def test_losses_and_gradients_equal_those_of_torchvision(name: str):
     """With samplers that take all there is, images with many objects, one and none; norms in training."""
     theirs, ours = copy.deepcopy(torchvision_model(name)).train(), copy.deepcopy(our_model(name)).train()
@@ -159,7 +171,12 @@ def test_losses_and_gradients_equal_those_of_torchvision(name: str):
     losses = ours(make_batch(images, targets), step=0)
     losses.total().backward()
 
-    pairs = {"loss_objectness": "rpn_objectness", "loss_rpn_box_reg": "rpn_box", "loss_classifier": "roi_class", "loss_box_reg": "roi_box"}
+    pairs = {
+        "loss_objectness": "rpn_objectness",
+        "loss_rpn_box_reg": "rpn_box",
+        "loss_classifier": "roi_class",
+        "loss_box_reg": "roi_box",
+    }
     for theirs_name, name in pairs.items():
         assert losses.terms[name].item() == pytest.approx(expected[theirs_name].item(), rel=1e-4), name
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}

@@ -27,7 +27,14 @@ WORDS = {  # on the command line -> strides
     "feature_hierarchy": (8, 16, 32, 64, 128),
     "pafpn": (4, 8, 16, 32, 64),
     "bifpn": (4, 8, 16, 32, 64),
-    "fpn model.neck.extra_method=conv model.neck.extra_levels=2 model.rpn.anchors.sizes=[8,16,32,64,128,256]": (4, 8, 16, 32, 64, 128),
+    "fpn model.neck.extra_method=conv model.neck.extra_levels=2 model.rpn.anchors.sizes=[8,16,32,64,128,256]": (
+        4,
+        8,
+        16,
+        32,
+        64,
+        128,
+    ),
 }
 
 

@@ -63,7 +63,13 @@ def test_proposals_of_several_views_are_suppressed_once_more():
 
 def make_second_stage() -> Detector:
     torch.manual_seed(0)
-    return Detector(3, ResNet(18, norm="frozen"), partial(FPN, channels=32), None, partial(ROIHead, box_head=partial(TwoLayerHead, width=64)))
+    return Detector(
+        3,
+        ResNet(18, norm="frozen"),
+        partial(FPN, channels=32),
+        None,
+        partial(ROIHead, box_head=partial(TwoLayerHead, width=64)),
+    )
 
 
 def with_proposals(batch: Batch, number: int = 9) -> Batch:

@@ -55,7 +55,9 @@ def test_one_plain_view_is_the_detector_to_the_bit():
     model, batch = spread_out(make_model()).eval(), make_batch()
     plain, viewed = model.detect(batch), model.detect(batch, Views())
     assert plain.valid.any()
-    assert all(torch.equal(getattr(plain, name), getattr(viewed, name)) for name in ("boxes", "scores", "labels", "valid"))
+    assert all(
+        torch.equal(getattr(plain, name), getattr(viewed, name)) for name in ("boxes", "scores", "labels", "valid")
+    )
 
 
 def test_two_equal_views_say_what_one_says():
@@ -75,7 +77,11 @@ def bright_box(batch: Batch) -> Candidates:
         y, x = torch.where(bright)
         boxes.append(torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]).float())
         scores.append(pixels[0, :height, :width][bright].mean() / 255)
-    return Candidates(torch.stack(boxes)[:, None, None], torch.stack(scores)[:, None, None], torch.ones(len(boxes), 1, dtype=torch.bool))
+    return Candidates(
+        torch.stack(boxes)[:, None, None],
+        torch.stack(scores)[:, None, None],
+        torch.ones(len(boxes), 1, dtype=torch.bool),
+    )
 
 
 @pytest.mark.parametrize("views", [Views(flip=True), Views((1.0, 2.0)), Views((0.5, 1.0, 3.0), flip=True)])
@@ -83,7 +89,13 @@ def test_views_of_an_equivariant_detector_agree(views: Views):
     pixels = torch.zeros(2, 3, 64, 96, dtype=torch.uint8)
     pixels[0, :, 8:24, 16:60], pixels[1, :, 20:40, 4:16] = 250, 250
     size = torch.tensor([[64, 96], [48, 40]])
-    batch = Batch(pixels, size, size, Targets.pad([torch.zeros(0, 4)] * 2, [torch.zeros(0, dtype=torch.int64)] * 2), torch.arange(2))
+    batch = Batch(
+        pixels,
+        size,
+        size,
+        Targets.pad([torch.zeros(0, 4)] * 2, [torch.zeros(0, dtype=torch.int64)] * 2),
+        torch.arange(2),
+    )
     merged, alone = views.merge(bright_box, batch, stride=32), bright_box(batch)
     assert merged.boxes.shape == (2, len(views.scales) * (1 + views.flip), 1, 4)
     torch.testing.assert_close(merged.boxes, alone.boxes.expand_as(merged.boxes), atol=1e-4, rtol=0)

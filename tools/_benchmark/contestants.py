@@ -30,7 +30,10 @@ from fpn_det.structures import Batch, Pyramid, Targets
 NUM_CLASSES = 80
 OBJECTS = 8  # per image, about as many as COCO has
 LEARNING_RATE = 1e-6  # the weights stay what they are calibrated to
-PEER_NORMS: dict[str, type[nn.Module]] = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}  # for model.backbone.norm
+PEER_NORMS: dict[str, type[nn.Module]] = {
+    "frozen": FrozenBatchNorm2d,
+    "batch": nn.BatchNorm2d,
+}  # for model.backbone.norm
 
 Run = Callable[[], object]
 

@@ -33,9 +33,13 @@ NUM_WORKERS = 4
 
 def loader_growth_mib(few: int = FEW, many: int = MANY) -> dict[str, float]:
     """By how many MiB more images make the sum grow: without workers, and with some of each kind."""
-    kinds: list[tuple[str, int, str | None]] = [("none", 0, None), *((method, NUM_WORKERS, method) for method in METHODS)]
+    kinds: list[tuple[str, int, str | None]] = [
+        ("none", 0, None),
+        *((method, NUM_WORKERS, method) for method in METHODS),
+    ]
     return {
-        name: _in_a_process(many, workers, method) - _in_a_process(few, workers, method) for name, workers, method in kinds
+        name: _in_a_process(many, workers, method) - _in_a_process(few, workers, method)
+        for name, workers, method in kinds
     }
 
 
@@ -53,7 +57,9 @@ def _measure(num_images: int, num_workers: int, start_method: str | None) -> flo
         Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(file)
         dataset = DetectionDataset(_annotations(num_images, str(file)).share_memory(), Pipeline([]), seed=0)
         order = GlobalBatches(dataset.annotations.sizes, 8, seed=0)
-        loader = TrainLoader(dataset, order, Ranks(), 1, num_workers, 32, "batch", torch.device("cpu"), start_method=start_method)
+        loader = TrainLoader(
+            dataset, order, Ranks(), 1, num_workers, 32, "batch", torch.device("cpu"), start_method=start_method
+        )
         batches = loader.iterate(0)
         for _ in islice(batches, BATCHES):
             pass
@@ -82,7 +88,10 @@ def _annotations(num_images: int, path: str) -> Annotations:
 def _family(pid: int) -> list[int]:
     """A process and all its descendants."""
     children = Path(f"/proc/{pid}/task").glob("*/children")
-    return [pid, *(member for listed in children for child in listed.read_text().split() for member in _family(int(child)))]
+    return [
+        pid,
+        *(member for listed in children for child in listed.read_text().split() for member in _family(int(child))),
+    ]
 
 
 def _pss_mib(pid: int) -> float:

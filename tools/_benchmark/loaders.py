@@ -34,7 +34,11 @@ def make_streams(setting: Setting, folder: Path, device: torch.device) -> dict[s
     With `resize_on_device`, our workers only decode and the device resizes; `decoded` counts what those workers send and
     leaves out what the device does then. torchvision has no such choice.
     """
-    names = (f"data.root={folder}", f"data.num_workers={setting.num_workers}", f"trainer.batch_size={setting.batch_size}")
+    names = (
+        f"data.root={folder}",
+        f"data.num_workers={setting.num_workers}",
+        f"trainer.batch_size={setting.batch_size}",
+    )
     here, there = setting.compose(*names), setting.compose(*names, "data.resize_on=device")
     peer = _torchvision(here, device)
     return {
@@ -49,7 +53,11 @@ def _ours(settings: Settings, device: torch.device, decoded: bool = False) -> St
     stride = api.build_model(settings, annotations.num_classes).stride
     loader = api.build_train_loader(settings, annotations, stride, Ranks(), device)
     if decoded:
-        return lambda: (len(parcel.indices) for parcel in islice(loader.parcels(0), loader.steps_per_epoch) if isinstance(parcel, Parcel))
+        return lambda: (
+            len(parcel.indices)
+            for parcel in islice(loader.parcels(0), loader.steps_per_epoch)
+            if isinstance(parcel, Parcel)
+        )
     return lambda: map(len, islice(loader.iterate(0), loader.steps_per_epoch))
 
 

@@ -18,7 +18,15 @@ Part = Literal["train", "inference", "memory", "reads", "roi_align", "rpn_loss",
 class Setting:
     """The same for both contestants."""
 
-    only: tuple[Part, ...] = ("train", "inference", "memory", "reads", "roi_align", "rpn_loss", "loader")  # what to measure
+    only: tuple[Part, ...] = (
+        "train",
+        "inference",
+        "memory",
+        "reads",
+        "roi_align",
+        "rpn_loss",
+        "loader",
+    )  # what to measure
     device: str = "auto"  # auto, cpu, cuda, cuda:<number>, mps
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of convolutions and matrix products
     channels_last: bool | None = None  # memory format of both; null = each one's own choice

@@ -57,7 +57,9 @@ def cover(annotations: Annotations, model: Detector, transform: Pipeline) -> Cov
     """
     rpn = model.rpn
     if rpn is None:
-        raise ValueError("tools/check_data.py: expected a model with an RPN, got one without, and so without anchors. Name another experiment.")
+        raise ValueError(
+            "tools/check_data.py: expected a model with an RPN, got one without, and so without anchors. Name another experiment."
+        )
     owners = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets.numpy()))
     rows = np.flatnonzero(~annotations.iscrowd.numpy())
     sizes = annotations.sizes.numpy()
@@ -84,11 +86,15 @@ def _input_sizes(sizes: np.ndarray, transform: Pipeline) -> np.ndarray:
     """(h, w) of every image after the transforms: of those that differ in size, one is tried."""
     distinct, where = np.unique(sizes, axis=0, return_inverse=True)
     no_boxes, no_labels = np.zeros((0, 4)), np.zeros(0, np.int64)
-    tried = [transform(np.zeros((*size, 3), np.uint8), no_boxes, no_labels, (0,))[0].shape[:2] for size in distinct.tolist()]
+    tried = [
+        transform(np.zeros((*size, 3), np.uint8), no_boxes, no_labels, (0,))[0].shape[:2] for size in distinct.tolist()
+    ]
     return np.array(tried, dtype=np.int64).reshape(-1, 2)[where.reshape(-1)]
 
 
-def _best_ious(boxes: np.ndarray, canvases: np.ndarray, shapes: np.ndarray, strides: tuple[int, ...], offset: float) -> np.ndarray:
+def _best_ious(
+    boxes: np.ndarray, canvases: np.ndarray, shapes: np.ndarray, strides: tuple[int, ...], offset: float
+) -> np.ndarray:
     """IoU [T] with the best anchor. Of one shape, that is the one whose center is nearest in x and in y."""
     best = np.zeros(len(boxes))
     centers, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
@@ -97,6 +103,8 @@ def _best_ious(boxes: np.ndarray, canvases: np.ndarray, shapes: np.ndarray, stri
         cell = np.clip(np.round(centers / stride - offset), 0, last)
         distance = np.abs((cell + offset) * stride - centers)
         for shape in level:
-            overlap = np.clip(np.minimum(np.minimum(sides, shape), (sides + shape) / 2 - distance), 0, None).prod(axis=1)
+            overlap = np.clip(np.minimum(np.minimum(sides, shape), (sides + shape) / 2 - distance), 0, None).prod(
+                axis=1
+            )
             best = np.maximum(best, overlap / (sides.prod(axis=1) + shape.prod() - overlap))
     return best

@@ -43,9 +43,20 @@ p.hint { color: #556; max-width: 50rem }
 def write_page(path: Path, report: Report, coverage: Coverage | None) -> None:
     """All of the report. `coverage` is that of the training set."""
     verdict = f'<span class="{"sound" if report.is_sound else "error"}">{escape(report.verdict)}</span>'
-    parts = [f"<h1>Data report</h1><p>{verdict}</p>", _splits(report), _findings(report), _worst(report), _class_counts(report)]
+    parts = [
+        f"<h1>Data report</h1><p>{verdict}</p>",
+        _splits(report),
+        _findings(report),
+        _worst(report),
+        _class_counts(report),
+    ]
     if coverage is not None and len(coverage.boxes):
-        parts += [_sizes(coverage), _ratios(coverage), _levels(coverage), _best_anchors(report.parts["train"].annotations, coverage)]
+        parts += [
+            _sizes(coverage),
+            _ratios(coverage),
+            _levels(coverage),
+            _best_anchors(report.parts["train"].annotations, coverage),
+        ]
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Data report</title><style>{STYLE}</style>'
     path.write_text(f"{head}<body>{''.join(parts)}</body></html>", encoding="utf-8")
 
@@ -67,7 +78,9 @@ def _findings(report: Report) -> str:
             items = "".join(f"<li>{escape(str(finding))}</li>" for finding in members[:LISTED])
             more = f"<li>... and {len(members) - LISTED} more in data_report.json</li>" if len(members) > LISTED else ""
             title = f'<span class="{severity}">{severity}</span> {split}: {escape(kind)} ({len(members)})'
-            lines.append(f"<details{' open' if severity in ('fatal', 'error') else ''}><summary>{title}</summary><ul>{items}{more}</ul></details>")
+            lines.append(
+                f"<details{' open' if severity in ('fatal', 'error') else ''}><summary>{title}</summary><ul>{items}{more}</ul></details>"
+            )
     return f"<h2>Findings</h2>{''.join(lines) or '<p>None.</p>'}"
 
 
@@ -90,13 +103,20 @@ def _figure_of(finding: Finding, split: str, annotations: Annotations, row: int)
 
 
 def _figure(
-    annotations: Annotations, row: int, boxes: np.ndarray, labels: Sequence[int], meant: tuple[float, ...] | None, caption: str
+    annotations: Annotations,
+    row: int,
+    boxes: np.ndarray,
+    labels: Sequence[int],
+    meant: tuple[float, ...] | None,
+    caption: str,
 ) -> str:
     try:
         pixels = read_image(annotations.path(row))
     except ValueError as error:
         return f"<figure><figcaption>{caption}<br>{escape(str(error))}</figcaption></figure>"
-    picture = Image.fromarray(draw_boxes(pixels, boxes, labels, [annotations.class_names[label] for label in labels], SIDE))
+    picture = Image.fromarray(
+        draw_boxes(pixels, boxes, labels, [annotations.class_names[label] for label in labels], SIDE)
+    )
     if meant is not None:
         picture = _with_frame(picture, meant, SIDE / max(pixels.shape[:2]))
     buffer = io.BytesIO()
@@ -110,7 +130,9 @@ def _with_frame(picture: Image.Image, box: tuple[float, ...], scale: float) -> I
     border = SIDE // 5
     ground = Image.new("RGB", (picture.width + 2 * border, picture.height + 2 * border), (236, 239, 244))
     ground.paste(picture, (border, border))
-    x1, y1, x2, y2 = (float(np.clip(value * scale + border, 4, limit - 5)) for value, limit in zip(box, ground.size * 2, strict=True))
+    x1, y1, x2, y2 = (
+        float(np.clip(value * scale + border, 4, limit - 5)) for value, limit in zip(box, ground.size * 2, strict=True)
+    )
     frame = min(x1, x2) - 3, min(y1, y2) - 3, max(x1, x2) + 3, max(y1, y2) + 3  # around the box: it may have no area
     ImageDraw.Draw(ground).rectangle(frame, outline=(214, 40, 40), width=3)
     return ground
@@ -149,13 +171,19 @@ def _ratios(coverage: Coverage) -> str:
 
 def _levels(coverage: Coverage) -> str:
     counts = np.bincount(coverage.levels, minlength=len(coverage.names)).tolist()
-    rows = [[name, _bar(count, max(counts)), f"{count / sum(counts):.1%}"] for name, count in zip(coverage.names, counts, strict=True)]
+    rows = [
+        [name, _bar(count, max(counts)), f"{count / sum(counts):.1%}"]
+        for name, count in zip(coverage.names, counts, strict=True)
+    ]
     hint = "The level of the pyramid that an object of this size is pooled from. All in one level: the others learn nothing."
     return f"<h2>Levels of the pyramid</h2>{_table(('level', 'objects', 'share'), rows)}<p class=hint>{hint}</p>"
 
 
 def _best_anchors(annotations: Annotations, coverage: Coverage) -> str:
-    marks = [(coverage.threshold, f"positive from {coverage.threshold:g}"), (coverage.background, f"background below {coverage.background:g}")]
+    marks = [
+        (coverage.threshold, f"positive from {coverage.threshold:g}"),
+        (coverage.background, f"background below {coverage.background:g}"),
+    ]
     chart = _histogram(coverage.ious, marks, lambda value: f"{value:.1f}")
     owners = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets.numpy()))
     figures = []

@@ -21,7 +21,12 @@ def draw_bars(results: Results, rows: Sequence[Row], metrics: Mapping[str, str],
     metrics = {metric: name for metric, name in metrics.items() if name in SIZES}
     picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
     canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT_SIZE)
-    values = [value for row in rows for metric in metrics for value in [*results.values(row.name, metric), row.paper.get(metric, 0)]]
+    values = [
+        value
+        for row in rows
+        for metric in metrics
+        for value in [*results.values(row.name, metric), row.paper.get(metric, 0)]
+    ]
     top = 10 * (1 + int(max(values) // 10))
     floor, right = HEIGHT - BOTTOM, WIDTH - LEGEND
 

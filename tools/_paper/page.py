@@ -71,9 +71,27 @@ def table(results: Results, rows: Sequence[Row], metrics: Mapping[str, str]) -> 
         step = f"{1000 * cost['step_s']:.0f} ms" if "step_s" in cost else ""
         numbers = [results.shown(row.name, metric) for metric in metrics]
         seeds = str(len(results.values(row.name, next(iter(metrics)))))
-        lines.append([f"**{row.title}**", seeds, *numbers, f"{cost['parameters'] / 1e6:.1f} M", step, f"{1000 * cost['inference_s']:.0f} ms"])
+        lines.append(
+            [
+                f"**{row.title}**",
+                seeds,
+                *numbers,
+                f"{cost['parameters'] / 1e6:.1f} M",
+                step,
+                f"{1000 * cost['inference_s']:.0f} ms",
+            ]
+        )
         if row.paper:
-            lines.append(["in the paper", "", *(f"*{row.paper[metric]}*" if metric in row.paper else "" for metric in metrics), "", "", ""])
+            lines.append(
+                [
+                    "in the paper",
+                    "",
+                    *(f"*{row.paper[metric]}*" if metric in row.paper else "" for metric in metrics),
+                    "",
+                    "",
+                    "",
+                ]
+            )
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -123,7 +141,11 @@ def claims_table(results: Results, rows: Mapping[str, Row]) -> str:
     lines = ["| finding | points of | in the paper | here | found again? |", "| --- | --- | ---: | ---: | --- |"]
     for claim in CLAIMS:
         better, worse = (rows[name].paper for name in (claim.better, claim.worse))
-        theirs = f"{better[claim.metric] - worse[claim.metric]:+.1f}" if claim.metric in better and claim.metric in worse else ""
+        theirs = (
+            f"{better[claim.metric] - worse[claim.metric]:+.1f}"
+            if claim.metric in better and claim.metric in worse
+            else ""
+        )
         ours, verdict = judge(results, claim)
         lines.append(f"| {claim.text} | {NAMES[claim.metric]} | {theirs} | {ours:+.1f} | {verdict} |")
     return "\n".join(lines)
@@ -149,7 +171,7 @@ def write_pages(results: Results, proposals: Sequence[Row], detectors: Sequence[
         seconds = {name: cost["inference_s"] for name, cost in results.costs.items()}
         one, pyramid, fpn = (seconds[name] for name in ("table3_a", "image_pyramid", "table3_c"))
         parts += [
-            f"\"Inference time increases considerably\": the image pyramid takes {pyramid / one:.1f} times as long as the same detector on "
+            f'"Inference time increases considerably": the image pyramid takes {pyramid / one:.1f} times as long as the same detector on '
             f"one scale, and {pyramid / fpn:.1f} times as long as the FPN."
         ]
         parts += ["## What the paper found", claims_table(results, rows), (TEXTS / "notes.md").read_text().strip()]
@@ -168,7 +190,9 @@ def write_pages(results: Results, proposals: Sequence[Row], detectors: Sequence[
     html = markdown.markdown(text, extensions=["tables", "fenced_code"])
     for picture in file.parent.glob(f"{file.stem}_*.[jp][pn]g"):
         data = base64.b64encode(picture.read_bytes()).decode()
-        html = html.replace(f'src="{picture.name}"', f'src="data:image/{picture.suffix[1:].replace("jpg", "jpeg")};base64,{data}"')
+        html = html.replace(
+            f'src="{picture.name}"', f'src="data:image/{picture.suffix[1:].replace("jpg", "jpeg")};base64,{data}"'
+        )
     file.with_suffix(".html").write_text(PAGE.format(style=STYLE, body=html))
 
 

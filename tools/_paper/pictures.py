@@ -32,7 +32,9 @@ def draw_pyramids(rows: Sequence[Row], data: Path, folder: Path, file: Path) -> 
         (batch,) = api.single_images(settings, annotations, [IMAGE], model.stride, torch.device("cpu"))
         levels = read_levels(model, batch)
         image = scaled_to(as_picture(batch.pixels[0]), SIDE)
-        maps.append({stride: heat(values, image) for stride, values in zip(levels.strides, levels.features, strict=True)})
+        maps.append(
+            {stride: heat(values, image) for stride, values in zip(levels.strides, levels.features, strict=True)}
+        )
     strides = sorted(set().union(*maps))
     nothing = np.full_like(image, GREY)
     pictures, titles = [], []

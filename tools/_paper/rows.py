@@ -32,7 +32,13 @@ class Row:
 def _proposals(letter: str, title: str, paper: tuple[float, ...], quick: bool = False) -> Row:
     names = ("AR100", "AR1000", "ARs1000", "ARm1000", "ARl1000")
     name = f"table1_{letter}"
-    return Row(name, f"({letter}) {title}", (f"experiment=paper/{name}", "miniature=proposals"), dict(zip(names, paper, strict=True)), quick=quick)
+    return Row(
+        name,
+        f"({letter}) {title}",
+        (f"experiment=paper/{name}", "miniature=proposals"),
+        dict(zip(names, paper, strict=True)),
+        quick=quick,
+    )
 
 
 def _detector(letter: str, title: str, paper: tuple[float, ...], *settings: str, quick: bool = False) -> Row:
@@ -73,7 +79,13 @@ DETECTORS = (
     Row(
         "image_pyramid_trained",
         "image pyramid, trained: at the three scales too",
-        ("experiment=paper/table3_a", "miniature=detector", TWO_LAYERS, f"model.image_scales={SCALES}", f"model.train_image_scales={SCALES}"),
+        (
+            "experiment=paper/table3_a",
+            "miniature=detector",
+            TWO_LAYERS,
+            f"model.image_scales={SCALES}",
+            f"model.train_image_scales={SCALES}",
+        ),
         seeds=1,
     ),
 )

@@ -39,7 +39,9 @@ class Job:
 def jobs_of(rows: Iterable[Row], seeds: int, folder: Path) -> list[Job]:
     """All first seeds, then all second ones: whoever stops early has every row. Rows that need others' weights come last."""
     rows = sorted(rows, key=lambda row: (row.weights_of is not None, row.seeds < seeds))
-    return [Job(row, seed, folder / row.name / f"seed{seed}") for seed in range(seeds) for row in rows if seed < row.seeds]
+    return [
+        Job(row, seed, folder / row.name / f"seed{seed}") for seed in range(seeds) for row in rows if seed < row.seeds
+    ]
 
 
 def make_data(folder: Path) -> None:
@@ -69,7 +71,9 @@ def finish(
 def _do(job: Job, data: Path, overrides: Sequence[str]) -> dict[str, Any]:
     common = (f"data.root={data}", *overrides)
     if job.row.weights_of is None:
-        _python("tools/train.py", *job.row.settings, f"seed={job.seed}", f"run_dir={job.folder}", "resume=auto", *common)
+        _python(
+            "tools/train.py", *job.row.settings, f"seed={job.seed}", f"run_dir={job.folder}", "resume=auto", *common
+        )
         metrics = json.loads((job.folder / "metrics.json").read_text())
     else:
         run = job.folder.parents[1] / job.row.weights_of / job.folder.name

@@ -46,10 +46,18 @@ def measure(rows: Mapping[str, Row], data: Path, folder: Path, overrides: Sequen
     return costs
 
 
-def _contestant(row: Row, rows: Mapping[str, Row], data: Path, folder: Path, overrides: Sequence[str]) -> tuple[float, Work]:
+def _contestant(
+    row: Row, rows: Mapping[str, Row], data: Path, folder: Path, overrides: Sequence[str]
+) -> tuple[float, Work]:
     """Number of parameters, and what is to be timed."""
     trained = rows[row.weights_of] if row.weights_of else row
-    words = [*trained.settings, *(row.settings if row.weights_of else ()), f"data.root={data}", "data.num_workers=0", *overrides]
+    words = [
+        *trained.settings,
+        *(row.settings if row.weights_of else ()),
+        f"data.root={data}",
+        "data.num_workers=0",
+        *overrides,
+    ]
     settings = compose([*words, "data.eval_batch_size=1", "device=cpu"])
     annotations = api.read_training_data(settings.data, settings.seed)[1]
     model = api.build_model(settings, annotations.num_classes)

@@ -32,5 +32,7 @@ def load(source: Path, folder: Path | None) -> Tables:
         records = document.get(table) if isinstance(document, dict) else None
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
             found = ", ".join(document) if isinstance(document, dict) else f"a {type(document).__name__}"
-            raise ValueError(f"{source}: expected COCO's tables images, annotations and categories, got no table {table!r} (found: {found}).")
+            raise ValueError(
+                f"{source}: expected COCO's tables images, annotations and categories, got no table {table!r} (found: {found})."
+            )
     return Tables(source, folder, *(document[table] for table in TABLES))

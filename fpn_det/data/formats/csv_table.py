@@ -64,7 +64,11 @@ def load(source: Path, folder: Path | None) -> Tables:
             tables.images.append(image)
         elif any(image[side] != value for side, value in size.items()):
             message = f"expected the same size as before, got width {row['width']}, height {row['height']}"
-            tables.findings.append(Finding("image_size_differs", message, image_id=image["id"], file_name=row["file"], where=where))
+            tables.findings.append(
+                Finding("image_size_differs", message, image_id=image["id"], file_name=row["file"], where=where)
+            )
         if row["class"] or row["x1"]:
-            tables.add_box(image, category_of.get(row["class"]), [real(row[side]) for side in ("x1", "y1", "x2", "y2")], where)
+            tables.add_box(
+                image, category_of.get(row["class"]), [real(row[side]) for side in ("x1", "y1", "x2", "y2")], where
+            )
     return tables

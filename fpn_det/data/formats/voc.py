@@ -36,9 +36,13 @@ def load(source: Path, folder: Path | None, split: str, pixel_offset: int | None
     pictures = files_in.parent / "JPEGImages"
     folder = folder or (pictures if pictures.is_dir() else files_in)
     tables = Tables(source, folder, [], [], [], states_classes=False)
-    parsed: dict[str, ElementTree.Element | None] = {path.stem: _parse(path, tables) for path in sorted(files_in.glob("*.xml"))}
+    parsed: dict[str, ElementTree.Element | None] = {
+        path.stem: _parse(path, tables) for path in sorted(files_in.glob("*.xml"))
+    }
     if not parsed:
-        raise ValueError(f"{source}: expected XML files in {files_in}, got none. Name the folder that holds Annotations.")
+        raise ValueError(
+            f"{source}: expected XML files in {files_in}, got none. Name the folder that holds Annotations."
+        )
     category_of = _categories(parsed, tables)
     offset = _pixel_offset(parsed) if pixel_offset is None else pixel_offset
     for stem in _stems(source, root, split) or list(parsed):
@@ -46,7 +50,9 @@ def load(source: Path, folder: Path | None, split: str, pixel_offset: int | None
         element = parsed.get(stem)
         if element is None:
             if stem not in parsed:
-                tables.findings.append(Finding("annotation_file_missing", f"expected its file {path}, got none", file_name=stem))
+                tables.findings.append(
+                    Finding("annotation_file_missing", f"expected its file {path}, got none", file_name=stem)
+                )
             continue
         name = _picture(element, stem, folder)
         size = [count(element.findtext(f"size/{side}", "").strip()) for side in ("height", "width")]
@@ -65,20 +71,31 @@ def _parse(path: Path, tables: Tables) -> ElementTree.Element | None:
     try:
         return ElementTree.fromstring(path.read_bytes())
     except (OSError, ElementTree.ParseError, ValueError) as error:
-        tables.findings.append(Finding("annotation_file_unreadable", f"expected XML, got {error}; its picture is left out", file_name=path.name))
+        tables.findings.append(
+            Finding(
+                "annotation_file_unreadable", f"expected XML, got {error}; its picture is left out", file_name=path.name
+            )
+        )
         return None
 
 
 def _categories(parsed: dict[str, ElementTree.Element | None], tables: Tables) -> dict[str, int]:
     elements = [element for element in parsed.values() if element is not None]
-    names = sorted({(name.text or "").strip() for element in elements for name in element.iterfind("object/name")} - {""})
+    names = sorted(
+        {(name.text or "").strip() for element in elements for name in element.iterfind("object/name")} - {""}
+    )
     tables.categories.extend({"id": number, "name": name} for number, name in enumerate(names, start=1))
     return {name: number for number, name in enumerate(names, start=1)}
 
 
 def _pixel_offset(parsed: dict[str, ElementTree.Element | None]) -> int:
     elements = [element for element in parsed.values() if element is not None]
-    starts = [real((start.text or "").strip()) for element in elements for side in SIDES[:2] for start in element.iterfind(f"object/bndbox/{side}")]
+    starts = [
+        real((start.text or "").strip())
+        for element in elements
+        for side in SIDES[:2]
+        for start in element.iterfind(f"object/bndbox/{side}")
+    ]
     below, first = (sum(low <= start < low + 1 for start in starts) for low in (0, 1))
     return int(below <= first)  # objects at the border begin at the first pixel, whatever its number
 
@@ -92,7 +109,9 @@ def _stems(source: Path, root: Path, split: str) -> list[str]:
     if not file.is_file():
         known = sorted(path.stem for path in lists.glob("*.txt"))
         near = near_matches(split, known) or known[:5]
-        raise ValueError(f"{lists}: expected the list {split}.txt, got none of that name. Name one as data.{split}.annotations: {', '.join(near)}.")
+        raise ValueError(
+            f"{lists}: expected the list {split}.txt, got none of that name. Name one as data.{split}.annotations: {', '.join(near)}."
+        )
     return [line.split()[0] for line in read_text(file).splitlines() if line.strip()]
 
 

@@ -32,12 +32,19 @@ def load(source: Path, folder: Path | None, split: str) -> Tables:
     names = _names(described, content)
     files = _pictures(described, content, folder, split)
     if not files:
-        raise ValueError(f"{described}: expected pictures of the split {split}, got none in {folder or described.parent}. Set data.{split}.images.")
+        raise ValueError(
+            f"{described}: expected pictures of the split {split}, got none in {folder or described.parent}. Set data.{split}.images."
+        )
     base = folder or _common(files)
     tables = Tables(described, base, [], [], [{"id": number, "name": name} for number, name in enumerate(names)])
     for file in files:
         height, width = image_size(file) or (0, 0)
-        image = {"id": len(tables.images) + 1, "file_name": file.relative_to(base).as_posix(), "height": height, "width": width}
+        image = {
+            "id": len(tables.images) + 1,
+            "file_name": file.relative_to(base).as_posix(),
+            "height": height,
+            "width": width,
+        }
         tables.images.append(image)
         labels = _labels_of(file)
         for number, line in enumerate(read_text(labels).splitlines() if labels.is_file() else [], start=1):
@@ -47,22 +54,39 @@ def load(source: Path, folder: Path | None, split: str) -> Tables:
             if not values:
                 continue
             if len(values) == 6:
-                tables.findings.append(Finding("label_columns", f"expected class cx cy w h, got a sixth value in '{line}'; left out", **place))
+                tables.findings.append(
+                    Finding(
+                        "label_columns", f"expected class cx cy w h, got a sixth value in '{line}'; left out", **place
+                    )
+                )
                 values = values[:5]
             box = _extent(values[1:]) if len(values) >= 7 and len(values) % 2 else values[1:]
             if len(box) != 4:
-                tables.findings.append(Finding("label_columns", f"expected class cx cy w h, got '{line[:80]}'; left out", **place))
+                tables.findings.append(
+                    Finding("label_columns", f"expected class cx cy w h, got '{line[:80]}'; left out", **place)
+                )
                 continue
             x, y, w, h = box
             category_id = int(values[0]) if values[0] % 1 == 0 else None
-            tables.add_box(image, category_id, [(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height], where)
+            tables.add_box(
+                image,
+                category_id,
+                [(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height],
+                where,
+            )
     _report_lonely_labels(files, tables)
     return tables
 
 
 def description(folder: Path) -> Path | None:
     """The file of a folder that has the names of the classes."""
-    files = [folder / "data.yaml", folder / "data.yml", folder / "dataset.yaml", *sorted(folder.glob("*.yaml")), folder / "classes.txt"]
+    files = [
+        folder / "data.yaml",
+        folder / "data.yml",
+        folder / "dataset.yaml",
+        *sorted(folder.glob("*.yaml")),
+        folder / "classes.txt",
+    ]
     return next((file for file in files if file.is_file()), None)
 
 
@@ -83,10 +107,14 @@ def _names(described: Path, content: dict[str, Any]) -> list[str]:
     try:
         names = [names[number] for number in range(len(names))]  # a list, or a table from 0
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{described}: expected 'names' as a list or a table that counts from 0, got {error}.") from error
+        raise ValueError(
+            f"{described}: expected 'names' as a list or a table that counts from 0, got {error}."
+        ) from error
     stated = content.get("nc", len(names))
     if stated != len(names):
-        raise ValueError(f"{described}: expected as many names as 'nc' says, got nc {stated} and {len(names)} names. Correct one of them.")
+        raise ValueError(
+            f"{described}: expected as many names as 'nc' says, got nc {stated} and {len(names)} names. Correct one of them."
+        )
     return [str(name) for name in names]
 
 
@@ -119,7 +147,9 @@ def _resolve(described: Path, content: dict[str, Any], entry: str) -> Path:
         parent = described.parent
         similar = near_matches(Path(entry).name, sorted(path.name for path in parent.iterdir()))
         hint = f" There is {', '.join(similar)}." if similar else ""
-        raise ValueError(f"{described}: expected a path that exists, got {entry!r}, that is {tried[0].absolute()}.{hint}")
+        raise ValueError(
+            f"{described}: expected a path that exists, got {entry!r}, that is {tried[0].absolute()}.{hint}"
+        )
     return found
 
 
