@@ -23,11 +23,11 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from fpn_det.data.findings import existing_path
-from fpn_det.data.formats import coco, csv_table, voc, yolo
-from fpn_det.data.looking import look_at
-from fpn_det.data.reading import examine, judge
-from fpn_det.data.tables import Tables
+from fpn_det.annotations.findings import existing_path
+from fpn_det.annotations.formats import coco, csv_table, voc, yolo
+from fpn_det.annotations.image_files import look_at
+from fpn_det.annotations.reading import examine, judge
+from fpn_det.annotations.tables import Tables
 from fpn_det.structures import Annotations
 
 FORMATS = ("coco", "voc", "yolo", "csv")

@@ -12,28 +12,28 @@ import hydra.utils
 import torch
 from hydra.errors import InstantiationException
 
+from fpn_det.annotations.image_files import Look, look_at
+from fpn_det.annotations.overlap import without_shared
+from fpn_det.annotations.reading import Examined, examine, judge, load_tables
+from fpn_det.annotations.subsets import drop_empty, select_images, split_images
 from fpn_det.config import Data, Node, Settings, Split, check, compose, is_for_people
-from fpn_det.data.cache import PictureCache
 from fpn_det.data.dataset import DetectionDataset
-from fpn_det.data.images import BadImage
+from fpn_det.data.image_cache import PictureCache
 from fpn_det.data.loading import EvalLoader, TrainLoader
-from fpn_det.data.looking import Look, look_at
-from fpn_det.data.overlap import without_shared
 from fpn_det.data.proposals import SavedProposals, read_proposals
-from fpn_det.data.reading import Examined, examine, judge, load_tables
 from fpn_det.data.sampling import GlobalBatches, repeat_factors
-from fpn_det.data.selection import drop_empty, select_images, split_images
 from fpn_det.data.transforms import Pipeline
-from fpn_det.engine.folder import versions
-from fpn_det.engine.optimization import PRECISIONS
-from fpn_det.engine.predict import Predictor
+from fpn_det.image_io import BadImage
+from fpn_det.inference.predictor import Predictor
 from fpn_det.interop import loading
 from fpn_det.interop.coco_classes import category_ids
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
+from fpn_det.runs.folder import versions
 from fpn_det.runtime import Ranks, broadcast_object, current_ranks, pick_device
 from fpn_det.saved import read_yaml, to_yaml
 from fpn_det.structures import Annotations
+from fpn_det.training.optimization import PRECISIONS
 
 SplitName = Literal["train", "val", "test"]
 

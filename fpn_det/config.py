@@ -30,13 +30,13 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from fpn_det.engine.faults import Fault, explained
-from fpn_det.engine.settings import Trainer
+from fpn_det.errors import Fault, explained
 from fpn_det.evaluation.coco import EvaluationSettings
 from fpn_det.models.views import Views
 from fpn_det.runtime import is_echo
 from fpn_det.saved import CONFIGS, read_yaml
 from fpn_det.schema import Amount, Count, CountOrZero, Fraction, Positive, Share, check_names, did_you_mean, fit, listed
+from fpn_det.training.settings import Trainer
 
 PACKAGE = Path(__file__).parent
 HYDRA = Path(hydra.__file__).parent

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from tiny import ROOT
 
+pytest_plugins = ["pictures"]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory) -> None:

@@ -7,11 +7,11 @@ import torch
 from tiny import TINY
 
 from fpn_det.api import build_model, read_training_data
+from fpn_det.assembly import settle_batch_size
 from fpn_det.config import compose
-from fpn_det.engine import memory
 from fpn_det.runtime import Ranks
 from fpn_det.saved import to_yaml
-from fpn_det.training import settle_batch_size
+from fpn_det.training import memory
 
 CPU = torch.device("cpu")
 

@@ -12,23 +12,26 @@ SOURCES = sorted([*(ROOT / "fpn_det").rglob("*.py"), *(ROOT / "tools").rglob("*.
 
 RANKS = {
     "": 0,
-    **dict.fromkeys(["structures", "boxes", "runtime", "schema"], 0),
-    **dict.fromkeys(["saved", "anchors", "matching", "pyramid", "nms"], 1),
-    **dict.fromkeys(["models", "data", "evaluation", "interop"], 2),
-    "engine": 3,
-    **dict.fromkeys(["config", "doctor"], 4),
-    "api": 5,
+    **dict.fromkeys(["structures", "boxes", "runtime", "schema", "image_io"], 0),
+    **dict.fromkeys(["saved", "errors", "annotations"], 1),
+    **dict.fromkeys(["models", "data"], 2),
+    **dict.fromkeys(["evaluation", "inference", "interop"], 3),
+    "visualization": 4,
+    "runs": 5,
     "training": 6,
-    "tools": 7,
+    **dict.fromkeys(["config", "doctor"], 7),
+    "api": 8,
+    "assembly": 9,
+    "tools": 10,
 }
 
 # A library that only some files may know.
 IMPORTERS = {
-    "hydra": {"fpn_det/config.py", "fpn_det/saved.py", "fpn_det/api.py", "fpn_det/training.py", "tools"},
-    "omegaconf": {"fpn_det/config.py", "fpn_det/saved.py", "fpn_det/api.py", "fpn_det/training.py", "tools"},
+    "hydra": {"fpn_det/config.py", "fpn_det/saved.py", "fpn_det/api.py", "fpn_det/assembly.py", "tools"},
+    "omegaconf": {"fpn_det/config.py", "fpn_det/saved.py", "fpn_det/api.py", "fpn_det/assembly.py", "tools"},
     "pycocotools": {"fpn_det/evaluation/coco.py"},
-    "torch.utils.tensorboard": {"fpn_det/engine/log.py"},
-    "tensorboard": {"fpn_det/engine/log.py"},
+    "torch.utils.tensorboard": {"fpn_det/runs/log.py"},
+    "tensorboard": {"fpn_det/runs/log.py"},
     "albumentations": {"fpn_det/data/transforms.py"},
     "torch.distributed": {"fpn_det/runtime.py"},
 }

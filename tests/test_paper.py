@@ -9,8 +9,8 @@ import torch
 
 from fpn_det import api
 from fpn_det.config import compose
-from fpn_det.engine.evaluate import evaluate
 from fpn_det.evaluation.coco import EvaluationSettings
+from fpn_det.evaluation.evaluate import evaluate
 from fpn_det.runtime import Ranks
 from fpn_det.saved import CONFIGS
 

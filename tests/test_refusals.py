@@ -7,10 +7,10 @@ import torch
 from omegaconf import OmegaConf
 from tiny import TINY
 
+from fpn_det.assembly import check_parts
 from fpn_det.config import EvalSettings, check, compose
 from fpn_det.runtime import Ranks, process_group
 from fpn_det.saved import CONFIGS, read_yaml, to_yaml
-from fpn_det.training import check_parts
 
 CPU = torch.device("cpu")
 EARLY_STOP = "trainer.early_stop={patience:3,min_delta:0}"

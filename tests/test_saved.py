@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fpn_det.assembly import check_parts
 from fpn_det.config import Settings, check, compose
 from fpn_det.runtime import Ranks
 from fpn_det.saved import read_yaml, to_yaml
-from fpn_det.training import check_parts
 
 CPU = torch.device("cpu")
 OLD = Path(__file__).parent / "old_runs"

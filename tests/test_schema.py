@@ -104,8 +104,8 @@ def test_locate_admits_classes_of_the_packages_only(name):
 
 
 def test_locate_suggests_a_class():
-    with pytest.raises(ValueError, match=r"fpn_det.models.neck has no class 'PFN'. Did you mean FPN"):
-        locate("fpn_det.models.neck.PFN", "here", ("fpn_det",))
+    with pytest.raises(ValueError, match=r"fpn_det.models.necks.fpn has no class 'PFN'. Did you mean FPN"):
+        locate("fpn_det.models.necks.fpn.PFN", "here", ("fpn_det",))
 
 
 def test_describe_says_what_a_hint_asks_for():

@@ -12,8 +12,8 @@ import pytest
 from tiny import TINY
 
 from fpn_det.config import Data, Settings, Split
-from fpn_det.engine.settings import EarlyStop, Trainer
 from fpn_det.evaluation.coco import EvaluationSettings
+from fpn_det.training.settings import EarlyStop, Trainer
 
 ELSEWHERE = {
     "Settings.allow_targets": "the check of names, before there are settings",

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fpn_det import api
 from fpn_det.config import compose
-from fpn_det.engine.predict import Predictor
+from fpn_det.inference.predictor import Predictor
 from fpn_det.interop.coco_classes import NAMES
 from fpn_det.interop.conversion import convert
 from fpn_det.interop.loading import read_as_ours

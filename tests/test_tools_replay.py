@@ -7,7 +7,7 @@ import shutil
 import torch
 from tiny import TINY
 
-from fpn_det.engine.checkpoint import load_checkpoint, save_checkpoint
+from fpn_det.runs.checkpoint import load_checkpoint, save_checkpoint
 
 
 def test_replay_shows_what_the_run_met(run_tool, shapes_dataset, tmp_path):

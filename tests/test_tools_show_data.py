@@ -8,8 +8,8 @@ from tiny import TINY
 from fpn_det import api
 from fpn_det.boxes import box_iou
 from fpn_det.config import compose
-from fpn_det.engine.data_panels import match_anchors
 from fpn_det.runtime import Ranks
+from fpn_det.visualization.data_panels import match_anchors
 
 CPU = torch.device("cpu")
 

@@ -18,11 +18,11 @@ from _check_data.coverage import cover
 from _check_data.page import write_page
 from _check_data.report import Report, notes, show
 from fpn_det import api
+from fpn_det.annotations.findings import Finding
+from fpn_det.annotations.overlap import find_shared
+from fpn_det.annotations.reading import listed_paths
 from fpn_det.config import Data, Settings, launch
-from fpn_det.data.findings import Finding
-from fpn_det.data.overlap import find_shared
-from fpn_det.data.reading import listed_paths
-from fpn_det.engine.log import PLAIN_WIDTH, shown_path
+from fpn_det.runs.log import PLAIN_WIDTH, shown_path
 
 
 @dataclass(frozen=True)

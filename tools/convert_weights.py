@@ -18,11 +18,11 @@ from omegaconf import OmegaConf
 
 from fpn_det import api
 from fpn_det.config import WRONG_COMMAND_LINE, compose
-from fpn_det.engine.checkpoint import save_checkpoint
 from fpn_det.interop.conversion import convert
 from fpn_det.interop.loading import read_as_ours
 from fpn_det.interop.naming import Project
 from fpn_det.interop.writing import write_weights
+from fpn_det.runs.checkpoint import save_checkpoint
 from fpn_det.schema import fit
 
 

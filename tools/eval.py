@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from fpn_det import api
 from fpn_det.config import EvalSettings, argument, launch
-from fpn_det.engine.checkpoint import folder_of_run, named_checkpoint
-from fpn_det.engine.evaluate import evaluate, write_evaluation
-from fpn_det.engine.log import RunLog
-from fpn_det.engine.optimization import PRECISIONS
+from fpn_det.evaluation.evaluate import evaluate, write_evaluation
 from fpn_det.models.views import Views
+from fpn_det.runs.checkpoint import folder_of_run, named_checkpoint
+from fpn_det.runs.log import RunLog
 from fpn_det.runtime import process_group
+from fpn_det.training.optimization import PRECISIONS
 
 
 def score(settings: EvalSettings) -> None:

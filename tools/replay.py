@@ -17,10 +17,10 @@ from rich.table import Table
 
 from fpn_det import api
 from fpn_det.config import Settings, check, is_for_people
-from fpn_det.engine.nonfinite import examine, load_dump
-from fpn_det.engine.optimization import PRECISIONS
 from fpn_det.runtime import seed_step
 from fpn_det.saved import read_yaml
+from fpn_det.training.nonfinite import examine, load_dump
+from fpn_det.training.optimization import PRECISIONS
 
 DEPTH = 3  # parts of a module's name by which gradients are put together
 

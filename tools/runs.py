@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fpn_det.engine.log import PLAIN_WIDTH
-from fpn_det.engine.runs import compare, find_runs, runs_table
+from fpn_det.runs.log import PLAIN_WIDTH
+from fpn_det.runs.overview import compare, find_runs, runs_table
 
 
 def main(arguments: list[str]) -> int:

@@ -14,11 +14,11 @@ from PIL import Image
 
 from fpn_det import api
 from fpn_det.config import Settings, launch
-from fpn_det.engine.data_panels import draw_data
-from fpn_det.engine.log import RunLog, shown_path
-from fpn_det.engine.meters import Pace
+from fpn_det.runs.log import RunLog, shown_path
+from fpn_det.runs.meters import Pace
 from fpn_det.runtime import Ranks, pick_device
 from fpn_det.schema import Count, CountOrZero
+from fpn_det.visualization.data_panels import draw_data
 
 
 @dataclass(frozen=True)

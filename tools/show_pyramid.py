@@ -15,14 +15,14 @@ from PIL import Image
 
 from fpn_det import api
 from fpn_det.config import EvalSettings, argument, launch
-from fpn_det.engine.checkpoint import folder_of_run, named_checkpoint
-from fpn_det.engine.log import shown_path
-from fpn_det.engine.panels import some_images
-from fpn_det.engine.pyramid_panels import draw_levels, read_levels
 from fpn_det.models.detector import Detector
+from fpn_det.runs.checkpoint import folder_of_run, named_checkpoint
+from fpn_det.runs.log import shown_path
 from fpn_det.runtime import pick_device
 from fpn_det.schema import Count
 from fpn_det.structures import Batch
+from fpn_det.visualization.panels import some_images
+from fpn_det.visualization.pyramid_panels import draw_levels, read_levels
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">

@@ -36,7 +36,7 @@ from omegaconf import OmegaConf
 
 import fpn_det.api  # noqa: F401  for the lives
 from fpn_det.config import WRONG_COMMAND_LINE
-from fpn_det.engine.checkpoint import load_checkpoint
+from fpn_det.runs.checkpoint import load_checkpoint
 from fpn_det.schema import Count, CountOrZero, fit
 
 ROOT = Path(__file__).parent.parent

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 
+from fpn_det.assembly import build_parts, check_parts
 from fpn_det.config import Settings, argument, launch
-from fpn_det.engine.faults import explained
-from fpn_det.engine.folder import choose_folder, write_settings
-from fpn_det.engine.log import RunLog
-from fpn_det.engine.profile import profiled
-from fpn_det.engine.run import Run
+from fpn_det.errors import explained
+from fpn_det.runs.folder import choose_folder, write_settings
+from fpn_det.runs.log import RunLog
 from fpn_det.runtime import process_group
-from fpn_det.training import build_parts, check_parts
+from fpn_det.training.profile import profiled
+from fpn_det.training.run import Run
 
 
 def train(settings: Settings) -> None:

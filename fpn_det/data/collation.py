@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fpn_det.data.dataset import Example
-from fpn_det.data.images import BadImage
 from fpn_det.data.resizing import Plan, Size
+from fpn_det.image_io import BadImage
 from fpn_det.structures import Batch, Proposals, Targets
 
 Canvas = Literal["batch"] | tuple[int, int]  # as large as the batch needs, or (H, W) px

@@ -9,11 +9,11 @@ from functools import partial
 
 import numpy as np
 
-from fpn_det.data.cache import PictureCache
-from fpn_det.data.images import BadImage, read_image, reduction_to
+from fpn_det.data.image_cache import PictureCache
 from fpn_det.data.proposals import SavedProposals
 from fpn_det.data.resizing import Plan, Size
 from fpn_det.data.transforms import Original, Pipeline
+from fpn_det.image_io import BadImage, read_image, reduction_to
 from fpn_det.structures import Annotations
 
 Key = tuple[int, int]  # (row of Annotations, epoch); see GlobalBatches.showings

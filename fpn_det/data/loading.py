@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from fpn_det.data.collation import Canvas, Parcel, ResizeOn, check_canvas, pack
 from fpn_det.data.dataset import DetectionDataset, Example, Key
-from fpn_det.data.extremes import largest_batch
-from fpn_det.data.images import BadImage
+from fpn_det.data.largest_batch import largest_batch
 from fpn_det.data.sampling import GlobalBatches, evaluation_batches, micro_batches
 from fpn_det.data.shared_memory import SharedBuffers, check_room
+from fpn_det.image_io import BadImage
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Batch
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from fpn_det.models.backbone import ResNet
 from fpn_det.models.conv5_head import Conv5Head
 from fpn_det.models.layers import set_foldable
-from fpn_det.models.neck import FPN, Neck
+from fpn_det.models.necks.fpn import FPN, Neck
+from fpn_det.models.roi_align import LevelAssigner
 from fpn_det.models.roi_head import ROIHead
 from fpn_det.models.rpn import RPN
 from fpn_det.models.views import Views
-from fpn_det.pyramid import LevelAssigner
 from fpn_det.schema import Positive
 from fpn_det.structures import Batch, Candidates, Detections, Losses, Proposals, Pyramid
 

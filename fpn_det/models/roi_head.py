@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fpn_det.boxes import MAX_LOG_SCALE, box_area, box_sides, clip_boxes, decode_deltas, encode_deltas
-from fpn_det.matching import Matcher, Sampler
 from fpn_det.models.layers import ConvBlock, Norm
 from fpn_det.models.losses import box_distance, check_normalizer, masked_sum, normalizer
-from fpn_det.nms import Method, nms_keep
-from fpn_det.pyramid import RoIAlign
+from fpn_det.models.matching import Matcher, Sampler
+from fpn_det.models.nms import Method, nms_keep
+from fpn_det.models.roi_align import RoIAlign
 from fpn_det.schema import Amount, Count, CountOrZero, Fraction, Positive
 from fpn_det.structures import Batch, Candidates, Detections, Losses, Proposals, Pyramid, Sample
 

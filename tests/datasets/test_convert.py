@@ -11,7 +11,7 @@ import pytest
 from convert import main
 from PIL import Image
 
-from fpn_det.data.reading import read_annotations
+from fpn_det.annotations.reading import read_annotations
 from fpn_det.structures import Annotations
 
 CLASSES = ("zebra", "ant")  # an order that is not the alphabet's

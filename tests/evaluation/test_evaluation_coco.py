@@ -13,7 +13,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from fpn_det.data.reading import read_annotations
+from fpn_det.annotations.reading import read_annotations
 from fpn_det.evaluation.coco import DetectionTable, EvaluationSettings, precision_and_recall, recall_of_proposals, score
 from fpn_det.structures import Annotations
 

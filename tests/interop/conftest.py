@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fpn_det.models.backbone import ResNet
 from fpn_det.models.detector import Detector
-from fpn_det.models.neck import FPN
+from fpn_det.models.necks.fpn import FPN
 from fpn_det.models.roi_head import ROIHead, TwoLayerHead
 
 

@@ -8,14 +8,14 @@ import torch
 import torchvision
 from test_detector import gradients, make_batch, spread_out
 
-from fpn_det.matching import Sampler
 from fpn_det.models.backbone import ResNet
 from fpn_det.models.conv5_head import Conv5Head
 from fpn_det.models.detector import Detector
-from fpn_det.models.pyramids import SingleMap
+from fpn_det.models.matching import Sampler
+from fpn_det.models.necks.baselines import SingleMap
+from fpn_det.models.roi_align import RoIAlign
 from fpn_det.models.roi_head import ROIHead
 from fpn_det.models.rpn import RPN, ProposalFilter
-from fpn_det.pyramid import RoIAlign
 
 
 def make_model(weights: str | None = None) -> Detector:

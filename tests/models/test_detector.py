@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fpn_det.anchors import AnchorGenerator
+from fpn_det.models.anchors import AnchorGenerator
 from fpn_det.models.backbone import ResNet
 from fpn_det.models.detector import Detector
-from fpn_det.models.neck import FPN
+from fpn_det.models.necks.fpn import FPN
 from fpn_det.models.roi_head import ROIHead, TwoLayerHead
 from fpn_det.models.rpn import RPN, ProposalFilter, RPNHead
 from fpn_det.structures import Batch, Pyramid, Targets

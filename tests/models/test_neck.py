@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from fpn_det.models.neck import FPN
+from fpn_det.models.necks.fpn import FPN
 
 
 @pytest.mark.parametrize("norm", [None, "batch"])

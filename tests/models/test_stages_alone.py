@@ -12,7 +12,7 @@ from test_detector import gradients, make_batch, make_model, spread_out
 from fpn_det.boxes import box_iou
 from fpn_det.models.backbone import ResNet
 from fpn_det.models.detector import Detector
-from fpn_det.models.neck import FPN
+from fpn_det.models.necks.fpn import FPN
 from fpn_det.models.roi_head import ROIHead, TwoLayerHead
 from fpn_det.models.rpn import RPN, ProposalFilter
 from fpn_det.models.views import Views, look

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from test_detector import make_batch, make_model, spread_out
 
+from fpn_det.models.nms import nms_keep
 from fpn_det.models.views import Views, carry, look
-from fpn_det.nms import nms_keep
 from fpn_det.structures import Batch, Candidates, Targets
 
 

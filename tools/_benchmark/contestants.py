@@ -22,10 +22,10 @@ from torchvision.ops import FrozenBatchNorm2d
 from _benchmark.setting import Setting
 from fpn_det import api
 from fpn_det.config import Node
-from fpn_det.engine.optimization import PRECISIONS
 from fpn_det.interop.conversion import convert
 from fpn_det.models.detector import Detector
 from fpn_det.structures import Batch, Pyramid, Targets
+from fpn_det.training.optimization import PRECISIONS
 
 NUM_CLASSES = 80
 OBJECTS = 8  # per image, about as many as COCO has

@@ -13,10 +13,10 @@ from PIL import Image, ImageDraw
 
 from _check_data.coverage import Coverage
 from _check_data.report import Report, summary
-from fpn_det.data.findings import Finding, group
-from fpn_det.data.images import read_image
-from fpn_det.engine.panels import draw_boxes
+from fpn_det.annotations.findings import Finding, group
+from fpn_det.image_io import read_image
 from fpn_det.structures import Annotations
+from fpn_det.visualization.panels import draw_boxes
 
 LISTED = 50  # findings of a kind
 PICTURES_PER_KIND = 3

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fpn_det.data.findings import Finding, group
-from fpn_det.data.pictures import Policy
-from fpn_det.data.reading import Examined
+from fpn_det.annotations.findings import Finding, group
+from fpn_det.annotations.image_records import Policy
+from fpn_det.annotations.reading import Examined
 from fpn_det.structures import Annotations
 
 ORDER = ("fatal", "error", "warning", "note")

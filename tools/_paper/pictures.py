@@ -12,9 +12,9 @@ from PIL import Image
 from _paper.rows import Row
 from fpn_det import api
 from fpn_det.config import compose
-from fpn_det.engine.checkpoint import load_checkpoint
-from fpn_det.engine.panels import GREY, Picture, arrange, as_picture, scaled_to
-from fpn_det.engine.pyramid_panels import heat, read_levels
+from fpn_det.runs.checkpoint import load_checkpoint
+from fpn_det.visualization.panels import GREY, Picture, arrange, as_picture, scaled_to
+from fpn_det.visualization.pyramid_panels import heat, read_levels
 
 SIDE = 150  # px of each map
 IMAGE = 3  # of the held-out ones: it has objects of all sizes

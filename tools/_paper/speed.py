@@ -13,7 +13,7 @@ import torch
 from _paper.rows import Row
 from fpn_det import api
 from fpn_det.config import compose
-from fpn_det.engine.checkpoint import load_checkpoint
+from fpn_det.runs.checkpoint import load_checkpoint
 from fpn_det.runtime import Ranks
 
 CPU = torch.device("cpu")

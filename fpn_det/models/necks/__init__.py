@@ -1,0 +1,1 @@
+"""Necks: from the backbone's maps to a pyramid."""

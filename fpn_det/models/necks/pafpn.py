@@ -1,0 +1,42 @@
+"""The path aggregation network: the FPN, and a way back up (Liu et al. 2018, 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from fpn_det.models.layers import Norm
+from fpn_det.models.necks.fpn import FPN, apply_each, projection
+from fpn_det.schema import Count
+
+
+class PAFPN(FPN):
+    """Bring the places that fine levels know to the coarse ones by a short path.
+
+    Q_2 = P_2, Q_k = P_k + down_{k-1}(Q_{k-1}), each but the finest through a 3x3 convolution of its own at the end.
+
+    Args: as of `FPN`.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        in_strides: Sequence[int],
+        channels: Count = 256,
+        norm: Norm | None = None,
+        merge: str = "sum",
+        upsampling: str = "nearest",
+        extra_levels: int = 1,
+        extra_method: str = "subsample",
+    ) -> None:
+        super().__init__(in_channels, in_strides, channels, norm, merge, upsampling, extra_levels, extra_method)
+        self.down = nn.ModuleList(projection(channels, channels, 3, norm, stride=2) for _ in in_channels[1:])
+        self.final = nn.ModuleList(projection(channels, channels, 3, norm) for _ in in_channels[1:])
+
+    def levels(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Q2..Q5."""
+        levels = super().levels(features)
+        for number, down in enumerate(self.down, start=1):
+            levels[number] = levels[number] + down(levels[number - 1])
+        return [levels[0], *apply_each(self.final, levels[1:])]

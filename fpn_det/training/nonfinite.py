@@ -1,0 +1,257 @@
+"""Explaining a step that was not finite. Nothing has moved since, so it can be looked at again, with the same weights.
+
+What is found is kept in a folder of its own, from which `tools/replay.py` does the step once more, anywhere and without
+the data set: `checkpoint.pt` is the state as the bad step found it, settings included, and `rank{k}/step.pt` the share of one rank:
+
+    step, rank, world_size, precision, lr, loss_scale     the step counted from 0
+    batches                                               of each micro-batch: its tensors by name, with pixels and boxes
+    images                                                of each micro-batch and image: path, image_id, annotation_ids
+    examinations                                          of each micro-batch: what `examine` found
+    gradient_norms                                        by module, of this rank alone, before clipping
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fpn_det.models.detector import Detector
+from fpn_det.runs.checkpoint import load_checkpoint, save_checkpoint
+from fpn_det.runtime import Ranks, agree_on_max, broadcast_object, gather_objects, on_main, seed_step
+from fpn_det.structures import Annotations, Batch, Proposals, Targets
+from fpn_det.training.optimization import Optimization
+
+NEVER = 2**62
+MAX_NAMES = 8  # of parameters or files in a message
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What a micro-batch computes.
+
+    Attributes:
+        terms: its losses.
+        inputs: which of its inputs are not finite, as `pixels` or `boxes` and the number of the image.
+        module: the first one to give something that is not finite; empty if none did.
+        images: the numbers of the images whose losses are not finite when they are alone.
+    """
+
+    terms: dict[str, float]
+    inputs: list[tuple[str, int]]
+    module: str
+    images: list[int]
+
+
+def first_bad_step(optimization: Optimization) -> int:
+    """The first step with an alarm on any rank; all ranks ask together."""
+    step = int(optimization.alarm)
+    return -agree_on_max(-(NEVER if step < 0 else step))
+
+
+def examine(
+    model: Detector, batches: Sequence[Batch], step: int, scale: float, autocast: Callable[[], AbstractContextManager]
+) -> tuple[list[Examination], dict[str, float]]:
+    """Do the forward and backward passes of a step again; returns what its micro-batches compute, and the gradient's norms.
+
+    Random draws are those of the step if the generators are seeded for it. Gradients are overwritten, norm statistics move.
+
+    Args:
+        batches: micro-batches of the step, on the model's device.
+        step: counted from 0.
+        scale: of the losses, in the backward pass.
+        autocast: makes the precision.
+    """
+    model.zero_grad()
+    terms, modules = [], []
+    for batch in batches:
+        with autocast(), _watched(model) as bad_modules:
+            losses = model(batch, step)
+        (losses.total() * (scale / len(batches))).backward()
+        terms.append({name: term.item() for name, term in losses.terms.items()})
+        modules.append(next(iter(bad_modules), ""))
+    gradient_norms = _gradient_norms(model, scale)
+    model.zero_grad()
+    examinations = []
+    for batch, found, module in zip(batches, terms, modules, strict=True):
+        images = []
+        for number in range(len(batch)):
+            with torch.no_grad(), autocast():
+                if not torch.isfinite(model(batch.select(slice(number, number + 1)), step).total()):
+                    images.append(number)
+        examinations.append(Examination(found, _bad_inputs(batch), module, images))
+    return examinations, gradient_norms
+
+
+def explain(
+    optimization: Optimization, batches: Sequence[Batch], annotations: Annotations, step: int, seed: int, ranks: Ranks,
+    folder: Path, state: Callable[[], dict[str, Any]],
+) -> str:  # fmt: skip
+    """What is not finite in `step`, on all ranks, and in which images; and where it is kept. All ranks explain together.
+
+    Args:
+        optimization: as the bad step left it; its gradients are overwritten.
+        batches: this rank's micro-batches of that step.
+        annotations: names the files.
+        step: counted from 0.
+        seed: of the run.
+        folder: where to keep it; what an earlier run of this kind left there goes.
+        state: gives the checkpoint of now.
+    """
+    weights = dict(optimization.model.named_parameters())
+    bad_weights = [f"weight {name}" for name, weight in weights.items() if not torch.isfinite(weight).all()]
+    unsaved = _try_to_save(lambda: on_main(lambda: _start(folder, ranks.world_size, state())))
+
+    scale = float(optimization.scale.value)
+    seed_step(seed, step, ranks.rank)
+    examinations, gradient_norms = examine(optimization.model, batches, step, scale, optimization.autocast)
+    images = [[_describe_image(annotations, row) for row in batch.indices.tolist()] for batch in batches]
+    share = {
+        "step": step,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        "precision": optimization.precision,
+        "lr": optimization.lr_of(step),
+        "loss_scale": scale,
+        "batches": [asdict(batch.to("cpu")) for batch in batches],
+        "images": images,
+        "examinations": [asdict(examination) for examination in examinations],
+        "gradient_norms": gradient_norms,
+    }
+    unsaved = unsaved or _try_to_save(lambda: save_checkpoint(_share_of(folder, ranks.rank), share))
+
+    causes, suspects = list(bad_weights), []
+    for examination, described in zip(examinations, images, strict=True):
+        paths = [image["path"] for image in described]
+        causes += [f"{what} of {paths[number]}" for what, number in examination.inputs]
+        causes += [f"{name}={term}" for name, term in examination.terms.items() if not math.isfinite(term)]
+        suspects += [paths[number] for number in examination.images]
+    steep = [f"gradient of {name}" for name, norm in gradient_norms.items() if not math.isfinite(norm)]
+    modules = [examination.module for examination in examinations if examination.module]
+    all_paths = [image["path"] for described in images for image in described]
+
+    parts = gather_objects((causes, steep, modules, suspects, all_paths, [unsaved] if unsaved else []))
+    merged = parts and [
+        list(dict.fromkeys(name for part in column for name in part)) for column in zip(*parts, strict=True)
+    ]
+    causes, steep, modules, suspects, all_paths, troubles = broadcast_object(merged)
+    where = f" First bad output: {modules[0]}." if modules else ""
+    kept = (
+        f"The dump could not be written ({troubles[0]})."
+        if troubles
+        else f"Do it again with 'python tools/replay.py {folder}'."
+    )
+    return (
+        f"not finite: {_listed(causes or steep)}.{where} Images of that batch: {_listed(suspects or all_paths)}. {kept}"
+    )
+
+
+def load_dump(folder: Path, rank: int) -> tuple[dict[str, Any], dict[str, Any], list[Batch]]:
+    """What a run left of its bad step: its state, the share of one rank, and that rank's micro-batches.
+
+    Raises:
+        ValueError: it is not there, or damaged.
+    """
+    share = load_checkpoint(_share_of(folder, rank))
+    return load_checkpoint(folder / "checkpoint.pt"), share, list(map(_as_batch, share["batches"]))
+
+
+def _as_batch(record: dict[str, Any]) -> Batch:
+    proposals = record.get("proposals")
+    return Batch(
+        **{**record, "targets": Targets(**record["targets"]), "proposals": proposals and Proposals(**proposals)}
+    )
+
+
+def _share_of(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank}" / "step.pt"
+
+
+def _start(folder: Path, world_size: int, state: dict[str, Any]) -> None:
+    for path in folder.glob("rank*/step.pt"):
+        path.unlink()
+    for rank in range(world_size):
+        _share_of(folder, rank).parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(folder / "checkpoint.pt", state)
+
+
+def _try_to_save(save: Callable[[], None]) -> str:
+    """Save if that is possible; returns why it was not. The explanation is worth more than its files."""
+    try:
+        save()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[list[str]]:
+    """Within this context the names of modules whose output is not finite gather here, in the order in which they run."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in _floats(output)):
+                found.append(name)
+
+        return look
+
+    hooks = [
+        module.register_forward_hook(watch(name or type(model).__name__)) for name, module in model.named_modules()
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _floats(value: Any) -> Iterator[Tensor]:
+    """All tensors of floats in what a module gives."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, dict):
+        yield from _floats(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _floats(item)
+    elif is_dataclass(value):
+        yield from _floats([getattr(value, field.name) for field in fields(value)])
+
+
+def _gradient_norms(model: nn.Module, scale: float) -> dict[str, float]:
+    """By module that owns parameters."""
+    norms = {}
+    for name, module in model.named_modules():
+        gradients = [weight.grad for weight in module.parameters(recurse=False) if weight.grad is not None]
+        if gradients:
+            norms[name] = torch.stack(torch._foreach_norm(gradients)).norm().item() / scale
+    return norms
+
+
+def _bad_inputs(batch: Batch) -> list[tuple[str, int]]:
+    found = []
+    for what, tensor in (("pixels", batch.pixels), ("boxes", batch.targets.boxes)):
+        finite = torch.isfinite(tensor).flatten(1).all(dim=1)
+        found += [(what, number) for number, is_finite in enumerate(finite.tolist()) if not is_finite]
+    return found
+
+
+def _describe_image(annotations: Annotations, row: int) -> dict[str, Any]:
+    return {
+        "path": str(annotations.path(row)),
+        "image_id": int(annotations.image_ids[row]),
+        "annotation_ids": annotations.annotation_ids[annotations.rows(row)].tolist(),
+    }
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more

@@ -1,0 +1,233 @@
+"""From batches to moved weights: backward, accumulation, precision, clipping, the optimizer, and what becomes of a bad step.
+
+No step reads from the device. What depends on the gradient are two scalars there, handed to a fused optimizer:
+`grad_scale` divides the gradient (unscaling and clipping, in the same pass as the update), and `found_inf` lets the kernel
+leave weights and momentum alone.
+
+A step whose loss or gradient is not finite touches no weight, momentum, average or norm statistic, on any rank: a bad loss
+poisons the gradient that all ranks share. From that step on nothing moves any more. So the host, which meets the alarm at
+its next log point, finds everything as the bad step found it, and can explain it. Only an overflow that fp16's loss
+scale can be blamed for raises no alarm: it halves the scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fpn_det.models.detector import Detector
+from fpn_det.runtime import wrap_for_ranks
+from fpn_det.structures import Batch, Losses
+from fpn_det.training.ema import EMA
+from fpn_det.training.schedule import Schedule
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+OTHERWISE = "To start a new run from its weights, say init_from instead of resume."
+
+
+class LossScale:
+    """What the loss is multiplied by, so that small gradients survive fp16; 1 for good unless `grows`."""
+
+    GROWTH_INTERVAL = 2000  # steps without overflow until it doubles
+
+    def __init__(self, grows: bool, device: torch.device) -> None:
+        self.grows = grows
+        self.value = torch.tensor(2.0**16 if grows else 1.0, device=device)
+        self.good_steps = torch.tensor(0, device=device)
+
+    def update(self, overflow: Tensor) -> None:
+        """Halve it after an overflow (a bool on the device), double it after many steps without."""
+        if not self.grows:
+            return
+        self.good_steps = torch.where(overflow, 0, self.good_steps + 1)
+        ripe = self.good_steps == self.GROWTH_INTERVAL
+        self.value = torch.where(overflow, self.value / 2, torch.where(ripe, self.value * 2, self.value))
+        self.good_steps = torch.where(ripe, 0, self.good_steps)
+
+
+class NormStatistics:
+    """The running statistics of batch norms. The forward pass moves them before anybody knows whether the step is good."""
+
+    def __init__(self, model: nn.Module) -> None:
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+        self._buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        self._kept = [buffer.clone() for buffer in self._buffers]
+
+    def keep(self) -> None:
+        """What is there now is right."""
+        if self._buffers:
+            torch._foreach_copy_(self._kept, self._buffers)
+
+    def settle(self, bad: Tensor) -> None:
+        """After a step: go back to what was kept if it was `bad` (a bool on the device), then keep what is there."""
+        for buffer, kept in zip(self._buffers, self._kept, strict=True):
+            torch.where(bad, kept, buffer, out=buffer)
+        self.keep()
+
+
+class Optimization:
+    """Everything that moves the weights of `model`, which is on its device, with the weights that training starts from.
+
+    Args:
+        model: gives `Losses` for (batch, step). Its losses are means over images, so that neither accumulation nor
+            ranks change what is minimized.
+        optimizer: fused, with `peak_lr` in its groups.
+        schedule: the fraction of `peak_lr` at each step.
+        precision: of convolutions and matrix products; weights and their updates are fp32 always.
+        clip_norm: the longest gradient over all parameters; None does not clip.
+        ema_decay: of the average of the weights; None keeps no average.
+
+    Attributes:
+        alarm: on the device, the first step that was not finite; -1 if there is none.
+        lr: of the last step, for weights.
+    """
+
+    def __init__(
+        self,
+        model: Detector,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        precision: str = "fp32",
+        clip_norm: float | None = None,
+        ema_decay: float | None = None,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got '{precision}'.")
+        if clip_norm is not None and clip_norm <= 0:
+            raise ValueError(
+                f"trainer.clip_norm: expected a positive length, got {clip_norm}. Use null for no clipping."
+            )
+        self.model = model
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.clip_norm = clip_norm
+        self.parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self.device = next(iter(self.parameters.values())).device
+        self.precision = precision
+        self.dtype = PRECISIONS[precision]
+        self.scale = LossScale(precision == "fp16", self.device)
+        self.ema = None if ema_decay is None else EMA(model, ema_decay)
+        self.alarm = torch.tensor(-1, device=self.device)
+        self.lr = 0.0
+        self._grad_norm = torch.tensor(0.0, device=self.device)
+        self._statistics = NormStatistics(model)
+        self._forward = wrap_for_ranks(model)
+
+    @property
+    def model_to_evaluate(self) -> Detector:
+        """The average, if there is one."""
+        return self.model if self.ema is None else self.ema.model
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision in which the forward pass runs."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def step(self, batches: Sequence[Batch], step: int) -> list[Losses]:
+        """One update from the micro-batches of one step. Returns the losses of each, on the device."""
+        finite = self.alarm < 0
+        losses = []
+        for number, batch in enumerate(batches, start=1):
+            # ranks exchange gradients once per step, in the backward pass of the last micro-batch
+            with nullcontext() if number == len(batches) else self._no_exchange():
+                with self.autocast():
+                    losses.append(self._forward(batch, step))
+                total = losses[-1].total()
+                # a box that is not finite overlaps nothing: no loss would show it
+                finite = finite & torch.isfinite(total.detach()) & torch.isfinite(batch.targets.boxes).all()
+                total.backward(torch.where(finite, self.scale.value / len(batches), torch.nan))
+        self._update(step, finite)
+        return losses
+
+    def rehearse(self, batches: Sequence[Batch]) -> None:
+        """Go through a whole step that changes nothing, to the bit: after an alarm, none does."""
+        alarm, scale, good_steps = self.alarm, self.scale.value, self.scale.good_steps
+        self.alarm = torch.zeros_like(alarm)
+        try:
+            self.step(batches, step=0)
+        finally:  # also if there was not enough memory, anywhere in the step
+            self.alarm, self.scale.value, self.scale.good_steps = alarm, scale, good_steps
+            self._statistics.settle(torch.tensor(True, device=self.device))
+            self.optimizer.zero_grad()
+
+    def measures(self) -> dict[str, Tensor]:
+        """What is worth logging of the last step, on the device: the gradient's length before clipping (of the last good
+        step, if this one was bad), and whether there is an alarm.
+        """
+        measures = {"grad_norm": self._grad_norm, "alarm": self.alarm >= 0}
+        return measures | ({"loss_scale": self.scale.value} if self.scale.grows else {})
+
+    def lr_of(self, step: int) -> float:
+        """The learning rate of a step, for weights: they are the last group."""
+        return self.optimizer.param_groups[-1]["peak_lr"] * self.schedule.factor(step)
+
+    def _no_exchange(self) -> AbstractContextManager:
+        return self._forward.no_sync() if hasattr(self._forward, "no_sync") else nullcontext()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def _update(self, step: int, finite: Tensor) -> None:
+        gradients = [weight.grad for weight in self.parameters.values() if weight.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / self.scale.value
+        bad = ~(finite & torch.isfinite(norm))
+        first_alarm = bad & (self.alarm < 0) & (~finite | (self.scale.value <= 1))
+        self.alarm = torch.where(first_alarm, step, self.alarm)
+        self._grad_norm = torch.where(bad, self._grad_norm, norm)
+
+        shrink = 1.0 if self.clip_norm is None else ((norm + 1e-6) / self.clip_norm).clamp(min=1)
+        self.optimizer.grad_scale = self.scale.value * shrink  # type: ignore[attr-defined]
+        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * self.schedule.factor(step)
+        self.lr = self.lr_of(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+        self._statistics.settle(bad)
+        if self.ema is not None:
+            self.ema.update(step, ~bad)
+        self.scale.update(bad & (self.alarm < 0))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of this, by the names of parameters."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.model.state_dict(),
+            "optimizer": {
+                "name": type(self.optimizer).__name__,
+                "state": {name: dict(self.optimizer.state[weight]) for name, weight in self.parameters.items()},
+            },
+            "scaler": {"scale": self.scale.value, "good_steps": self.scale.good_steps},
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state`. Settings (learning rate, weight decay, clipping) stay those of this object.
+
+        Raises:
+            ValueError: the state is that of another model or optimizer.
+        """
+        name, tensors = state["optimizer"]["name"], state["optimizer"]["state"]
+        if name != type(self.optimizer).__name__:
+            raise ValueError(
+                f"resume: expected a checkpoint of {type(self.optimizer).__name__}, got one of {name}. {OTHERWISE}"
+            )
+        if differing := sorted(tensors.keys() ^ self.parameters.keys()):
+            raise ValueError(
+                f"resume: expected a checkpoint that trained the same parameters, but {len(differing)} are in one only, "
+                f"such as {differing[0]}. {OTHERWISE}"
+            )
+        try:
+            self.model.load_state_dict(state["model"])
+            if self.ema is not None:
+                self.ema.model.load_state_dict(state["ema"] or state["model"])
+        except RuntimeError as error:
+            raise ValueError(f"resume: expected a checkpoint of the same model. {OTHERWISE} {error}") from None
+        for name, weight in self.parameters.items():
+            self.optimizer.state[weight].update({key: value.to(self.device) for key, value in tensors[name].items()})
+        if self.scale.grows:
+            self.scale.value = state["scaler"]["scale"].to(self.device)
+            self.scale.good_steps = state["scaler"]["good_steps"].to(self.device)
+        self._statistics.keep()

@@ -1,0 +1,30 @@
+"""Where the time of a run goes, operator by operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from fpn_det.runs.log import RunLog, shown_path
+
+SHOWN_OPERATORS = 20
+
+
+@contextmanager
+def profiled(wanted: bool, log: RunLog) -> Iterator[None]:
+    """Record what happens inside, if `wanted`: a table in the log, `trace.json` in its folder. Keep it to a few steps."""
+    if not wanted:
+        yield
+        return
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with torch.profiler.profile(activities=activities) as profiler:
+        yield
+    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    log.info(profiler.key_averages().table(sort_by=order, row_limit=SHOWN_OPERATORS, max_name_column_width=50))
+    trace: Path = log.folder / "trace.json"
+    profiler.export_chrome_trace(str(trace))
+    log.info(f"  trace  {shown_path(trace)}")

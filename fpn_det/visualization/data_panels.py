@@ -1,0 +1,86 @@
+"""A training batch to look at: images exactly as the model gets them, and which anchors would stand for which object."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fpn_det.models.detector import Detector
+from fpn_det.structures import Batch, Pyramid
+from fpn_det.visualization.panels import SIDE, Picture, arrange, as_picture, draw_boxes, scaled_to
+from fpn_det.visualization.pyramid_panels import LEVEL_COLORS, frame
+
+IMAGES_PER_SHEET = 6
+COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Anchored:
+    """The anchors that stand for the objects of one image."""
+
+    boxes: Tensor  # f32 [n, 4], input frame
+    levels: Tensor  # i64 [n]
+    objects: Tensor  # i64 [n], rows of the image's targets
+
+
+def draw_data(model: Detector, batch: Batch, class_names: Sequence[str]) -> Iterator[Picture]:
+    """Sheets of two pictures for each image: its objects, and the anchors that stand for them in the colors of their levels.
+
+    `dog P4 x3` is a dog that the second stage pools from P4 and for which three anchors stand.
+    """
+    names = [f"P{stride.bit_length() - 1}" for stride in model.neck.strides]
+    anchored = match_anchors(model, batch)
+    pictures: list[Picture] = []
+    titles: list[str] = []
+    for row, (pixels, (height, width)) in enumerate(zip(batch.pixels.cpu(), batch.sizes.tolist(), strict=True)):
+        valid = batch.targets.valid[row]
+        boxes, labels = batch.targets.boxes[row][valid], batch.targets.labels[row][valid].tolist()
+        texts = [class_names[label] for label in labels]
+        if model.roi_head is not None:
+            pooled = model.roi_head.pooler.assigner(boxes).tolist()
+            texts = [f"{text} {names[level]}" for text, level in zip(texts, pooled, strict=True)]
+        title = f"{width} x {height} px, {len(labels)} objects"
+        shown = as_picture(pixels)
+        if anchored:
+            counts = torch.bincount(anchored[row].objects, minlength=len(labels)).tolist()
+            texts = [f"{text} x{count}" for text, count in zip(texts, counts, strict=True)]
+        pictures.append(draw_boxes(shown, boxes.cpu().numpy(), labels, texts))
+        titles.append(title)
+        if anchored:
+            levels = anchored[row].levels.tolist()
+            zoom = SIDE / max(shown.shape[:2])
+            anchors = frame(
+                scaled_to(shown, SIDE), anchored[row].boxes.cpu().numpy() * zoom, np.array(LEVEL_COLORS)[levels]
+            )
+            white = np.full((len(labels), 3), 255)
+            pictures.append(frame(anchors, boxes.cpu().numpy() * zoom, white, brightness=1))
+            titles.append(
+                "anchors: "
+                + (", ".join(f"{levels.count(level)} on {names[level]}" for level in sorted(set(levels))) or "none")
+            )
+    step = IMAGES_PER_SHEET * len(pictures) // len(batch)
+    for start in range(0, len(pictures), step):
+        yield arrange(pictures[start : start + step], titles[start : start + step], COLUMNS)
+
+
+@torch.no_grad()
+def match_anchors(model: Detector, batch: Batch) -> list[Anchored]:
+    """Those of each image, by the matcher of the RPN's loss; none if the model has no RPN. Nothing is computed but shapes."""
+    if model.rpn is None:
+        return []
+    shapes = copy.deepcopy(model).to("meta").pyramid(batch.to("meta")).shapes
+    levels = [batch.pixels.new_empty(len(batch), 0, *shape) for shape in shapes]
+    pyramid = Pyramid(levels, model.neck.strides, batch.sizes)
+    anchors = model.rpn.anchors(shapes)
+    match = model.rpn.matcher(batch.targets, anchors, model.rpn.allowed(pyramid))
+    per_level = torch.tensor([height * width for height, width in shapes]) * model.rpn.anchors.num_per_cell
+    level_of = torch.repeat_interleave(per_level).to(anchors.device)
+    return [
+        Anchored(anchors[positive], level_of[positive], objects[positive])
+        for positive, objects in zip(match.positive, match.matched_idxs, strict=True)
+    ]

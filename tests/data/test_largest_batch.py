@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fpn_det.annotations.reading import read_annotations
+from fpn_det.data.dataset import DetectionDataset
+from fpn_det.data.largest_batch import largest_batch
+from fpn_det.data.transforms import Pipeline, ResizeShortestSide
+
+
+@pytest.mark.parametrize(
+    ("resize", "canvas", "size"),
+    [
+        ([], "batch", (64, 96)),  # the tallest is 64 x 48, the widest 40 x 80: 64 x 80 px, in steps of 32
+        ([ResizeShortestSide([60, 100], 150)], "batch", (160, 160)),  # 133 x 100 and 75 x 150, from sides of 100
+        ([], (128, 160), (128, 160)),
+    ],
+)
+def test_largest_batch_has_the_largest_canvas_and_the_most_objects(document, write, pictures, resize, canvas, size):
+    for number in range(5):
+        document["annotations"].append({**document["annotations"][4], "id": 100 + number})
+    dataset = DetectionDataset(read_annotations(write(document), pictures), Pipeline(resize), seed=0)
+    batch = largest_batch(dataset, 3, 32, canvas)
+    assert batch.pixels.shape == (3, 3, *size) and batch.pixels.dtype == torch.uint8
+    assert batch.targets.valid.sum(dim=1).tolist() == [7, 7, 7]
+    assert batch.sizes.tolist() == [list(size)] * 3

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fpn_det.image_io import BadImage
+from fpn_det.runs.bad_files import BadFiles, listed
+
+
+def test_each_bad_file_is_told_and_listed_once_even_after_a_resume(tmp_path):
+    told: list[str] = []
+    for _ in range(2):
+        count = BadFiles(tmp_path, 40, 0.1, told.append)
+        for name in ("a.jpg", "b.jpg", "a.jpg"):
+            count(BadImage(Path(name), f"{name}: torn"))
+    assert told == ["left out: a.jpg: torn", "left out: b.jpg: torn"]
+    assert listed(tmp_path) == ["a.jpg\ta.jpg: torn", "b.jpg\tb.jpg: torn"]
+
+
+def test_too_many_bad_files_end_the_run(tmp_path):
+    count = BadFiles(tmp_path, 40, 0.05, lambda text: None)
+    count(BadImage(Path("a.jpg"), "torn"))
+    count(BadImage(Path("b.jpg"), "torn"))  # two of 40 are 5 %
+    with pytest.raises(
+        ValueError, match=r"at most 0\.05 of 40 images to be unusable, got 3 files, which .*bad_files\.txt"
+    ):
+        count(BadImage(Path("c.jpg"), "torn"))
+    assert len(listed(tmp_path)) == 3

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fpn_det.runs.log import RunLog
+from fpn_det.runs.meters import Pace
+from fpn_det.evaluation.coco import DetectionTable, Evaluation
+from fpn_det.runtime import Ranks
+
+
+def evaluation_of(ap: float | None, num_classes: int = 2) -> Evaluation:
+    names = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+    row = {"AP": ap, "AP50": 0.875, "AR": None, "objects": 3, "detections": 0}
+    per_class = {f"[class] {k}": dict(row) for k in range(num_classes)}
+    return Evaluation(
+        dict.fromkeys(names, ap), per_class, 40, 100, 7, DetectionTable.join([]), {"detections/P2": 4.5}, 12.0
+    )
+
+
+def points(folder) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_log_writes_plain_lines_to_a_pipe(tmp_path, capsys):
+    with RunLog(tmp_path, Ranks()) as log:
+        pace = Pace(0, 20, 2, 0)
+        log.begin(pace)
+        log.advance(10)
+        assert list(log.track([1, 2], "evaluating")) == [1, 2]
+        log.train(10, {"loss": 0.5, "lr": 0.0025, "memory_mib": 12345.6, "rois/P2": 17.0}, pace)
+        log.info("images [12, 99]")
+    screen, file = capsys.readouterr().out, (tmp_path / "log.txt").read_text()
+    assert "\r" not in screen + file and "\x1b" not in screen + file
+    line = screen.splitlines()[0]
+    assert line.startswith("step 10/20  loss 0.5  lr 0.0025  memory_mib 12346  images_per_s ")
+    assert " eta 0:00:0" in line and "rois" not in line
+    assert screen.splitlines()[1] == "images [12, 99]"
+    assert [entry[21:] for entry in file.splitlines()] == screen.splitlines()
+
+
+def test_log_shows_a_bar_on_a_terminal(tmp_path):
+    screen = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with RunLog(tmp_path, Ranks(), screen) as log:
+        pace = Pace(0, 20, 2, 0)
+        log.begin(pace)
+        log.advance(10)
+        assert list(log.track([1, 2], "evaluating")) == [1, 2]
+        log.train(10, {"loss": 0.5}, pace)
+    assert "10/20" in screen.file.getvalue()
+    assert "\r" not in (tmp_path / "log.txt").read_text()
+
+
+def test_log_of_another_rank_goes_to_its_own_file(tmp_path, capsys):
+    with pytest.raises(ZeroDivisionError), RunLog(tmp_path, Ranks(rank=3, world_size=4)) as log:
+        pace = Pace(0, 20, 2, 0)
+        log.begin(pace)
+        log.train(10, {"loss": 0.5}, pace)
+        log.evaluation(10, evaluation_of(0.5))
+        log.picture(10, "batch", np.zeros((4, 4, 3), np.uint8))
+        raise ZeroDivisionError("of this rank")
+    assert capsys.readouterr().out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["rank3.log"]
+    text = (tmp_path / "rank3.log").read_text()
+    assert "loss 0.5" in text and "ZeroDivisionError: of this rank" in text
+
+
+def test_log_shows_undefined_as_na_and_keeps_it_out_of_the_curves(tmp_path, capsys):
+    with RunLog(tmp_path, Ranks()) as log:
+        log.begin(Pace(0, 20, 2, 0))
+        log.evaluation(10, evaluation_of(None))
+        log.evaluation(20, evaluation_of(0.25))
+    shown = capsys.readouterr().out
+    assert "n/a" in shown and "0.250" in shown and "[class] 1" in shown and "-1" not in shown
+    assert "evaluation at step 20: 40 images in 12.0 s" in shown
+    assert "7 of 40 images reached the cap of 100 detections." in shown
+    assert points(tmp_path)["val/AP"] == [(20, 0.25)]
+    assert points(tmp_path)["detections/P2"] == [(10, 4.5), (20, 4.5)]
+    assert points(tmp_path)["val_class_AP/[class] 0"] == [(20, 0.25)]
+
+
+def test_log_table_holds_all_classes(tmp_path):
+    with RunLog(tmp_path, Ranks(), Console(file=io.StringIO(), width=80)) as log:
+        log.evaluation(10, evaluation_of(0.5, num_classes=80))
+    text = (tmp_path / "log.txt").read_text()
+    assert all(f"[class] {k} " in text for k in range(80))
+
+
+def test_log_curves_are_monotonic_after_a_resume(tmp_path):
+    with RunLog(tmp_path, Ranks()) as log:
+        log.begin(Pace(0, 10, 1, 0))
+        for step in range(1, 7):
+            log.scalars(step, {"train/loss": 1.0})
+    with RunLog(tmp_path, Ranks()) as log:
+        log.begin(Pace(3, 10, 1, 0))
+        for step in range(4, 7):
+            log.scalars(step, {"train/loss": 2.0})
+    assert points(tmp_path)["train/loss"] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
+
+
+def test_log_pictures_arrive(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 255, (8, 12, 3), dtype=np.uint8)
+    with RunLog(tmp_path, Ranks()) as log:
+        log.begin(Pace(0, 10, 1, 0))
+        log.picture(1, "batch", picture)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (image,) = events.Images("batch")
+    assert (image.width, image.height, image.step) == (12, 8, 1)
+
+
+def test_log_warns_once_when_training_waits_for_data(tmp_path, capsys):
+    now = [0.0]
+    with RunLog(tmp_path, Ranks()) as log:
+        pace = Pace(0, 40, 2, 0, clock=lambda: now[0])
+        for step, waiting in ((10, 9.0), (20, 2.0), (30, 4.0), (40, 9.0)):
+            with pace.waiting():
+                now[0] += waiting
+            now[0] += 10 - waiting
+            log.train(step, {"loss": 0.5}, pace)
+    lines = capsys.readouterr().out.splitlines()
+    # the first interval holds the start of the workers; a fifth is fine; two fifths are not
+    assert [line for line in lines if "waits" in line] == [lines[3]]
+    assert "40% of the time" in lines[3] and "data.num_workers" in lines[3] and "data.resize_on=device" in lines[3]
+
+
+def test_log_puts_settings_and_results_side_by_side(tmp_path):
+    with RunLog(tmp_path, Ranks()) as log:
+        log.begin(Pace(0, 10, 1, 0))
+        log.hparams(
+            {"optimizer.lr": 0.1, "model.backbone.weights": None, "trainer.compile": False}, {"AP": 0.5, "APs": None}
+        )
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.summary_metadata) >= {"_hparams_/experiment", "_hparams_/session_start_info"}
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_log_summary_says_what_to_type_next(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with RunLog(tmp_path / "runs" / "demo", Ranks()) as log:
+        log.summary("AP", 0.7, 300, evaluation_of(0.65))
+    shown = capsys.readouterr().out
+    assert "Best AP 0.700 at step 300." in shown and "0.650" in shown
+    assert "-m tensorboard.main --logdir runs/demo/tensorboard\n" in shown
+    assert "tools/eval.py run=runs/demo\n" in shown

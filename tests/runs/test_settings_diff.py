@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch.multiprocessing
+from rich.console import Console
+
+from fpn_det.runs.settings_diff import changes_table, differing, flatten, read_settings
+from fpn_det.runs.folder import RunFolder
+from fpn_det.runs.overview import compare, find_runs, runs_table, write_results
+
+
+def test_settings_become_dotted_names():
+    assert flatten({"a": 1, "b": {"c": [1, {"d": 2}], "e": {}}}) == {"a": 1, "b.c": [1, {"d": 2}], "b.e": {}}
+    assert read_settings("") == {"": {}}
+
+
+def test_differing_names_what_is_not_the_same_everywhere():
+    assert differing([{"a": 1, "b": 2, "c": None}, {"a": 1, "b": 3, "d": 1}]) == ["b", "c", "d"]
+    assert differing([{"a": True}, {"a": 1}]) == ["a"]
+
+
+def test_changes_say_whether_the_numbers_change():
+    before = {"optimizer.lr": 0.1, "trainer.log_every": 20, "seed": 0}
+    table = changes_table(before, {**before, "optimizer.lr": 0.2, "trainer.log_every": 5})
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert rows == [("optimizer.lr", "0.1", "0.2", "yes"), ("trainer.log_every", "20", "5", "no")]
+    assert changes_table(before, before) is None
+
+
+def make_run(path: Path, lr: float, aps: list[float | None], finished: bool = False) -> None:
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text(
+        f"run_dir: {path}\nseed: 0\noptimizer:\n  lr: {lr}\ntrainer:\n  best_metric: AP\n"
+    )
+    records = [{"step": 10 * number, "AP": ap} for number, ap in enumerate(aps, start=1)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    RunFolder(path).checkpoints().save({"progress": {"step": 30}}, 30, is_best=False, finished=finished)
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    make_run(tmp_path / "demo" / "a", 0.1, [0.2, 0.4, 0.3], finished=True)
+    make_run(tmp_path / "demo" / "b", 0.2, [None])
+    make_run(tmp_path / "demo" / "c", 0.2, [])
+    (tmp_path / "demo" / "c" / "nan_dump").mkdir()
+    return tmp_path
+
+
+def test_runs_tell_how_they_went_and_what_differs(root):
+    names, rows = compare(find_runs(root), root)
+    assert names == ["run", "status", "step", "best AP", "at step", "optimizer.lr"]
+    assert rows == [
+        ["demo/a", "finished", "30", "0.400", "20", "0.1"],
+        ["demo/b", "stopped", "30", "n/a", "10", "0.2"],
+        ["demo/c", "diverged", "30", "n/a", "0", "0.2"],
+    ]
+
+
+def _status(root: Path, answer) -> None:
+    answer.put([run.status for run in find_runs(root)])
+
+
+def test_a_run_that_is_written_to_is_running(root):
+    context = torch.multiprocessing.get_context("fork")
+    answer = context.Queue()
+    with RunFolder(root / "demo" / "b").held():  # the lock is one of processes
+        other = context.Process(target=_status, args=(root, answer))
+        other.start()
+        assert answer.get(timeout=60) == ["finished", "running", "diverged"]
+        other.join()
+
+
+def test_results_are_left_as_files_and_shown(root):
+    names, rows = compare(find_runs(root), root)
+    write_results(root, names, rows)
+    assert (root / "results.csv").read_text().splitlines()[1] == "demo/a,finished,30,0.400,20,0.1"
+    assert (root / "results.md").read_text().splitlines()[:2] == [
+        "| run | status | step | best AP | at step | optimizer.lr |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    screen = Console(width=100, record=True, quiet=False, file=(root / "screen.txt").open("w"))
+    screen.print(runs_table(names + [f"s{k}" for k in range(9)], [row + ["x"] * 9 for row in rows]))
+    assert "and 2 more settings differ" in screen.export_text()

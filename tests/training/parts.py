@@ -1,0 +1,140 @@
+"""Small stand-ins that honor the interfaces of model and loader, so that the engine can be tested in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fpn_det.models.roi_align import LevelAssigner
+from fpn_det.runtime import Ranks
+from fpn_det.structures import Annotations, Batch, Detections, Losses, Targets
+from fpn_det.training.optimization import Optimization
+from fpn_det.training.optimizers import SGD, Recipe
+from fpn_det.training.schedule import MultiStep
+
+SIDE = 8
+
+
+class TinyDetector(nn.Module):
+    """Predicts one box per image from the picture; draws random numbers as a user's layer might."""
+
+    def __init__(self, dropout: float = 0.0, norm: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4) if norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(4, 5)
+        self.assigner, self.max_detections = LevelAssigner([4, 8]), 1
+
+    def predict(self, batch: Batch) -> Tensor:
+        features = self.norm(self.conv(batch.pixels.float() / 255)).relu().mean((2, 3))
+        return self.head(self.dropout(features)).float()
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        prediction = self.predict(batch)
+        jitter = 0.1 * torch.sin(batch.indices + step)
+        terms = {
+            "roi_class": (prediction[:, 4] - jitter).square().mean(),
+            "roi_box": F.l1_loss(prediction[:, :4], batch.targets.boxes[:, 0] / SIDE),
+        }
+        return Losses(terms, {"rois/P2": prediction.new_tensor(float(len(batch)))})
+
+    def detect(self, batch: Batch, views=None) -> Detections:
+        prediction = self.predict(batch)
+        start = prediction[:, None, :2].sigmoid() * SIDE / 2
+        boxes = torch.cat([start, start + SIDE / 2], dim=2)
+        one = torch.ones(len(batch), 1)
+        return Detections(boxes, prediction[:, 4:].sigmoid(), one.long() - 1, one.bool())
+
+
+def make_batch(indices: list[int]) -> Batch:
+    """The images with these numbers; each is a function of its number."""
+    pixels = [torch.randint(0, 256, (3, SIDE, SIDE), generator=torch.Generator().manual_seed(i)) for i in indices]
+    sizes = torch.tensor([[SIDE, SIDE]]).repeat(len(indices), 1)
+    boxes = [torch.tensor([[0.0, 0.0, 2.0 + i % 5, 2.0 + i % 3]]) for i in indices]
+    targets = Targets.pad(boxes, [torch.zeros(1, dtype=torch.int64)] * len(indices))
+    return Batch(torch.stack(pixels).to(torch.uint8), sizes, sizes, targets, torch.tensor(indices))
+
+
+class TinyLoader:
+    """Every image once per epoch, in order; `touch` may change or watch what is handed out."""
+
+    def __init__(
+        self,
+        num_images: int = 16,
+        batch_size: int = 4,
+        accumulate: int = 1,
+        ranks: Ranks = Ranks(),  # noqa: B008
+        touch: Callable[[int, Batch], Batch] = lambda step, batch: batch,
+    ) -> None:
+        self.batch_size = batch_size
+        self.steps_per_epoch = num_images // batch_size
+        self.order = torch.arange(num_images).view(
+            -1, accumulate, ranks.world_size, batch_size // ranks.world_size // accumulate
+        )
+        self.rank = ranks.rank
+        self.touch = touch
+
+    def rebuild(self, step: int) -> list[Batch]:
+        rows = self.order[step % self.steps_per_epoch, :, self.rank].tolist()
+        return [self.touch(step, make_batch(row)) for row in rows]
+
+    def largest(self) -> Batch:
+        return self.rebuild(0)[0]
+
+    def iterate(self, first_step: int) -> Iterator[Batch]:
+        step = first_step
+        while True:
+            yield from self.rebuild(step)
+            step += 1
+
+
+def make_annotations(num_images: int) -> Annotations:
+    """One object of one class in each image of `make_batch`."""
+    paths = [f"image_{i}.jpg".encode() for i in range(num_images)]
+    batch = make_batch(list(range(num_images)))
+    boxes = batch.targets.boxes[:, 0].double()
+    return Annotations(
+        image_ids=torch.arange(num_images) + 10,
+        path_bytes=torch.frombuffer(bytearray(b"".join(paths)), dtype=torch.uint8),
+        path_offsets=torch.tensor([0, *torch.tensor([len(path) for path in paths]).cumsum(0).tolist()]),
+        sizes=batch.sizes,
+        offsets=torch.arange(num_images + 1),
+        boxes=boxes,
+        labels=torch.zeros(num_images, dtype=torch.int64),
+        iscrowd=torch.zeros(num_images, dtype=torch.bool),
+        area=boxes[:, 2] * boxes[:, 3],
+        annotation_ids=torch.arange(num_images) + 1,
+        class_names=("thing",),
+        category_ids=(7,),
+    )
+
+
+def make_optimization(
+    model: nn.Module | None = None, recipe: Recipe | None = None, steps: int = 20, **options: object
+) -> Optimization:
+    """Four images per step, constant learning rate."""
+    torch.manual_seed(0)
+    model = TinyDetector() if model is None else model
+    recipe = SGD(lr=0.1, base_batch_size=None) if recipe is None else recipe
+    schedule = MultiStep(steps=steps, milestones=(), warmup_steps=0)
+    return Optimization(model, recipe.build(model, 4), schedule, **options)  # type: ignore[arg-type]
+
+
+def snapshot(optimization: Optimization) -> dict[str, Tensor]:
+    """Copies of every tensor that a step may move."""
+    state = optimization.state()
+    tensors = {f"model.{name}": tensor for name, tensor in state["model"].items()}
+    tensors |= {f"ema.{name}": tensor for name, tensor in (state["ema"] or {}).items()}
+    for name, slots in state["optimizer"]["state"].items():
+        tensors |= {f"{name}.{slot}": tensor for slot, tensor in slots.items()}
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def differences(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """The names whose tensors are not equal to the bit."""
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]

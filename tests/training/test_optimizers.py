@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from parts import TinyDetector
+from torch import nn
+
+from fpn_det.training.optimizers import SGD, AdamW
+
+
+@pytest.mark.parametrize(
+    "world_size, accumulate, batch_size, line",
+    [
+        (1, 1, 2, "lr 0.02 @16 -> 0.0025 @2 (1 rank x 2 x accumulate 1)"),
+        (8, 1, 16, "lr 0.02 @16 -> 0.02 @16 (8 ranks x 2 x accumulate 1)"),
+        (1, 8, 16, "lr 0.02 @16 -> 0.02 @16 (1 rank x 2 x accumulate 8)"),
+    ],
+)
+def test_lr_scales_with_the_batch(world_size, accumulate, batch_size, line):
+    recipe = SGD(lr=0.02, base_batch_size=16)
+    assert recipe.describe_lr(batch_size, world_size, accumulate) == line
+    assert recipe.build(TinyDetector(), batch_size).param_groups[0]["peak_lr"] == pytest.approx(0.02 * batch_size / 16)
+
+
+def test_lr_stands_without_a_base():
+    recipe = SGD(lr=0.02, base_batch_size=None)
+    assert recipe.scaled_lr(4) == 0.02
+    assert recipe.describe_lr(4, 1, 2) == "lr 0.02 @4 (1 rank x 2 x accumulate 2)"
+
+
+def test_groups_follow_the_kind_of_parameter():
+    model = TinyDetector()
+    model.head.weight.requires_grad_(False)
+    recipe = SGD(
+        lr=1.0, base_batch_size=None, weight_decay=0.1, norm_weight_decay=0.0, bias_weight_decay=0.2, bias_lr_factor=2.0
+    )
+    found = {}
+    for group in recipe.build(model, 4).param_groups:
+        for parameter in group["params"]:
+            (name,) = [name for name, other in model.named_parameters() if other is parameter]
+            found[name] = (group["weight_decay"], group["peak_lr"])
+    assert found == {
+        "conv.weight": (0.1, 1.0),
+        "conv.bias": (0.2, 2.0),
+        "norm.weight": (0.0, 1.0),
+        "norm.bias": (0.0, 1.0),
+        "head.bias": (0.2, 2.0),
+    }
+
+
+@pytest.mark.parametrize(
+    "recipe, reference",
+    [
+        (
+            SGD(lr=0.1, base_batch_size=None, nesterov=True),
+            partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
+        ),
+        (AdamW(lr=0.01, base_batch_size=None), partial(torch.optim.AdamW, lr=0.01)),
+    ],
+)
+def test_fused_step_equals_the_plain_one(recipe, reference):
+    torch.manual_seed(0)
+    ours, theirs = (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    optimizers = recipe.build(ours, 4), reference(theirs.parameters(), weight_decay=1e-4)
+    for _ in range(5):
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            model(images).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,264 @@
+"""Two processes do the same job as one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from parts import TinyDetector, TinyLoader, make_annotations, make_batch, make_optimization, snapshot
+from rich.console import Console
+
+from fpn_det.data.sampling import micro_batches
+from fpn_det.errors import Fault, explained
+from fpn_det.evaluation.coco import EvaluationSettings
+from fpn_det.models.backbone import ResNet
+from fpn_det.models.detector import Detector
+from fpn_det.models.layers import SyncBatchNorm2d
+from fpn_det.models.necks.fpn import FPN
+from fpn_det.models.roi_head import ROIHead, TwoLayerHead
+from fpn_det.runs.folder import choose_folder
+from fpn_det.runs.log import RunLog
+from fpn_det.runtime import Ranks, all_reduce_mean, broadcast_object, current_ranks, on_main, process_group
+from fpn_det.structures import Batch, Targets
+from fpn_det.training.nonfinite import explain, first_bad_step, load_dump
+from fpn_det.training.optimizers import SGD
+from fpn_det.training.run import Parts, Run
+
+SMALL = partial(TwoLayerHead, width=32)
+
+
+def spawn(work, folder: Path, timeout_minutes: float = 1) -> list[dict]:
+    """What `work(ranks, folder)` returns on two ranks."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(_join, (work, folder, port, timeout_minutes), nprocs=2, start_method="fork")
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def _join(rank: int, work, folder: Path, port: int, timeout_minutes: float) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with process_group("cpu", timeout_minutes) as (ranks, _):
+        torch.save(work(ranks, folder), folder / f"{rank}.pt")
+
+
+def train(ranks: Ranks, folder: Path) -> dict[str, torch.Tensor]:
+    """With a norm that sees the images of all ranks; without accumulation and with."""
+    trained = {}
+    for name, norm, accumulate in (("norm", SyncBatchNorm2d(4), 1), ("accumulate", SyncBatchNorm2d(4), 2)):
+        torch.manual_seed(0)
+        model = TinyDetector(norm=False)
+        model.norm = norm
+        optimization = make_optimization(model, clip_norm=1.0, ema_decay=0.9)
+        batches = TinyLoader(batch_size=8, accumulate=accumulate, ranks=ranks).iterate(0)
+        for step in range(4):
+            optimization.step([next(batches) for _ in range(accumulate)], step)
+        trained |= {f"{name}.{key}": tensor for key, tensor in snapshot(optimization).items()}
+    return trained
+
+
+def detect_and_learn(ranks: Ranks, folder: Path) -> dict[str, list[float]]:
+    """The losses of two steps of a real detector; of the four images only the first two have objects."""
+    curves = {}
+    for norm, accumulate in (("sync", 1), ("sync", 2), ("frozen", 1), ("frozen", 2)):
+        torch.manual_seed(0)
+        model = Detector(
+            3,
+            ResNet(18, norm=norm, frozen_stages=0),
+            partial(FPN, channels=16),
+            roi_head=partial(ROIHead, box_head=SMALL),
+        )
+        optimization = make_optimization(model.train(), SGD(lr=0.01, base_batch_size=None))
+        curve = []
+        for step in range(2):
+            shares = micro_batches(torch.arange(4), ranks, accumulate).tolist()
+            found = optimization.step([drawn(rows) for rows in shares], step)
+            terms = torch.stack([torch.stack(list(losses.terms.values())) for losses in found]).mean(0)
+            curve += all_reduce_mean(terms).tolist()
+        curves[f"{norm}, accumulate {accumulate}"] = curve
+    return curves
+
+
+def drawn(rows: list[int]) -> Batch:
+    """Images of noise with these numbers; those of rank 1 have no objects."""
+    generators = [torch.Generator().manual_seed(row) for row in rows]
+    corners = [
+        torch.rand(2 * (row < 2), 2, generator=generator) * 30 for row, generator in zip(rows, generators, strict=True)
+    ]
+    boxes = [torch.cat([corner, corner + 25], dim=1) for corner in corners]
+    pixels = torch.stack([torch.randint(0, 256, (3, 64, 64), generator=generator) for generator in generators])
+    sizes = torch.tensor([[64, 64]] * len(rows))
+    return Batch(
+        pixels.byte(), sizes, sizes, Targets.pad(boxes, [torch.arange(len(box)) for box in boxes]), torch.tensor(rows)
+    )
+
+
+def one_bad_rank(ranks: Ranks, folder: Path) -> dict:
+    optimization = make_optimization(TinyDetector(norm=False), ema_decay=0.9, precision="fp16")
+    before = snapshot(optimization)
+    batch = make_batch([2 * ranks.rank, 2 * ranks.rank + 1])
+    bad = dataclasses.replace(batch, pixels=batch.pixels.float() * float("nan")) if ranks.rank == 1 else batch
+    optimization.step([bad], 0)
+    for step in (1, 2):
+        optimization.step([batch], step)
+    step = first_bad_step(optimization)
+    after = snapshot(optimization)
+    state = {"progress": {"step": step}}
+    text = explain(optimization, [bad], make_annotations(4), step, 0, ranks, folder / "nan_dump", lambda: state)
+    return {"before": before, "after": after, "step": step, "text": text}
+
+
+def stopped_run(ranks: Ranks, folder: Path) -> dict:
+    """Rank 1 alone is asked to stop, in the sixth step, then while it evaluates; then both go on."""
+    from test_run import RECIPE, TRAINER, Cosine, Watched
+
+    def ask_to_stop() -> None:
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def touch_sixth(step, batch):
+        if step == 5:
+            ask_to_stop()
+        return batch
+
+    def run(name: str, resume: str | None = None, touch=lambda step, batch: batch, look=None) -> tuple[int, Run]:
+        torch.manual_seed(0)
+        loader = TinyLoader(ranks=ranks, touch=touch)
+        val = Watched([make_batch([0, 1]), make_batch([2])] if ranks.is_main else [make_batch([3])], look)
+        meaning = {"class_names": ["thing"], "category_ids": [7], "preprocessing": {}, "config": ""}
+        parts = Parts(
+            TinyDetector(dropout=0.3), RECIPE, Cosine, loader, make_annotations(16),
+            val, make_annotations(4), EvaluationSettings(), meaning, lambda step, model: None,
+        )  # fmt: skip
+        place = choose_folder(None, str(folder / name), resume)
+        made = Run(parts, TRAINER, "fp32", 3, ranks, place, RunLog(place.path, ranks, Console(quiet=True)))
+        return made.train(), made
+
+    codes = [run("straight")]
+    codes.append(run("stopped", touch=touch_sixth))
+    codes.append(run("stopped", "auto", look=ask_to_stop))
+    codes.append(run("stopped", "auto"))
+    return {
+        "codes": [code for code, _ in codes],
+        "first_steps": [run.first_step for _, run in codes],
+        "straight": snapshot(codes[0][1].optimization),
+        "resumed": snapshot(codes[-1][1].optimization),
+        "best": [(run.best.value, run.best.step) for _, run in codes],
+    }
+
+
+def failing_choice(ranks: Ranks, folder: Path) -> dict:
+    def choose() -> str:
+        raise ValueError("only rank 0 knows")
+
+    with pytest.raises(ValueError, match="only rank 0 knows"):
+        on_main(choose)
+    return {"same": on_main(lambda: f"chosen by {current_ranks().rank}")}
+
+
+def everything(ranks: Ranks, folder: Path) -> dict:
+    """All in one pair of processes, because starting them takes longest."""
+    return {
+        work.__name__: work(ranks, folder)
+        for work in (train, detect_and_learn, one_bad_rank, stopped_run, failing_choice)
+    }
+
+
+def lost_rank(ranks: Ranks, folder: Path) -> dict:
+    """Rank 1 is killed while rank 0 waits for it, by each kind of exchange."""
+    if not ranks.is_main:
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which the launcher follows
+    said = []
+    for exchange in (lambda: all_reduce_mean(torch.ones(1)), lambda: broadcast_object(1)):
+        with pytest.raises(Fault) as caught, explained(lambda: "Rescue."):
+            exchange()
+        said.append(str(caught.value))
+    torch.save(said, folder / "0.pt")
+    return {}
+
+
+@pytest.fixture(scope="module")
+def ranks_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(ranks_folder) -> list[dict]:
+    return spawn(everything, ranks_folder)
+
+
+def test_two_ranks_train_as_one(two_ranks, tmp_path):
+    one = train(Ranks(), tmp_path)
+    for result in two_ranks:
+        for name, tensor in result["train"].items():
+            torch.testing.assert_close(
+                tensor, one[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def test_a_detector_learns_the_same_on_two_ranks_of_which_one_has_no_objects(two_ranks, tmp_path):
+    one = detect_and_learn(Ranks(), tmp_path)
+    for result in two_ranks:
+        for name, curve in result["detect_and_learn"].items():
+            assert curve == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
+    assert one["frozen, accumulate 1"] == pytest.approx(one["frozen, accumulate 2"], rel=1e-3, abs=1e-5)
+
+
+def test_bad_loss_on_one_rank_stops_all(two_ranks, ranks_folder):
+    for rank, result in enumerate(two_ranks):
+        found = result["one_bad_rank"]
+        assert all(torch.equal(found["before"][name], found["after"][name]) for name in found["before"]), rank
+        assert found["step"] == 0
+        assert found["text"].startswith(
+            "not finite: pixels of image_2.jpg, pixels of image_3.jpg, roi_class=nan, roi_box=nan. First bad output: conv. "
+            "Images of that batch: image_2.jpg, image_3.jpg. "
+        )
+    for rank, examined in ((0, []), (1, [0, 1])):
+        state, share, (batch,) = load_dump(ranks_folder / "nan_dump", rank)
+        assert state["progress"]["step"] == 0 and share["rank"] == rank
+        assert share["examinations"][0]["images"] == examined
+        assert batch.indices.tolist() == [2 * rank, 2 * rank + 1]
+
+
+def test_signal_to_one_rank_stops_all_and_the_run_goes_on_to_the_bit(two_ranks):
+    for rank, result in enumerate(two_ranks):
+        found = result["stopped_run"]
+        assert found["codes"] == [0, 143, 143, 0]
+        assert found["first_steps"] == [0, 0, 6, 8]
+        assert found["best"][0] == found["best"][3]
+        for name, tensor in found["straight"].items():
+            # each rank gathers statistics for itself, and goes on with those of rank 0: only these are ever used
+            assert torch.equal(tensor, found["resumed"][name]) or (rank and name.startswith("model.norm.running")), name
+
+
+def test_rank_0_decides_for_all(two_ranks):
+    assert [result["failing_choice"]["same"] for result in two_ranks] == ["chosen by 0"] * 2
+
+
+def test_loss_of_a_rank_is_told_at_once(tmp_path):
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
+        spawn(lost_rank, tmp_path)
+    for text in torch.load(tmp_path / "0.pt"):
+        assert text.startswith("distributed: expected to hear from the other ranks, but one has ended or hangs (")
+        assert text.endswith("look at the memory. Rescue.")
+
+
+def slow_main(ranks: Ranks, folder: Path) -> dict:
+    on_main(lambda: time.sleep(8))
+    return {"done": True}
+
+
+@pytest.mark.slow
+def test_work_that_rank_0_does_for_all_may_take_longer_than_the_timeout(tmp_path):
+    assert spawn(slow_main, tmp_path, timeout_minutes=0.1) == [{"done": True}] * 2

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fpn_det.evaluation.coco import DetectionTable
+from fpn_det.structures import Annotations, Batch, Targets
+from fpn_det.visualization.panels import GREY, SIDE, class_color, draw_batch, draw_boxes, draw_comparison, some_images
+
+
+@pytest.fixture
+def annotations(tmp_path) -> Annotations:
+    """Four black images of 60 x 120 px; only the second and the last have objects, the last a crowd too."""
+    Image.new("RGB", (120, 60)).save(tmp_path / "image.png")
+    path = str(tmp_path / "image.png").encode()
+    boxes = torch.tensor([[12, 30, 48, 54], [60, 30, 90, 54], [0, 0, 40, 40]], dtype=torch.float64)
+    return Annotations(
+        image_ids=torch.arange(4),
+        path_bytes=torch.tensor(list(path * 4), dtype=torch.uint8),
+        path_offsets=torch.arange(5) * len(path),
+        sizes=torch.tensor([[60, 120]] * 4),
+        offsets=torch.tensor([0, 0, 1, 1, 3]),
+        boxes=boxes,
+        labels=torch.tensor([0, 1, 1]),
+        iscrowd=torch.tensor([False, False, True]),
+        area=torch.ones(3, dtype=torch.float64),
+        annotation_ids=torch.arange(3),
+        class_names=("cat", "dog"),
+        category_ids=(1, 2),
+    )
+
+
+def test_draw_boxes_frames_the_box_where_it_lies():
+    # 120 px become 480: a factor of 4. Pixel column 12 starts at 48, the box ends before column 192.
+    pixels = np.zeros((60, 120, 3), np.uint8)
+    drawn = draw_boxes(pixels, np.array([[12, 30, 48, 54]], np.float32), [0], ["cat 0.91"])
+    color = class_color(0)
+    assert drawn.shape == (240, SIDE, 3) and drawn.dtype == np.uint8
+    frame = np.argwhere((drawn[120:] == color).all(-1))  # the plate with the text is above
+    assert frame.min(0).tolist() == [0, 48] and frame.max(0).tolist() == [216 - 120 - 1, 192 - 1]
+    plate = (drawn[:120] == color).all(-1)
+    assert plate.sum() > 300 and plate.any(0).nonzero()[0].min() == 48
+    assert pixels.max() == 0
+
+
+def test_draw_boxes_keeps_texts_inside_the_picture():
+    pixels = np.zeros((100, 100, 3), np.uint8)
+    boxes = np.array([[0, 0, 5, 5], [98, 0, 100, 100], [-10, -10, 300, 300]])
+    drawn = draw_boxes(pixels, boxes, [0, 1, 2], ["a long name 0.50"] * 3)
+    assert drawn.shape == (SIDE, SIDE, 3)
+    letters = (drawn[:20, -60:] == 0).all(-1) & (drawn[:20, -60:].max() > 0)
+    assert letters.any() and (drawn[:17, -40:] == class_color(1)).all(-1).any()
+
+
+def test_draw_boxes_of_an_image_without_objects():
+    assert draw_boxes(np.full((30, 10, 3), 7, np.uint8), np.zeros((0, 4)), [], []).shape == (SIDE, 160, 3)
+
+
+def test_class_colors_are_fixed_and_distinct():
+    colors = [class_color(label) for label in range(30)]
+    assert colors == [class_color(label) for label in range(30)]
+    assert len(set(colors)) == 30
+    assert all(sum(color) > 300 for color in colors)
+
+
+def test_some_images_are_always_the_same_and_have_objects(annotations):
+    assert some_images(annotations, 1) == [1]
+    assert some_images(annotations, 8) == [1, 3]
+
+
+def test_draw_comparison_puts_truth_left_and_answer_right(annotations):
+    found = DetectionTable(
+        np.array([3, 3, 1]),
+        np.array([[60, 30, 90, 54]] * 3, np.float32),
+        np.array([0.8, 0.1, 0.9], np.float32),
+        np.array([0, 1, 1]),
+    )
+    left, right = np.split(draw_comparison(annotations, found, 3), [SIDE], axis=1)
+    cat, dog = class_color(0), class_color(1)
+    assert (left == dog).all(-1).any() and not (left == cat).all(-1).any()
+    assert (right == cat).all(-1).any() and not (right == dog).all(-1).any()
+
+
+def test_draw_comparison_of_an_empty_image(annotations):
+    picture = draw_comparison(annotations, DetectionTable.join([]), 0)
+    assert picture.shape[1] == 2 * SIDE + 6
+    assert (picture[-1, 0] == 0).all() and (picture[-1, SIDE + 2] == GREY).all()
+
+
+def test_draw_batch_shows_every_image_with_its_padding():
+    pixels = torch.full((3, 3, 64, 96), 200, dtype=torch.uint8)
+    pixels[1, :, :, 48:] = 0
+    boxes = [torch.tensor([[8.0, 16, 40, 60]]), torch.zeros(0, 4), torch.tensor([[1.0, 1, 90, 60]])]
+    labels = [torch.tensor([1]), torch.zeros(0).long(), torch.tensor([0])]
+    sizes = torch.tensor([[64, 96], [64, 48], [64, 96]])
+    batch = Batch(pixels, sizes, sizes, Targets.pad(boxes, labels), torch.arange(3))
+    picture = draw_batch(batch, ["cat", "dog"])
+    first, second = picture[:344, :SIDE], picture[:344, SIDE + 6 :]
+    assert (first == class_color(1)).all(-1).any()
+    assert not any((second == class_color(label)).all(-1).any() for label in (0, 1))
+    assert (second[100, 100] == 200).all() and (second[100, 400] == 0).all()
+    assert (picture[345:, :SIDE] == class_color(0)).all(-1).any()

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import TINY
+
+from fpn_det import api
+from fpn_det.config import Settings, compose
+from fpn_det.models.detector import Detector
+from fpn_det.structures import Batch
+from fpn_det.visualization.pyramid_panels import (
+    LEVEL_COLORS,
+    NUM_BOXES,
+    SIDE,
+    Levels,
+    draw_levels,
+    frame,
+    heat,
+    read_levels,
+)
+
+
+@pytest.fixture(scope="module")
+def settings(shapes_dataset) -> Settings:
+    return compose([*TINY, f"data.root={shapes_dataset}"])
+
+
+@pytest.fixture(scope="module")
+def batch(settings) -> Batch:
+    """An image of 96 x 128 px."""
+    annotations = api.read_training_data(settings.data, 0)[1]
+    (batch,) = api.single_images(settings, annotations, [1], 32, torch.device("cpu"))
+    return batch
+
+
+@pytest.fixture(scope="module")
+def model(settings) -> Detector:
+    torch.manual_seed(0)
+    model = api.build_model(settings, 6)
+    torch.nn.init.normal_(model.rpn.head.objectness.weight, std=1.0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def levels(model, batch) -> Levels:
+    return read_levels(model, batch)
+
+
+def test_levels_are_those_of_the_pyramid(levels):
+    assert levels.names == ["P2", "P3", "P4", "P5", "P6"] and levels.strides == (4, 8, 16, 32, 64)
+    for each, stride in zip(levels.features, levels.strides, strict=True):
+        assert each.shape == (96, 128)
+        for y in range(0, 96, stride):  # one value in every cell, also where the image ends within it
+            assert (each[y : y + stride, :stride] == each[y, 0]).all()
+    assert all(0 <= each.min() and each.max() <= 1 for each in levels.objectness)
+
+
+def test_anchors_proposals_and_rois_are_dealt_out_to_levels(levels, model, batch):
+    with torch.no_grad():
+        output = model.eval().rpn(model.pyramid(batch))
+        proposals = model.propose(batch)
+    match = model.rpn.matcher(batch.targets, output.anchors, output.allowed)
+    assert sum(map(len, levels.matched)) == int(match.positive.sum()) > 0
+    best = proposals.boxes[0, :NUM_BOXES]
+    shown = np.concatenate(levels.proposed)
+    assert len(shown) == NUM_BOXES and {tuple(box) for box in shown.tolist()} == {tuple(box) for box in best.tolist()}
+    for boxes, index in zip(levels.pooled, range(5), strict=True):
+        assert (model.assigner(torch.from_numpy(boxes)) == index).all()
+    assert sum(map(len, levels.pooled)) == NUM_BOXES
+
+
+def test_the_modes_of_the_model_are_left_as_they_were(model, batch):
+    model.train()
+    read_levels(model, batch)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_sheet_has_a_row_for_each_kind_and_a_column_for_each_level(levels, batch, model):
+    with_rois = draw_levels(levels, batch)
+    without = draw_levels(read_levels(model.without_roi_head(), batch), batch)
+    assert with_rois.shape[1] >= 6 * SIDE and with_rois.shape[0] * 4 == without.shape[0] * 5
+
+
+def test_heat_goes_from_dark_to_bright_and_keeps_cells_square():
+    under = np.zeros((8, 8, 3), np.uint8)
+    picture = heat(np.array([[0.0, 1.0], [2.0, 4.0]], np.float32), under).astype(int).sum(axis=2)
+    assert (picture[:4, :4] == picture[0, 0]).all() and (picture[4:, 4:] == picture[7, 7]).all()
+    assert picture[0, 0] < picture[0, 7] < picture[7, 0] < picture[7, 7]
+
+
+def test_frames_have_their_colors():
+    picture = frame(np.full((20, 20, 3), 100, np.uint8), np.array([[2.0, 3.0, 10.0, 12.0]]), np.array(LEVEL_COLORS[:1]))
+    assert tuple(picture[3, 2]) == tuple(picture[11, 9]) == LEVEL_COLORS[0]
+    assert (picture[5, 5] == 45).all()
