@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import hydra.utils
 import torch
-from hydra.errors import InstantiationException
 
 from fpn_det.annotations.image_files import Look, look_at
 from fpn_det.annotations.overlap import without_shared
 from fpn_det.annotations.reading import Examined, examine, judge, load_tables
 from fpn_det.annotations.subsets import drop_empty, select_images, split_images
-from fpn_det.config import Data, Node, Settings, Split, check, compose, is_for_people
+from fpn_det.config import Data, Node, Settings, Split, check, compose
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.image_cache import PictureCache
 from fpn_det.data.loading import EvalLoader, TrainLoader
@@ -32,13 +29,11 @@ from fpn_det.models.views import Views
 from fpn_det.runs.folder import versions
 from fpn_det.runtime import Ranks, broadcast_object, current_ranks, pick_device
 from fpn_det.saved import read_yaml, to_yaml
+from fpn_det.schema import build
 from fpn_det.structures import Annotations
 from fpn_det.training.optimization import PRECISIONS
 
 SplitName = Literal["train", "val", "test"]
-
-# What albumentations' checks of arguments add to their sentence.
-PYDANTIC = re.compile(r"\d+ validation errors? for InitSchema | \[type=.*?\]| For further information visit \S+")
 
 # The experiment that gives the numbers of each project.
 COMPAT = {
@@ -46,24 +41,6 @@ COMPAT = {
     "detectron2": "compat/detectron2_r50_fpn",
     "mmdet": "compat/mmdet_r50_fpn",
 }
-
-
-def build(node: Node, where: str) -> Any:
-    """The object that a node describes.
-
-    Raises:
-        ValueError: it names no class, or the class refuses its arguments.
-    """
-    if "_target_" not in node:
-        raise ValueError(f"{where}: expected a class by name (_target_), got none.")
-    try:
-        return hydra.utils.instantiate(node, _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__ or error
-        reason = PYDANTIC.sub("", " ".join(str(cause).split()))
-        if isinstance(cause, ValueError) and is_for_people(cause):
-            raise ValueError(reason if reason.startswith(where.split(".")[0]) else f"{where}: {reason}") from None
-        raise ValueError(f"{where}: {node['_target_']} refuses its arguments: {reason}.") from None
 
 
 def build_model(settings: Settings, num_classes: int) -> Detector:

@@ -13,7 +13,6 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from fpn_det.api import (
-    build,
     build_eval_loader,
     build_model,
     build_train_loader,
@@ -34,6 +33,7 @@ from fpn_det.runs.overview import compare, find_runs, runs_table, write_results
 from fpn_det.runs.settings_diff import read_settings
 from fpn_det.runtime import Ranks, agree_on_max, alone, seed_everything
 from fpn_det.saved import to_yaml
+from fpn_det.schema import build
 from fpn_det.structures import Annotations
 from fpn_det.training import memory
 from fpn_det.training.optimization import Optimization

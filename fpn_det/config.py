@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import hydra
@@ -30,22 +28,31 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from fpn_det.errors import Fault, explained
+from fpn_det.errors import Fault, explained, is_for_people
 from fpn_det.evaluation.coco import EvaluationSettings
 from fpn_det.models.views import Views
 from fpn_det.runtime import is_echo
 from fpn_det.saved import CONFIGS, read_yaml
-from fpn_det.schema import Amount, Count, CountOrZero, Fraction, Positive, Share, check_names, did_you_mean, fit, listed
+from fpn_det.schema import (
+    Amount,
+    Count,
+    CountOrZero,
+    Fraction,
+    Node,
+    Positive,
+    Share,
+    check_names,
+    did_you_mean,
+    fit,
+    listed,
+)
 from fpn_det.training.settings import Trainer
 
-PACKAGE = Path(__file__).parent
-HYDRA = Path(hydra.__file__).parent
 PACKAGES = ("fpn_det", "albumentations", "torch.optim")  # whose classes a `_target_` may name
 COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)  # what goes wrong before there are settings
 FOR_PEOPLE = (ValueError, FloatingPointError, Fault)  # what a user did wrong, training that diverged, bad luck
 FAILED, WRONG_COMMAND_LINE = 1, 2  # exit codes
 
-Node = dict[str, Any]  # a class by name (`_target_`) and its arguments
 S = TypeVar("S", bound="Settings")
 
 
@@ -351,7 +358,7 @@ def launch(
             ConfigStore.instance().store("saved", read_yaml(saved(), _remark))
         main()
     except COMPOSING as error:
-        _end(ValueError(explain(error)).with_traceback(error.__traceback__))
+        _end(ValueError(explain(error)))
     except FOR_PEOPLE as error:
         _end(error)
 
@@ -376,13 +383,6 @@ def join_cluster() -> None:
         from submitit.helpers import TorchDistributedEnvironment  # an optional extra
 
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-
-
-def is_for_people(error: BaseException) -> bool:
-    """Whether our own code (the package or the running tool) or Hydra raised this: then its message says it all."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    tool = getattr(sys.modules["__main__"], "__file__", None)
-    return raised_in.is_relative_to(PACKAGE) or raised_in.is_relative_to(HYDRA) or str(raised_in) == tool
 
 
 def _end(error: Exception) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from fpn_det.runtime import is_echo, mark_as_echo, tells_of_lost_rank
 
@@ -29,6 +32,18 @@ WORKER_REMEDIES = {
     "Killed": "The system kills what takes too much memory: lower data.num_workers.",
     "Bus error": "The shared memory is full: enlarge /dev/shm (docker run --shm-size=8g), or set data.num_workers=0.",
 }
+
+
+PACKAGE = Path(__file__).parent
+
+
+def is_for_people(error: BaseException) -> bool:
+    """Whether the package or the running script raised this error itself: its message then suffices without a traceback."""
+    if error.__traceback__ is None:
+        return True
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    return raised_in.is_relative_to(PACKAGE) or str(raised_in) == script
 
 
 class Fault(Exception):

@@ -1,22 +1,31 @@
-"""Fit a tree of plain values, as it comes out of YAML, to what code declares: dataclasses and constructors.
+"""Typed settings: fit a tree of plain values, as YAML gives it, to dataclasses and constructors, and build objects from it.
 
-A mapping with `_target_` is a node: it names a class and holds its arguments. Names and types of both kinds are checked
-against the same declarations that the code itself reads, so there is no second list of settings that could disagree.
+A mapping with `_target_` is a node: it names a class and holds its arguments. Names, types and defaults of both kinds
+come from the declarations that the code itself reads, so there is no second list of settings that could disagree. A
+fitted tree is complete: what it does not set has the declared default.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import math
+import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from fpn_det.errors import is_for_people
+
 SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
 NODE_KEYS = ("_target_", "_partial_")
+Node = dict[str, Any]  # a class by name (`_target_`) and its arguments
+
+# What albumentations' checks of arguments add to their sentence.
+PYDANTIC = re.compile(r"\d+ validation errors? for InitSchema | \[type=.*?\]| For further information visit \S+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +116,7 @@ def fit(value: Any, hint: Any, where: str, packages: Sequence[str]) -> Any:
         raise ValueError(f"{where}: expected names with values, got {value!r}.")
     if isinstance(value, list):
         return [fit(item, Any, f"{where}.{i}", packages) for i, item in enumerate(value)]
-    if value is None and inspect.isclass(hint):
+    if value is None and inspect.isclass(hint) and hint is not Any:
         raise ValueError(f"{where}: expected {describe(hint)}, got null.")
     return value
 
@@ -116,13 +125,19 @@ def _fit_record(value: Any, record: type, where: str, packages: Sequence[str]) -
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}: expected its settings by name, got {value!r}.")
     hints = get_type_hints(record, include_extras=True)
+    required = [field.name for field in dataclasses.fields(record) if not _has_default(field)]
     check_names(value, hints, where)
-    _check_complete(value, hints, where)
-    return record(**{name: fit(value[name], hint, join(where, name), packages) for name, hint in hints.items()})
+    _check_complete(value, required, where)
+    given = {name: hint for name, hint in hints.items() if name in value}
+    return record(**{name: fit(value[name], hint, join(where, name), packages) for name, hint in given.items()})
+
+
+def _has_default(field: dataclasses.Field) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 def _fit_node(node: Mapping[str, Any], where: str, packages: Sequence[str]) -> dict[str, Any]:
-    """The node with its arguments fitted to the signature of the class that it names."""
+    """The node with its arguments fitted to the signature of the class that it names, and the defaults of the others."""
     target = locate(node["_target_"], join(where, "_target_"), packages)
     parameters = _parameters(target)
     given = {name: item for name, item in node.items() if name not in NODE_KEYS}
@@ -134,11 +149,89 @@ def _fit_node(node: Mapping[str, Any], where: str, packages: Sequence[str]) -> d
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         check_names(given, (name for name in parameters if name in given or name not in required), where)
     hints = {
-        name: Any if isinstance(parameter.annotation, str) else parameter.annotation
+        name: Any
+        if isinstance(parameter.annotation, str) or parameter.annotation is parameter.empty
+        else parameter.annotation
         for name, parameter in parameters.items()
+    }
+    given = given | {
+        name: as_plain(parameter.default)
+        for name, parameter in parameters.items()
+        if name not in given and parameter.default is not parameter.empty
     }
     fitted = {name: fit(item, hints.get(name, Any), join(where, name), packages) for name, item in given.items()}
     return {name: node[name] for name in NODE_KEYS if name in node} | fitted
+
+
+def as_plain(default: Any) -> Any:
+    """A default of a signature as YAML would state it.
+
+    A class is a `_partial_` node, a `functools.partial` of a class one with arguments, and an instance of a dataclass
+    the node that makes it. Tuples are lists; anything else is taken as it is.
+    """
+    if isinstance(default, functools.partial):
+        return _node_of(default.func, default.keywords) | {"_partial_": True}
+    if inspect.isclass(default):
+        return _node_of(default, {}) | {"_partial_": True}
+    if dataclasses.is_dataclass(default):
+        arguments = {field.name: getattr(default, field.name) for field in dataclasses.fields(default) if field.init}
+        return _node_of(type(default), arguments)
+    if isinstance(default, list | tuple):
+        return [as_plain(item) for item in default]
+    if isinstance(default, Mapping):
+        return {name: as_plain(item) for name, item in default.items()}
+    return default
+
+
+def _node_of(target: Any, arguments: Mapping[str, Any]) -> Node:
+    name = f"{target.__module__}.{target.__qualname__}"
+    return {"_target_": name, **{key: as_plain(value) for key, value in arguments.items()}}
+
+
+def build(node: Any, where: str) -> Any:
+    """The object that a fitted node describes; lists and mappings of nodes are built item by item.
+
+    Only classes that `fit` has admitted are called, with plain values: nothing in a string is interpreted.
+
+    Args:
+        node: of a tree that `fit` returned.
+        where: its dotted name, for messages.
+
+    Raises:
+        ValueError: it names no class, or the class refuses its arguments.
+    """
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise ValueError(f"{where}: expected a class by name (_target_), got none.")
+    module, _, name = node["_target_"].rpartition(".")
+    target = getattr(importlib.import_module(module), name)
+    arguments = {key: _build_within(item, join(where, key)) for key, item in node.items() if key not in NODE_KEYS}
+    if node.get("_partial_"):
+        return functools.partial(target, **arguments)
+    try:
+        return target(**arguments)
+    except Exception as error:
+        reason = PYDANTIC.sub("", " ".join(str(error).split()))
+        if isinstance(error, ValueError) and is_for_people(error):
+            raise ValueError(_placed(reason, where)) from None
+        raise ValueError(f"{where}: {node['_target_']} refuses its arguments: {reason}.") from None
+
+
+def _placed(reason: str, where: str) -> str:
+    """A refusal with its full dotted name: classes name their own settings only (`backbone.depth: ...`)."""
+    parent, _, last = where.rpartition(".")
+    if reason.startswith(where.split(".")[0]):
+        return reason
+    return join(parent, reason) if reason.startswith((f"{last}.", f"{last}:")) else f"{where}: {reason}"
+
+
+def _build_within(value: Any, where: str) -> Any:
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            return build(value, where)
+        return {key: _build_within(item, join(where, str(key))) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_build_within(item, f"{where}.{number}") for number, item in enumerate(value)]
+    return value
 
 
 def _fit_union(value: Any, hint: Any, where: str, packages: Sequence[str]) -> Any:

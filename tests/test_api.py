@@ -9,6 +9,7 @@ from fpn_det import api
 from fpn_det.config import compose
 from fpn_det.models.detector import Detector
 from fpn_det.runtime import Ranks
+from fpn_det.schema import build
 
 CPU = torch.device("cpu")
 
@@ -33,12 +34,12 @@ def test_build_model_reads_nothing(monkeypatch):
 
 
 def test_build_says_what_a_class_refuses():
-    with pytest.raises(ValueError, match=r"^model: backbone.depth: expected one of 18, 34, 50, 101, got 19"):
+    with pytest.raises(ValueError, match=r"^model.backbone.depth: expected one of 18, 34, 50, 101, got 19"):
         api.build_model(compose(["model.backbone.depth=19"]), num_classes=2)
     with pytest.raises(ValueError, match=r"^here: albumentations.HorizontalFlip refuses its arguments: .*p"):
-        api.build({"_target_": "albumentations.HorizontalFlip", "p": 7.0}, "here")
+        build({"_target_": "albumentations.HorizontalFlip", "p": 7.0}, "here")
     with pytest.raises(ValueError, match=r"^here: expected a class by name \(_target_\), got none"):
-        api.build({"p": 7.0}, "here")
+        build({"p": 7.0}, "here")
 
 
 def test_build_transforms_keeps_their_order_and_leaves_out_null():

@@ -12,17 +12,19 @@ SOURCES = sorted([*(ROOT / "fpn_det").rglob("*.py"), *(ROOT / "tools").rglob("*.
 
 RANKS = {
     "": 0,
-    **dict.fromkeys(["structures", "boxes", "runtime", "schema", "image_io"], 0),
-    **dict.fromkeys(["saved", "errors", "annotations"], 1),
-    **dict.fromkeys(["models", "data"], 2),
-    **dict.fromkeys(["evaluation", "inference", "interop"], 3),
-    "visualization": 4,
-    "runs": 5,
-    "training": 6,
-    **dict.fromkeys(["config", "doctor"], 7),
-    "api": 8,
-    "assembly": 9,
-    "tools": 10,
+    **dict.fromkeys(["structures", "boxes", "runtime", "image_io", "migration"], 0),
+    "errors": 1,
+    "schema": 2,
+    **dict.fromkeys(["saved", "annotations"], 3),
+    **dict.fromkeys(["models", "data"], 4),
+    **dict.fromkeys(["evaluation", "inference", "interop"], 5),
+    "visualization": 6,
+    "runs": 7,
+    "training": 8,
+    **dict.fromkeys(["config", "doctor"], 9),
+    "api": 10,
+    "assembly": 11,
+    "tools": 12,
 }
 
 # A library that only some files may know.

@@ -13,6 +13,7 @@ from fpn_det.evaluation.coco import EvaluationSettings
 from fpn_det.evaluation.evaluate import evaluate
 from fpn_det.runtime import Ranks
 from fpn_det.saved import CONFIGS
+from fpn_det.schema import build
 
 ROWS = sorted(path.stem for path in (CONFIGS / "experiment" / "paper").glob("*.yaml"))
 ANCHORS = {"a": 47_000, "b": 12_000, "c": 200_000, "d": 200_000, "e": 200_000, "f": 750_000}  # of 800 x 1000 px
@@ -73,7 +74,7 @@ def test_every_row_trains_a_step_and_is_scored(row, shapes_dataset, saved_propos
     train, val = api.read_training_data(settings.data, settings.seed)
     model = api.build_model(settings, train.num_classes)
     (batch,) = api.build_train_loader(settings, train, model.stride, ranks, device).rebuild(0)
-    optimizer = api.build(settings.optimizer, "optimizer").build(model, settings.trainer.batch_size)
+    optimizer = build(settings.optimizer, "optimizer").build(model, settings.trainer.batch_size)
     before = [parameter.clone() for parameter in model.parameters()]
     losses = model(batch, 0)
     losses.total().backward()

@@ -89,14 +89,16 @@ def test_fit_checks_nodes_by_the_signature_of_their_class(node, words):
     assert words in str(refusal.value)
 
 
-def test_fit_keeps_good_nodes_as_they_are():
-    node = {**PART, "width": 3, "ratios": [0.5], "inner": {**PART, "_partial_": True, "ratios": [2.0]}}
-    assert fitted(node=node).node == node
+def test_fit_keeps_good_nodes_and_adds_the_defaults_of_what_they_leave_out():
+    node = {**PART, "width": 3, "inner": {**PART, "_partial_": True, "ratios": [2.0]}}
+    complete = {**node, "ratios": [], "inner": {**node["inner"], "inner": None}}
+    assert fitted(node=node).node == complete
+    assert fitted(node=complete).node == complete
 
 
 @pytest.mark.parametrize(
     "name",
-    ["os.system", "torch.hub.load", "fpn_det.runtime.os.system", "fpn_det.config.Path", "fpn_det", 3, "fpn_detx.Y"],
+    ["os.system", "torch.hub.load", "fpn_det.runtime.os.system", "fpn_det.errors.Path", "fpn_det", 3, "fpn_detx.Y"],
 )
 def test_locate_admits_classes_of_the_packages_only(name):
     with pytest.raises(ValueError, match=r"^here: expected"):

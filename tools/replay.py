@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fpn_det import api
-from fpn_det.config import Settings, check, is_for_people
+from fpn_det.config import Settings, check
+from fpn_det.errors import is_for_people
 from fpn_det.runtime import seed_step
 from fpn_det.saved import read_yaml
 from fpn_det.training.nonfinite import examine, load_dump
