@@ -66,3 +66,13 @@ def _mappings(value: Any) -> Iterator[Tree]:
     elif isinstance(value, list):
         for item in value:
             yield from _mappings(item)
+
+
+def refuse_old_name(name: str) -> None:
+    """Refuse a setting that has another name now, with the new one.
+
+    Raises:
+        ValueError: the command line names it.
+    """
+    if name in RENAMED_SETTINGS:
+        raise ValueError(f"{name}: is called {RENAMED_SETTINGS[name][0]} now. Use that name.")

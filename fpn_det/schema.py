@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from fpn_det.errors import is_for_people
 
-SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", type(None): "null"}
 NODE_KEYS = ("_target_", "_partial_")
 Node = dict[str, Any]  # a class by name (`_target_`) and its arguments
 
@@ -161,6 +161,55 @@ def _fit_node(node: Mapping[str, Any], where: str, packages: Sequence[str]) -> d
     }
     fitted = {name: fit(item, hints.get(name, Any), join(where, name), packages) for name, item in given.items()}
     return {name: node[name] for name in NODE_KEYS if name in node} | fitted
+
+
+def complete(value: Any, hint: Any, packages: Sequence[str]) -> Any:
+    """`value` with the declared defaults of everything it leaves out, as far as records and nodes can be told apart.
+
+    Nothing is checked or converted: that is the work of `fit`, after overrides have been applied.
+    """
+    if isinstance(value, Mapping) and "_target_" in value:
+        return _complete_node(value, packages)
+    record = next((item for item in (hint, *get_args(hint)) if dataclasses.is_dataclass(item)), None)
+    if isinstance(value, Mapping) and record is not None:
+        hints = get_type_hints(record, include_extras=True)
+        given = {name: complete(item, hints.get(name, Any), packages) for name, item in value.items()}
+        for item in dataclasses.fields(record):
+            if item.name not in given and _has_default(item):
+                given[item.name] = complete(_default_of(item), hints[item.name], packages)
+        return given
+    if isinstance(value, Mapping):
+        return {name: complete(item, Any, packages) for name, item in value.items()}
+    return value
+
+
+def _default_of(item: dataclasses.Field) -> Any:
+    value = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[operator]
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else as_plain(value)  # type: ignore[arg-type]
+
+
+def _complete_node(node: Mapping[str, Any], packages: Sequence[str]) -> Node:
+    try:
+        parameters = _parameters(locate(node["_target_"], "", packages))
+    except ValueError:
+        return dict(node)  # refused by `fit`, with its place
+    given = {name: complete(item, Any, packages) for name, item in node.items()}
+    for name, parameter in parameters.items():
+        if name not in given and parameter.default is not parameter.empty:
+            given[name] = complete(as_plain(parameter.default), Any, packages)
+    return given
+
+
+def missing_names(value: Any, record: type, where: str = "") -> list[str]:
+    """Dotted names of the fields of `record`, and of records within it, that the mapping `value` does not have."""
+    missing = []
+    hints = get_type_hints(record, include_extras=True)
+    for name, hint in hints.items():
+        if name not in value:
+            missing.append(join(where, name))
+        elif dataclasses.is_dataclass(hint) and isinstance(value[name], Mapping):
+            missing += missing_names(value[name], hint, join(where, name))  # type: ignore[arg-type]
+    return missing
 
 
 def as_plain(default: Any) -> Any:

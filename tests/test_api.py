@@ -5,9 +5,9 @@ import pytest
 import torch
 from tiny import TINY
 
-from fpn_det import api
-from fpn_det.config import compose
+from fpn_det.composition import compose
 from fpn_det.models.detector import Detector
+from fpn_det.runs.checkpoint import fill_model
 from fpn_det.runtime import Ranks
 from fpn_det.schema import build
 
@@ -20,7 +20,7 @@ def settings(shapes_dataset):
 
 
 def test_build_model_makes_what_the_settings_say(settings):
-    model = api.build_model(settings, num_classes=3)
+    model = settings.build_model(num_classes=3)
     assert isinstance(model, Detector)
     assert model.num_classes == 3
     assert model.neck.channels == 32
@@ -29,13 +29,13 @@ def test_build_model_makes_what_the_settings_say(settings):
 
 def test_build_model_reads_nothing(monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: pytest.fail("a download"))
-    model = api.build_model(compose(), num_classes=2)
+    model = compose().build_model(num_classes=2)
     assert model.backbone.norm == "frozen" and model.backbone.frozen_stages == 2  # deduced: pretrained weights
 
 
 def test_build_says_what_a_class_refuses():
     with pytest.raises(ValueError, match=r"^model.backbone.depth: expected one of 18, 34, 50, 101, got 19"):
-        api.build_model(compose(["model.backbone.depth=19"]), num_classes=2)
+        compose(["model.backbone.depth=19"]).build_model(num_classes=2)
     with pytest.raises(ValueError, match=r"^here: albumentations.HorizontalFlip refuses its arguments: .*p"):
         build({"_target_": "albumentations.HorizontalFlip", "p": 7.0}, "here")
     with pytest.raises(ValueError, match=r"^here: expected a class by name \(_target_\), got none"):
@@ -46,12 +46,13 @@ def test_build_transforms_keeps_their_order_and_leaves_out_null():
     data = compose(
         ["+data.train_transforms.blur={_target_:albumentations.Blur}", "data.train_transforms.resize=null"]
     ).data
-    chain = api.build_transforms(data.train_transforms, data, "data.train_transforms").compose.transforms
+    chain = data.transforms(train=True).compose.transforms
     assert [type(item) for item in chain[:2]] == [A.HorizontalFlip, A.Blur]
 
 
 def test_training_data_has_the_classes_of_the_training_set(settings):
-    train, val = api.read_training_data(settings.data, seed=0)
+    data = settings.data.read_train_and_val(seed=0)
+    train, val = data.train, data.val
     assert train.class_names == val.class_names
     assert (train.offsets.diff() > 0).all()  # images without objects are left out
     assert len(val) == 8
@@ -59,8 +60,9 @@ def test_training_data_has_the_classes_of_the_training_set(settings):
 
 def test_val_fraction_holds_out_the_same_images_in_training_and_evaluation(shapes_dataset):
     data = compose([*TINY, f"data.root={shapes_dataset}", "data.val_fraction=0.25", "data.keep_empty=true"]).data
-    train, val = api.read_training_data(data, seed=5)
-    again = api.read_evaluation_data(data, "val", train.class_names, seed=5)
+    split = data.read_train_and_val(seed=5)
+    train, val = split.train, split.val
+    again = data.read_split("val", train.class_names, seed=5)
     assert (len(train), len(val)) == (6, 2)
     assert again.image_ids.tolist() == val.image_ids.tolist()
 
@@ -68,37 +70,36 @@ def test_val_fraction_holds_out_the_same_images_in_training_and_evaluation(shape
 def test_missing_split_is_named(settings):
     data = compose([*TINY, "data.test={images: null, annotations: null}"]).data
     with pytest.raises(ValueError, match="data.test: expected images and annotations, got none"):
-        api.read_evaluation_data(data, "test", ["disk"], seed=0)
+        data.read_split("test", ["disk"], seed=0)
 
 
 def test_every_transform_of_the_default_recipe_is_built(settings):
     default = compose().data
-    for name in ("train_transforms", "eval_transforms"):
-        api.build_transforms(getattr(default, name), default, f"data.{name}")
+    default.transforms(train=True), default.transforms(train=False)
 
 
 def test_load_weights_takes_the_average_if_there_is_one(settings):
-    model, other = api.build_model(settings, 3), api.build_model(settings, 3)
+    model, other = settings.build_model(3), settings.build_model(3)
     raw, average = model.state_dict(), other.state_dict()
     state = {"model": raw, "ema": average}
-    target = api.build_model(settings, 3)
+    target = settings.build_model(3)
     name = "neck.output.0.weight"
-    assert api.load_weights(target, state, "x.pt") == "ema"
+    assert fill_model(target, state, "x.pt") == "ema"
     assert torch.equal(target.state_dict()[name], average[name])
-    assert api.load_weights(target, state, "x.pt", "raw") == "raw"
+    assert fill_model(target, state, "x.pt", "raw") == "raw"
     assert torch.equal(target.state_dict()[name], raw[name])
 
 
 def test_load_weights_refuses_what_does_not_fit(settings):
-    state = {"model": api.build_model(settings, 3).state_dict(), "ema": None}
-    with pytest.raises(ValueError, match=r"x.pt: expected a moving average of the weights, got none. Say weights=raw"):
-        api.load_weights(api.build_model(settings, 3), state, "x.pt", "ema")
+    state = {"model": settings.build_model(3).state_dict(), "ema": None}
+    with pytest.raises(ValueError, match=r"x.pt: expected a moving average of the weights, got none. Set weights=raw"):
+        fill_model(settings.build_model(3), state, "x.pt", "ema")
     with pytest.raises(ValueError, match=r"x.pt: expected the weights of this model, got others"):
-        api.load_weights(api.build_model(settings, 4), state, "x.pt")
+        fill_model(settings.build_model(4), state, "x.pt")
 
 
 def test_train_loader_divides_the_batch(shapes_dataset):
     settings = compose([*TINY, f"data.root={shapes_dataset}", "trainer.accumulate=2"])
-    train, _ = api.read_training_data(settings.data, seed=0)
-    loader = api.build_train_loader(settings, train, 32, Ranks(), CPU)
+    train = settings.data.read_train_and_val(seed=0).train
+    loader = settings.train_loader(train, 32, Ranks(), CPU)
     assert [len(batch) for batch in loader.rebuild(0)] == [2, 2]

@@ -1,35 +1,52 @@
-"""What a GPU would say is said here by a function of the batch."""
+"""A GPU's answer is replaced by a function of the batch."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from rich.console import Console
 from tiny import TINY
 
-from fpn_det.api import build_model, read_training_data
-from fpn_det.assembly import settle_batch_size
-from fpn_det.config import compose
+from fpn_det.composition import compose
+from fpn_det.runs.folder import choose_folder
+from fpn_det.runs.log import RunLog
 from fpn_det.runtime import Ranks
-from fpn_det.saved import to_yaml
 from fpn_det.training import memory
+from fpn_det.training.trainer import Trainer
 
-CPU = torch.device("cpu")
+
+@pytest.fixture
+def prepared(shapes_dataset, tmp_path):
+    """Makes a trainer with `trainer.batch_size=auto`, as if the CPU could be asked."""
+
+    def prepare(name: str, resume: str | None = None) -> Trainer:
+        words = [*TINY, f"data.root={shapes_dataset}", "data.check=false"]
+        config = compose([*words, "trainer.batch_size=auto", "trainer.accumulate=2"])
+        trainer = Trainer(
+            compose([*words, "trainer.batch_size=2", "trainer.accumulate=2"]), Ranks(), torch.device("cpu")
+        )
+        trainer.config = config
+        folder = choose_folder(None, str(tmp_path / name), resume)
+        trainer.prepare(folder, RunLog(folder.path, Ranks(), screen=Console(quiet=True)))
+        return trainer
+
+    return prepare
 
 
-def test_batch_size_auto_is_what_fits_and_a_resumed_run_keeps_it(monkeypatch, shapes_dataset, tmp_path):
-    settings = compose(
-        [*TINY, f"data.root={shapes_dataset}", "data.check=false", "trainer.batch_size=auto", "trainer.accumulate=2"]
-    )
-    train, _ = read_training_data(settings.data, settings.seed)
-    model = build_model(settings, train.num_classes)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+def test_batch_size_auto_is_what_fits_and_a_resumed_run_keeps_it(monkeypatch, prepared):
     monkeypatch.setattr(memory, "fits", lambda optimization, batch: optimization.rehearse([batch]) or len(batch) <= 3)
-    settled = settle_batch_size(settings, model, train, Ranks(), CPU, resumed=None)
-    assert settled.trainer.batch_size == 6  # three images in each of two passes
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-    (tmp_path / "config.yaml").write_text(to_yaml(settled))
+    trainer = prepared("run")
+    assert trainer.config.trainer.batch_size == 6  # three images in each of two passes
     monkeypatch.setattr(memory, "fits", lambda optimization, batch: False)
-    assert settle_batch_size(settings, model, train, Ranks(), CPU, resumed=tmp_path) == settled
     with pytest.raises(ValueError, match="trainer.batch_size: expected room for one image on cpu, got none"):
-        settle_batch_size(settings, model, train, Ranks(), CPU, resumed=None)
+        prepared("other")
+    trainer._save(0)
+    assert prepared("run", resume="auto").config.trainer.batch_size == 6
+
+
+def test_measuring_the_batch_size_leaves_the_weights_alone(monkeypatch, prepared):
+    monkeypatch.setattr(memory, "fits", lambda optimization, batch: len(batch) <= 3)
+    untouched = prepared("one").model.state_dict()
+    monkeypatch.setattr(memory, "fits", lambda optimization, batch: optimization.rehearse([batch]) or len(batch) <= 3)
+    measured = prepared("other").model.state_dict()
+    assert all(torch.equal(measured[name], tensor) for name, tensor in untouched.items())

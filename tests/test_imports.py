@@ -12,25 +12,26 @@ SOURCES = sorted([*(ROOT / "fpn_det").rglob("*.py"), *(ROOT / "tools").rglob("*.
 
 RANKS = {
     "": 0,
-    **dict.fromkeys(["structures", "boxes", "runtime", "image_io", "migration"], 0),
+    **dict.fromkeys(["structures", "boxes", "runtime", "image_io", "migration", "safe_yaml"], 0),
     "errors": 1,
     "schema": 2,
-    **dict.fromkeys(["saved", "annotations"], 3),
+    "annotations": 3,
     **dict.fromkeys(["models", "data"], 4),
     **dict.fromkeys(["evaluation", "inference", "interop"], 5),
-    "visualization": 6,
+    **dict.fromkeys(["visualization", "config"], 6),
     "runs": 7,
     "training": 8,
-    **dict.fromkeys(["config", "doctor"], 9),
-    "api": 10,
-    "assembly": 11,
-    "tools": 12,
+    **dict.fromkeys(["composition", "doctor"], 9),
+    "pretrained": 10,
+    "api": 11,
+    "cli": 12,
+    "tools": 13,
 }
 
-# A library that only some files may know.
+# A library that only some files may import.
 IMPORTERS = {
-    "hydra": {"fpn_det/config.py", "fpn_det/saved.py", "fpn_det/api.py", "fpn_det/assembly.py", "tools"},
-    "omegaconf": {"fpn_det/config.py", "fpn_det/saved.py", "fpn_det/api.py", "fpn_det/assembly.py", "tools"},
+    "hydra": {"fpn_det/composition.py", "fpn_det/cli/launch.py"},
+    "omegaconf": {"fpn_det/composition.py", "fpn_det/cli/launch.py", "tools"},
     "pycocotools": {"fpn_det/evaluation/coco.py"},
     "torch.utils.tensorboard": {"fpn_det/runs/log.py"},
     "tensorboard": {"fpn_det/runs/log.py"},

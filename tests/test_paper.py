@@ -7,12 +7,10 @@ import json
 import pytest
 import torch
 
-from fpn_det import api
-from fpn_det.config import compose
+from fpn_det.composition import CONFIGS, compose
 from fpn_det.evaluation.coco import EvaluationSettings
 from fpn_det.evaluation.evaluate import evaluate
 from fpn_det.runtime import Ranks
-from fpn_det.saved import CONFIGS
 from fpn_det.schema import build
 
 ROWS = sorted(path.stem for path in (CONFIGS / "experiment" / "paper").glob("*.yaml"))
@@ -58,7 +56,7 @@ def test_every_row_is_there():
 
 @pytest.mark.parametrize("row", ANCHORS)
 def test_table_1_has_the_anchors_of_the_paper(row):
-    model = api.build_model(compose([f"experiment=paper/table1_{row}", *SMALL]), 80)
+    model = compose([f"experiment=paper/table1_{row}", *SMALL]).build_model(80)
     sizes = torch.tensor([[800, 1000]])
     canvas = [-(-side // model.stride) * model.stride for side in sizes[0].tolist()]
     shapes = [(-(-canvas[0] // stride), -(-canvas[1] // stride)) for stride in model.neck.strides]
@@ -71,9 +69,10 @@ def test_every_row_trains_a_step_and_is_scored(row, shapes_dataset, saved_propos
     proposals = saved_proposals if row.startswith("table2") else []
     settings = compose([f"experiment=paper/{row}", f"data.root={shapes_dataset}", *SMALL, *LESS[row[:6]], *proposals])
     ranks, device = Ranks(), torch.device("cpu")
-    train, val = api.read_training_data(settings.data, settings.seed)
-    model = api.build_model(settings, train.num_classes)
-    (batch,) = api.build_train_loader(settings, train, model.stride, ranks, device).rebuild(0)
+    data = settings.data.read_train_and_val(settings.seed)
+    train, val = data.train, data.val
+    model = settings.build_model(train.num_classes)
+    (batch,) = settings.train_loader(train, model.stride, ranks, device).rebuild(0)
     optimizer = build(settings.optimizer, "optimizer").build(model, settings.trainer.batch_size)
     before = [parameter.clone() for parameter in model.parameters()]
     losses = model(batch, 0)
@@ -81,7 +80,7 @@ def test_every_row_trains_a_step_and_is_scored(row, shapes_dataset, saved_propos
     optimizer.step()
     assert losses.total().isfinite()
     assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
-    loader = api.build_eval_loader(settings, val, model.stride, ranks, device)
+    loader = settings.eval_loader(val, model.stride, ranks, device)
     evaluation = evaluate(model, loader, val, settings.evaluation)
     assert evaluation.num_images == 2 and evaluation.metrics[settings.trainer.best_metric] is not None
     if model.rpn and model.roi_head:  # a whole detector is also scored by its proposals

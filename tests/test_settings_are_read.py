@@ -11,14 +11,14 @@ from dataclasses import fields, is_dataclass
 import pytest
 from tiny import TINY
 
-from fpn_det.config import Data, Settings, Split
+from fpn_det.data.config import DataConfig, SplitConfig
 from fpn_det.evaluation.coco import EvaluationSettings
-from fpn_det.training.settings import EarlyStop, Trainer
+from fpn_det.training.config import EarlyStopping, TrainConfig, TrainerConfig
 
 ELSEWHERE = {
-    "Settings.allow_targets": "the check of names, before there are settings",
-    "Data.root": "the paths that are made of it",
-    "Data.test": "tools/eval.py split=test",
+    "TrainConfig.allow_targets": "the check of names, before there are settings",
+    "DataConfig.root": "the paths that are made of it",
+    "DataConfig.test": "tools/eval.py split=test",
 }
 # so that what is read on demand is asked for
 ASKED_FOR = (
@@ -34,7 +34,7 @@ ASKED_FOR = (
 @pytest.fixture
 def unread(monkeypatch) -> set[str]:
     """The names of settings that nobody has looked at yet. Copying them all, or checking them, is no look."""
-    classes = (Settings, Data, Split, Trainer, EarlyStop, EvaluationSettings)
+    classes = (TrainConfig, DataConfig, SplitConfig, TrainerConfig, EarlyStopping, EvaluationSettings)
     names = {f"{kind.__name__}.{item.name}" for kind in classes for item in fields(kind)}
 
     def watch(kind: type) -> None:

@@ -11,8 +11,7 @@ import torch
 from tiny import ROOT
 from torchvision.ops import box_iou
 
-from fpn_det import api
-from fpn_det.config import compose
+from fpn_det.composition import compose
 
 SETTINGS = ("experiment=demo", "model.backbone.depth=18", "model.neck.channels=32")
 
@@ -126,9 +125,9 @@ def test_best_anchor_of_every_object_is_that_of_all_anchors(shapes_dataset, monk
 
     resize = "{_target_: fpn_det.data.transforms.ResizeShortestSide, sides: [150], max_side: 220}"
     settings = compose([*SETTINGS, f"data.root={shapes_dataset}", f"data.eval_transforms.resize={resize}"])
-    train = api.examine_split(settings.data, "train", None).annotations
-    model = api.build_model(settings, train.num_classes)
-    coverage = cover(train, model, api.build_transforms(settings.data.eval_transforms, settings.data, "x"))
+    train = settings.data.examine("train", None).annotations
+    model = settings.build_model(train.num_classes)
+    coverage = cover(train, model, settings.data.transforms(train=False))
     # 96 x 128 px become 150 x 200, on a canvas of 160 x 224
     expected = train.boxes * torch.tensor([200 / 128, 150 / 96, 200 / 128, 150 / 96])
     anchors = model.rpn.anchors([(-(-160 // stride), -(-224 // stride)) for stride in model.rpn.anchors.strides])

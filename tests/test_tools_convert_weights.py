@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fpn_det import api
-from fpn_det.config import compose
+from fpn_det.composition import compose
 from fpn_det.inference.predictor import Predictor
 from fpn_det.interop.coco_classes import NAMES
 from fpn_det.interop.conversion import convert
@@ -23,7 +23,7 @@ SMALL = ["model.backbone.depth=18", "model.backbone.weights=null"]
 def torchvision_file(tmp_path_factory) -> Path:
     """Weights of a ResNet-18 detector as torchvision writes them, for its 91 outputs, that are sure of what they see."""
     torch.manual_seed(0)
-    model = api.build_model(compose(["experiment=compat/torchvision_r50_fpn", *SMALL]), 90)
+    model = compose(["experiment=compat/torchvision_r50_fpn", *SMALL]).build_model(90)
     torch.nn.init.normal_(model.roi_head.predictor.class_logits.weight, std=1.0)
     path = tmp_path_factory.mktemp("weights") / "checkpoint.pth"
     torch.save({"model": convert(model.state_dict(), "fpn_det", "torchvision").state, "epoch": 3}, path)
@@ -74,7 +74,7 @@ def test_a_file_loads_by_itself_by_its_experiment_and_converted(torchvision_file
 
 
 def test_load_says_what_is_missing(torchvision_file, tmp_path):
-    with pytest.raises(ValueError, match="expected weights for the experiment r50_fpn, got none. Say weights=<file>"):
+    with pytest.raises(ValueError, match="expected weights for the experiment r50_fpn, got none. Pass weights=<file>"):
         api.load("r50_fpn")
     with pytest.raises(ValueError, match="expected weights of this model, got others"):
         api.load("r50_fpn", weights=torchvision_file)  # a ResNet-18

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 from _paper import page, runs
 from _paper.rows import DETECTORS, PROPOSALS
 from _paper.runs import finish, jobs_of
-from fpn_det.config import compose
+from fpn_det.composition import compose
 from paper import parse
 
 ROWS = {row.name: row for row in (*PROPOSALS, *DETECTORS)}

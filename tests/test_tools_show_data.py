@@ -5,9 +5,8 @@ import torch
 from PIL import Image
 from tiny import TINY
 
-from fpn_det import api
 from fpn_det.boxes import box_iou
-from fpn_det.config import compose
+from fpn_det.composition import compose
 from fpn_det.runtime import Ranks
 from fpn_det.visualization.data_panels import match_anchors
 
@@ -35,9 +34,9 @@ def test_sheets_and_curves_of_the_first_steps(run_tool, shapes_dataset, tmp_path
 @pytest.fixture
 def shown(shapes_dataset):
     settings = compose([*TINY, f"data.root={shapes_dataset}"])
-    train, _ = api.read_training_data(settings.data, 0)
-    model = api.build_model(settings, train.num_classes)
-    return model, api.build_train_loader(settings, train, model.stride, Ranks(), CPU).rebuild(0)[0]
+    train = settings.data.read_train_and_val(0).train
+    model = settings.build_model(train.num_classes)
+    return model, settings.train_loader(train, model.stride, Ranks(), CPU).rebuild(0)[0]
 
 
 def test_anchors_are_those_that_the_loss_would_sample(shown):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -17,32 +18,33 @@ from rich.console import Console
 from _check_data.coverage import cover
 from _check_data.page import write_page
 from _check_data.report import Report, notes, show
-from fpn_det import api
 from fpn_det.annotations.findings import Finding
 from fpn_det.annotations.overlap import find_shared
 from fpn_det.annotations.reading import listed_paths
-from fpn_det.config import Data, Settings, launch
+from fpn_det.cli.launch import launch
+from fpn_det.data.config import DataConfig, SplitName
 from fpn_det.runs.log import PLAIN_WIDTH, shown_path
+from fpn_det.training.config import TrainConfig
 
 
-@dataclass(frozen=True)
-class CheckSettings(Settings):
+@dataclass(frozen=True, kw_only=True)
+class CheckSettings(TrainConfig):
     """Those of a training run, and where the report goes."""
 
-    output: str  # folder
+    output: str = "data_report"  # folder
 
 
-def check_data(settings: CheckSettings) -> None:
+def check_data(settings: CheckSettings, words: Sequence[str]) -> None:
     """One report."""
     report = examine(settings.data)
     train = report.parts.get("train")
     coverage = None
     if train is not None and len(train.annotations):
-        model = api.build_model(settings, train.annotations.num_classes)
+        model = settings.build_model(train.annotations.num_classes)
         coverage = cover(
             train.annotations,
             model,
-            api.build_transforms(settings.data.eval_transforms, settings.data, "data.eval_transforms"),
+            settings.data.transforms(train=False),
         )
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,12 +63,12 @@ def check_data(settings: CheckSettings) -> None:
         sys.exit(1)
 
 
-def examine(data: Data) -> Report:
+def examine(data: DataConfig) -> Report:
     """All splits that are there."""
     report, names = Report(data.on_error), data.classes
     for split in splits_of(data):
         try:
-            part = api.examine_split(data, split, names)
+            part = data.examine(split, names)
         except ValueError as error:  # training does without a test set
             report.findings[split] = [Finding("cannot_be_read", str(error), "warning" if split == "test" else "fatal")]
             continue
@@ -79,9 +81,9 @@ def examine(data: Data) -> Report:
     return report
 
 
-def splits_of(data: Data) -> list[api.SplitName]:
+def splits_of(data: DataConfig) -> list[SplitName]:
     """The splits that training reads, and the test set if it is there."""
-    splits: list[api.SplitName] = ["train"]
+    splits: list[SplitName] = ["train"]
     if data.val_fraction is None:
         splits.append("val")
     if any(path is not None and Path(path).exists() for path in listed_paths(data.test.annotations)):

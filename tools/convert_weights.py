@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from fpn_det import api
-from fpn_det.config import WRONG_COMMAND_LINE, compose
+from fpn_det.cli.launch import WRONG_COMMAND_LINE
+from fpn_det.composition import compose
 from fpn_det.interop.conversion import convert
 from fpn_det.interop.loading import read_as_ours
 from fpn_det.interop.naming import Project
 from fpn_det.interop.writing import write_weights
+from fpn_det.pretrained import settings_for, to_checkpoint
 from fpn_det.runs.checkpoint import save_checkpoint
 from fpn_det.schema import fit
 
@@ -63,9 +64,9 @@ def main(words: Sequence[str]) -> None:
     print("\n".join(f"  dropped {key}: {reason}" for key, reason in weights.dropped.items()))
     output = Path(setting.output)
     if setting.target == "fpn_det":
-        settings = compose([f"experiment={setting.experiment}"]) if setting.experiment else api.settings_of(weights)
+        settings = compose([f"experiment={setting.experiment}"]) if setting.experiment else settings_for(weights)
         output.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(output, api.as_checkpoint(weights, settings))
+        save_checkpoint(output, to_checkpoint(weights, settings))
         print(f"written: {output}\nnext: python tools/eval.py checkpoint={output} data.root=<coco folder>")
     else:
         conversion = convert(weights.state, "fpn_det", setting.target)

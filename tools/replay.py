@@ -15,13 +15,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fpn_det import api
-from fpn_det.config import Settings, check
+from fpn_det.composition import from_saved
+from fpn_det.config import PRECISIONS
 from fpn_det.errors import is_for_people
+from fpn_det.runs.checkpoint import fill_model
 from fpn_det.runtime import seed_step
-from fpn_det.saved import read_yaml
 from fpn_det.training.nonfinite import examine, load_dump
-from fpn_det.training.optimization import PRECISIONS
 
 DEPTH = 3  # parts of a module's name by which gradients are put together
 
@@ -43,9 +42,9 @@ def main(words: Sequence[str]) -> None:
     """Load, compute, compare."""
     folder, rank = parse(words)
     state, share, batches = load_dump(folder, rank)
-    settings = check(read_yaml(state["config"]), (), Settings)
-    model = api.build_model(settings, len(state["class_names"]))
-    api.load_weights(model, state, str(folder), "raw")
+    settings = from_saved(state["config"])
+    model = settings.build_model(len(state["class_names"]))
+    fill_model(model, state, str(folder), "raw")
     dtype = PRECISIONS[share["precision"]]
     seed_step(state["rng"]["seed"], share["step"], rank)
     examinations, gradient_norms = examine(

@@ -7,35 +7,36 @@ levels. Leaves PNG files in `output`, and the same for TensorBoard.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from fpn_det import api
-from fpn_det.config import Settings, launch
+from fpn_det.cli.launch import launch
 from fpn_det.runs.log import RunLog, shown_path
 from fpn_det.runs.meters import Pace
 from fpn_det.runtime import Ranks, pick_device
 from fpn_det.schema import Count, CountOrZero
+from fpn_det.training.config import TrainConfig
 from fpn_det.visualization.data_panels import draw_data
 
 
-@dataclass(frozen=True)
-class ShowSettings(Settings):
+@dataclass(frozen=True, kw_only=True)
+class ShowSettings(TrainConfig):
     """Those of a training run, and what to show of it."""
 
-    first_step: CountOrZero
-    steps: Count
-    output: str  # folder
+    first_step: CountOrZero = 0
+    steps: Count = 2
+    output: str = "data_shown"  # folder
 
 
-def show_data(settings: ShowSettings) -> None:
+def show_data(settings: ShowSettings, words: Sequence[str]) -> None:
     """Some sheets for each step."""
-    train, _ = api.read_training_data(settings.data, settings.seed)
+    train = settings.data.read_train_and_val(settings.seed).train
     device = pick_device(settings.device)
-    model = api.build_model(settings, train.num_classes).to(device)
-    loader = api.build_train_loader(settings, train, model.stride, Ranks(), device)
+    model = settings.build_model(train.num_classes).to(device)
+    loader = settings.train_loader(train, model.stride, Ranks(), device)
     with RunLog(Path(settings.output), Ranks()) as log:
         log.begin(Pace(0, settings.steps, loader.batch_size, 0))
         for step in range(settings.first_step, settings.first_step + settings.steps):

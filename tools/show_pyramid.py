@@ -6,17 +6,17 @@ proposals, and the levels that these are pooled from. Leaves a PNG for each, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from PIL import Image
 
-from fpn_det import api
-from fpn_det.config import EvalSettings, argument, launch
+from fpn_det.cli.launch import argument, launch
+from fpn_det.config import EvalConfig
 from fpn_det.models.detector import Detector
-from fpn_det.runs.checkpoint import folder_of_run, named_checkpoint
+from fpn_det.runs.checkpoint import fill_model, folder_of_run, named_checkpoint
 from fpn_det.runs.log import shown_path
 from fpn_det.runtime import pick_device
 from fpn_det.schema import Count
@@ -42,21 +42,21 @@ the same, at the level that the second stage pools them from.</p>
 """
 
 
-@dataclass(frozen=True)
-class ShowSettings(EvalSettings):
+@dataclass(frozen=True, kw_only=True)
+class ShowSettings(EvalConfig):
     """Those of the run or checkpoint, and what to show of it."""
 
-    image: str | None  # file; null = some of the split
-    count: Count  # how many of the split
-    output: str | None  # folder; null = pyramid/ in the run's
+    image: str | None = None  # file; null = some of the split
+    count: Count = 4  # how many of the split
+    output: str | None = None  # folder; null = pyramid/ in the run's
 
 
-def show_pyramid(settings: ShowSettings) -> None:
+def show_pyramid(settings: ShowSettings, words: Sequence[str]) -> None:
     """A picture for each image, and a page with all of them."""
     path, state = named_checkpoint(settings.run, settings.checkpoint)
     device = pick_device(settings.device)
-    model = api.build_model(settings, len(state["class_names"]))
-    api.load_weights(model, state, str(path), settings.weights)
+    model = settings.build_model(len(state["class_names"]))
+    fill_model(model, state, str(path), settings.weights)
     model.to(device)
     folder = Path(settings.output) if settings.output else folder_of_run(path) / "pyramid"
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,12 +77,12 @@ def batches(settings: ShowSettings, model: Detector, class_names: list[str]) -> 
     if settings.image:
         yield (
             Path(settings.image).stem,
-            api.build_predictor(settings, model, class_names, device).batch_of([settings.image]),
+            settings.build_predictor(model, class_names, device).batch_of([settings.image]),
         )
         return
-    annotations = api.read_evaluation_data(settings.data, settings.split, class_names, settings.seed)
+    annotations = settings.data.read_split(settings.split, class_names, settings.seed)
     rows = some_images(annotations, settings.count)
-    for batch in api.single_images(settings, annotations, rows, model.stride, device):
+    for batch in settings.single_images(annotations, rows, model.stride, device):
         yield annotations.path(rows[int(batch.indices[0])]).stem, batch
 
 

@@ -35,7 +35,7 @@ import torch
 from omegaconf import OmegaConf
 
 import fpn_det.api  # noqa: F401  for the lives
-from fpn_det.config import WRONG_COMMAND_LINE
+from fpn_det.cli.launch import WRONG_COMMAND_LINE
 from fpn_det.runs.checkpoint import load_checkpoint
 from fpn_det.schema import Count, CountOrZero, fit
 

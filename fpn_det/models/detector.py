@@ -45,7 +45,7 @@ class Detector(nn.Module):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: int | None,
         backbone: ResNet,
         neck: Callable[..., Neck] = FPN,
         rpn: Callable[..., RPN] | None = RPN,
@@ -60,7 +60,7 @@ class Detector(nn.Module):
         train_image_scales: Sequence[float] = (1.0,),
     ) -> None:
         super().__init__()
-        if num_classes < 1:
+        if num_classes is not None and num_classes < 1:
             raise ValueError(f"Detector: expected at least one class, got num_classes={num_classes}.")
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"model.channel_order: expected rgb or bgr, got '{channel_order}'.")
@@ -164,6 +164,22 @@ class Detector(nn.Module):
         proposer = copy.copy(self)
         proposer._modules = {**self._modules, "roi_head": None}
         return proposer
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Give the last layers of the ROI head new random weights for `num_classes` foreground classes."""
+        self.num_classes = num_classes
+        if self.roi_head is not None:
+            self.roi_head.reset_classifier(num_classes)
+
+    def check_accumulation(self, accumulate: int) -> None:
+        """Refuse losses that depend on how a batch is divided, if it is."""
+        for name in ("rpn", "roi_head"):
+            normalizer = getattr(getattr(self, name), "normalizer", "constant")
+            if accumulate > 1 and normalizer != "constant":
+                raise ValueError(
+                    f"model.{name}.normalizer: expected constant with trainer.accumulate={accumulate}, got {normalizer}, "
+                    f"whose gradients would not be those of the whole batch. Set trainer.accumulate=1."
+                )
 
     def check_pretrained(self) -> None:
         """Refuse pretrained weights that cannot be had, before anything is read."""

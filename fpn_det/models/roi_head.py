@@ -133,7 +133,7 @@ class ROIHead(nn.Module):
         self,
         channels: int,
         strides: Sequence[int],
-        num_classes: int,
+        num_classes: int | None,
         pooler: Callable[..., RoIAlign] = RoIAlign,
         box_head: Callable[..., nn.Module] = TwoLayerHead,
         matcher: Matcher | None = None,
@@ -158,9 +158,9 @@ class ROIHead(nn.Module):
             raise ValueError(f"roi_head.nms_frame: expected input or original, got '{nms_frame}'.")
         self.pooler = pooler(strides=strides)
         self.box_head = box_head(channels=channels, bins=self.pooler.output_size)
-        self.predictor = Predictor(self.box_head.width, num_classes, class_agnostic)  # type: ignore[arg-type]
-        self.num_classes = num_classes
         self.class_agnostic = class_agnostic
+        if num_classes is not None:
+            self.reset_classifier(num_classes)
         self.matcher = matcher or Matcher(0.5, 0.5)
         self.sampler = sampler or Sampler(512, 0.25)
         self.add_gt = add_gt
@@ -176,6 +176,11 @@ class ROIHead(nn.Module):
         self.nms_method = nms_method
         self.nms_first_label = nms_first_label
         self.log_scales = {"min_log_scale": min_log_scale, "max_log_scale": MAX_LOG_SCALE}
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Give the last layers new random weights for `num_classes` foreground classes."""
+        self.num_classes = num_classes
+        self.predictor = Predictor(self.box_head.width, num_classes, self.class_agnostic)  # type: ignore[arg-type]
 
     def losses(self, pyramid: Pyramid, proposals: Proposals, batch: Batch, step: int) -> Losses:
         """`roi_class` (cross-entropy) and `roi_box` (smooth L1 of the positives), at the sampled boxes."""

@@ -24,10 +24,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FORMAT = "fpn_det checkpoint 1"
 PLAIN = (str, int, float, bool, type(None))
@@ -90,6 +90,28 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         got = repr(state.get("format")) if isinstance(state, dict) else f"a {type(state).__name__}"
         raise ValueError(f"{path}: expected '{FORMAT}', got {got}. To start from its weights, say init_from=<file>.")
     return state
+
+
+def fill_model(model: nn.Module, state: dict[str, Any], where: str, weights: str = "auto") -> Literal["ema", "raw"]:
+    """Load the weights of a checkpoint into a model; returns which were taken.
+
+    Args:
+        state: of a checkpoint.
+        where: its file, for messages.
+        weights: `ema`, `raw`, or `auto` for the moving average if there is one.
+
+    Raises:
+        ValueError: the checkpoint is of another model, or has no moving average.
+    """
+    average = state["ema"] if weights != "raw" else None
+    if weights == "ema" and average is None:
+        raise ValueError(f"{where}: expected a moving average of the weights, got none. Set weights=raw.")
+    try:
+        model.load_state_dict(average or state["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{where}: expected the weights of this model, got others: {reason}.") from None
+    return "ema" if average else "raw"
 
 
 def assert_plain(value: Any, where: str = "checkpoint") -> None:

@@ -36,6 +36,25 @@ def explained(batch: Batch) -> Iterator[None]:
         raise Fault(f"memory: expected room for {describe(batch)}, got: {reason} {KNOBS}") from None
 
 
+@contextmanager
+def explained_evaluation(batch_size: int) -> Iterator[None]:
+    """Within this context, too little memory for an evaluation ends in one sentence.
+
+    Args:
+        batch_size: images per rank.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or ["MemoryError"])[0]
+        raise Fault(
+            f"memory: expected room to evaluate {batch_size} image(s) at a time, got: {reason} "
+            "Lower data.eval_batch_size, or make images smaller (data.eval_transforms.resize.sides and max_side)."
+        ) from None
+
+
 def fits(optimization: Optimization, batch: Batch) -> bool:
     """Whether a step with `batch` as its micro-batch fits into the GPU, with room to spare; changes nothing."""
     torch.cuda.empty_cache()

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fpn_det.config import PRECISIONS
 from fpn_det.models.detector import Detector
 from fpn_det.runtime import wrap_for_ranks
 from fpn_det.structures import Batch, Losses
 from fpn_det.training.ema import EMA
 from fpn_det.training.schedule import Schedule
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 OTHERWISE = "To start a new run from its weights, say init_from instead of resume."
 
 

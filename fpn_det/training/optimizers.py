@@ -104,6 +104,7 @@ class SGD(Recipe):
 class AdamW(Recipe):
     """Adam with decoupled weight decay."""
 
+    weight_decay: Amount = 0.05
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Positive = 1e-8
 

@@ -12,12 +12,18 @@ from broken import clean, write, write_pictures
 
 from fpn_det.annotations.overlap import find_shared
 from fpn_det.annotations.reading import read_annotations
-from fpn_det.api import examine_split, read_evaluation_data, read_training_data
-from fpn_det.config import Data, Split, compose
+from fpn_det.composition import compose
+from fpn_det.data.config import DataConfig, SplitConfig
+from fpn_det.structures import Annotations
+
+
+def both_parts(data: DataConfig, seed: int) -> tuple[Annotations, Annotations]:
+    read = data.read_train_and_val(seed)
+    return read.train, read.val
 
 
 @pytest.fixture(scope="module")
-def defaults() -> Data:
+def defaults() -> DataConfig:
     return compose(["experiment=demo"]).data
 
 
@@ -36,8 +42,8 @@ def change(root: Path, name: str, edit) -> None:
     write(document, root / f"{name}.json")
 
 
-def data_of(root: Path, defaults: Data, on_error: str = "fail") -> Data:
-    train, val = (Split(str(root / name), str(root / f"{name}.json"), None) for name in ("train", "other"))
+def data_of(root: Path, defaults: DataConfig, on_error: str = "fail") -> DataConfig:
+    train, val = (SplitConfig(str(root / name), str(root / f"{name}.json"), None) for name in ("train", "other"))
     return replace(defaults, train=train, val=val, on_error=on_error)  # type: ignore[arg-type]
 
 
@@ -114,9 +120,9 @@ def test_several_files_need_a_folder_each_or_one(root):
 def test_classes_of_validation_that_differ_are_named(root, defaults, edit, words):
     change(root, "other", edit)
     with pytest.raises(ValueError) as refusal:
-        read_training_data(data_of(root, defaults), 0)
+        both_parts(data_of(root, defaults), 0)
     assert "data.val" in str(refusal.value) and words in str(refusal.value)
-    _, val = read_training_data(data_of(root, defaults, "fix"), 0)
+    _, val = both_parts(data_of(root, defaults, "fix"), 0)
     assert val.class_names == ("cat", "dog")
 
 
@@ -127,7 +133,7 @@ def test_classes_of_validation_in_another_order_are_the_same(root, defaults):
             record["category_id"] = 1 if record["category_id"] == 3 else 0
 
     change(root, "other", reorder)
-    train, val = read_training_data(data_of(root, defaults), 0)
+    train, val = both_parts(data_of(root, defaults), 0)
     assert train.class_names == val.class_names == ("cat", "dog")
     assert val.labels.tolist() == [0, 1] * 5 and val.category_ids == (1, 0)
 
@@ -136,41 +142,41 @@ def test_a_picture_in_two_splits_is_named_and_leaves_training(root, defaults):
     shutil.copy(root / "train" / "0.png", root / "other" / "3.png")
     words = r"got 1 that are in data.val(?s:.*)image_copied_to_two_splits(?s:.*)image 7 .*: a copy, to the byte, is in data.val: image 37"
     with pytest.raises(ValueError, match=words):
-        read_training_data(data_of(root, defaults), 0)
-    train, val = read_training_data(data_of(root, defaults, "fix"), 0)
+        both_parts(data_of(root, defaults), 0)
+    train, val = both_parts(data_of(root, defaults, "fix"), 0)
     assert 7 not in train.image_ids.tolist() and len(val) == 6
 
 
 def test_the_same_folder_in_two_splits_is_named_and_the_same_file_twice_is_meant(root, defaults):
     data = data_of(root, defaults)
     data = replace(data, val=replace(data.val, images=data.train.images))
-    train, val = (examine_split(data, split, None) for split in ("train", "val"))
+    train, val = (data.examine(split, None) for split in ("train", "val"))
     assert {finding.kind for finding in find_shared(train, val, "val").values()} == {"image_in_two_splits"}
     with pytest.raises(ValueError, match="got 6 that are in data.val"):
-        read_training_data(data, 0)
-    assert len(read_training_data(replace(data, val=data.train), 0)[1]) == 6
+        both_parts(data, 0)
+    assert len(both_parts(replace(data, val=data.train), 0)[1]) == 6
 
 
 def test_pictures_are_not_looked_at_where_nobody_asks(root, defaults):
     (root / "train" / "0.png").write_bytes(b"")
     data = replace(data_of(root, defaults), check=False)
-    assert len(read_training_data(data, 0)[0]) == 5  # the last has no objects
+    assert len(both_parts(data, 0)[0]) == 5  # the last has no objects
     with pytest.raises(ValueError, match="image_unreadable"):
-        read_training_data(replace(data, check=True), 0)
+        both_parts(replace(data, check=True), 0)
 
 
 def test_a_set_without_objects_says_how_to_train_on_it(root, defaults):
     change(root, "train", lambda document: document.update(annotations=[]))
     with pytest.raises(ValueError, match="expected images with objects, got none. Set data.keep_empty=true"):
-        read_training_data(data_of(root, defaults), 0)
-    train, _ = read_training_data(replace(data_of(root, defaults), keep_empty=True), 0)
+        both_parts(data_of(root, defaults), 0)
+    train, _ = both_parts(replace(data_of(root, defaults), keep_empty=True), 0)
     assert len(train) == 6 and train.boxes.shape == (0, 4)
 
 
 def test_evaluation_reads_what_training_left_for_it(root, defaults):
-    none = Split(None, None, None)
+    none = SplitConfig(None, None, None)
     data = replace(data_of(root, defaults), val=none, val_fraction=0.5, keep_empty=True)
-    train, val = read_training_data(data, seed=3)
-    again = read_evaluation_data(data, "val", train.class_names, seed=3)
+    train, val = both_parts(data, seed=3)
+    again = data.read_split("val", train.class_names, seed=3)
     assert again.image_ids.tolist() == val.image_ids.tolist()
     assert sorted([*train.image_ids.tolist(), *val.image_ids.tolist()]) == [7, 17, 27, 37, 47, 57]

@@ -6,8 +6,7 @@ import torch
 from PIL import Image
 from tiny import TINY
 
-from fpn_det import api
-from fpn_det.config import compose
+from fpn_det.composition import compose
 from fpn_det.evaluation.evaluate import evaluate
 from fpn_det.image_io import read_image
 from fpn_det.inference.predictor import Predictor
@@ -30,15 +29,15 @@ def settings(shapes_dataset):
 
 @pytest.fixture(scope="module")
 def annotations(settings) -> Annotations:
-    return api.read_training_data(settings.data, settings.seed)[1]
+    return settings.data.read_train_and_val(0).val
 
 
 @pytest.fixture(scope="module")
 def predictor(settings, annotations) -> Predictor:
     torch.manual_seed(0)
-    model = api.build_model(settings, annotations.num_classes)
+    model = settings.build_model(annotations.num_classes)
     torch.nn.init.normal_(model.roi_head.predictor.class_logits.weight, std=1.0)
-    transform = api.build_transforms(settings.data.eval_transforms, settings.data, "data.eval_transforms")
+    transform = settings.data.transforms(train=False)
     return Predictor(
         model, annotations.class_names, transform, settings.data.eval_batch_size, settings.data.canvas, CPU
     )
@@ -49,7 +48,7 @@ def test_predicting_the_validation_files_gives_the_detections_that_are_scored(
     settings, annotations, predictor, tta, monkeypatch
 ):
     monkeypatch.setattr(predictor, "tta", tta)
-    loader = api.build_eval_loader(settings, annotations, predictor.model.stride, Ranks(), CPU)
+    loader = settings.eval_loader(annotations, predictor.model.stride, Ranks(), CPU)
     scored = evaluate(predictor.model, loader, annotations, settings.evaluation, tta=tta).detections
     predictions = predictor.predict([annotations.path(index) for index in range(len(annotations))])
     assert len(scored.scores) > 50

@@ -10,7 +10,7 @@ from tiny import TINY
 from torch import Tensor, nn
 
 from fpn_det.api import build_model
-from fpn_det.config import compose
+from fpn_det.composition import compose
 from fpn_det.models.necks.baselines import BottomUp, FeatureHierarchy, FinestLevel, SingleMap, TopDownOnly
 from fpn_det.models.necks.bifpn import BiFPN
 from fpn_det.models.necks.fpn import FPN, ExtraLevels, Neck, TopDown

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fpn_det import api
 from fpn_det.api import build_model
-from fpn_det.config import compose
+from fpn_det.composition import compose
 from fpn_det.data.transforms import Normalize, ResizeShortestSide
 from fpn_det.interop.conversion import convert
 from fpn_det.models.detector import Detector

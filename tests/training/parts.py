@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 
+from fpn_det.data.config import TrainData
 from fpn_det.models.roi_align import LevelAssigner
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Annotations, Batch, Detections, Losses, Targets
+from fpn_det.training.config import TrainConfig
 from fpn_det.training.optimization import Optimization
 from fpn_det.training.optimizers import SGD, Recipe
 from fpn_det.training.schedule import MultiStep
+from fpn_det.training.trainer import Trainer
 
 SIDE = 8
 
@@ -27,7 +32,19 @@ class TinyDetector(nn.Module):
         self.norm = nn.BatchNorm2d(4) if norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(4, 5)
-        self.assigner, self.max_detections = LevelAssigner([4, 8]), 1
+        self.assigner, self.max_detections, self.stride = LevelAssigner([4, 8]), 1, 1
+
+    def reset_classifier(self, num_classes: int) -> None:
+        pass
+
+    def check_accumulation(self, accumulate: int) -> None:
+        pass
+
+    def check_pretrained(self) -> None:
+        pass
+
+    def load_pretrained(self) -> None:
+        pass
 
     def predict(self, batch: Batch) -> Tensor:
         features = self.norm(self.conv(batch.pixels.float() / 255)).relu().mean((2, 3))
@@ -90,6 +107,75 @@ class TinyLoader:
         while True:
             yield from self.rebuild(step)
             step += 1
+
+
+class Watched(list):
+    """Batches to evaluate; calls `on_batch` before it hands out each of them, and at the end."""
+
+    def __init__(self, batches: list[Batch], on_batch: Callable[[], None] | None = None) -> None:
+        super().__init__(batches)
+        self.on_batch = on_batch or (lambda: None)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            self.on_batch()
+            yield batch
+        self.on_batch()
+
+
+@dataclass(frozen=True)
+class TinyData:
+    """The part of `DataConfig` that a trainer uses."""
+
+    make_loader: Callable[..., TinyLoader]
+    val_loader: list[Batch]
+    eval_transforms: dict = field(default_factory=dict)
+    eval_batch_size: int = 1
+    max_bad_fraction: float = 0.1
+    on_error: str = "fail"
+    repeat_threshold: float | None = None
+    proposals: None = None
+
+    def validate(self, stride: int) -> None:
+        pass
+
+    def read_train_and_val(self, seed: int) -> TrainData:
+        return TrainData(make_annotations(16), make_annotations(4), [])
+
+    def train_loader(self, annotations, *, accumulate, ranks, **options) -> TinyLoader:
+        return self.make_loader(accumulate=accumulate, ranks=ranks)
+
+    def eval_loader(self, annotations, **options) -> list[Batch]:
+        return self.val_loader
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyConfig(TrainConfig):
+    """Settings that build the stand-ins of this file."""
+
+    recipe: Recipe
+    make_schedule: Callable
+    dropout: float = 0.3
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump({"trainer": asdict(self.trainer)})
+
+    def build_model(self, num_classes):
+        torch.manual_seed(0)
+        return TinyDetector(dropout=self.dropout)
+
+    def build_recipe(self):
+        return self.recipe
+
+    def build_schedule(self):
+        return self.make_schedule
+
+
+class TinyTrainer(Trainer):
+    """A trainer that draws no figures."""
+
+    def log_figures(self, step, evaluation) -> None:
+        pass
 
 
 def make_annotations(num_images: int) -> Annotations:

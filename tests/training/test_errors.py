@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from test_run import log_of, make_run
+from test_trainer import log_of, make_run
 from torch.utils.data import DataLoader
 
 from fpn_det.errors import Fault, explained

@@ -65,7 +65,7 @@ def test_fused_step_equals_the_plain_one(recipe, reference):
     ours, theirs = (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     images = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
-    optimizers = recipe.build(ours, 4), reference(theirs.parameters(), weight_decay=1e-4)
+    optimizers = recipe.build(ours, 4), reference(theirs.parameters(), weight_decay=recipe.weight_decay)
     for _ in range(5):
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
             model(images).square().mean().backward()

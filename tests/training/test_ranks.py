@@ -14,23 +14,19 @@ import pytest
 import torch
 import torch.multiprocessing
 from parts import TinyDetector, TinyLoader, make_annotations, make_batch, make_optimization, snapshot
-from rich.console import Console
 
 from fpn_det.data.sampling import micro_batches
 from fpn_det.errors import Fault, explained
-from fpn_det.evaluation.coco import EvaluationSettings
 from fpn_det.models.backbone import ResNet
 from fpn_det.models.detector import Detector
 from fpn_det.models.layers import SyncBatchNorm2d
 from fpn_det.models.necks.fpn import FPN
 from fpn_det.models.roi_head import ROIHead, TwoLayerHead
-from fpn_det.runs.folder import choose_folder
-from fpn_det.runs.log import RunLog
 from fpn_det.runtime import Ranks, all_reduce_mean, broadcast_object, current_ranks, on_main, process_group
 from fpn_det.structures import Batch, Targets
 from fpn_det.training.nonfinite import explain, first_bad_step, load_dump
 from fpn_det.training.optimizers import SGD
-from fpn_det.training.run import Parts, Run
+from fpn_det.training.trainer import Trainer
 
 SMALL = partial(TwoLayerHead, width=32)
 
@@ -120,7 +116,7 @@ def one_bad_rank(ranks: Ranks, folder: Path) -> dict:
 
 def stopped_run(ranks: Ranks, folder: Path) -> dict:
     """Rank 1 alone is asked to stop, in the sixth step, then while it evaluates; then both go on."""
-    from test_run import RECIPE, TRAINER, Cosine, Watched
+    from test_trainer import make_run
 
     def ask_to_stop() -> None:
         if ranks.rank == 1:
@@ -131,22 +127,14 @@ def stopped_run(ranks: Ranks, folder: Path) -> dict:
             ask_to_stop()
         return batch
 
-    def run(name: str, resume: str | None = None, touch=lambda step, batch: batch, look=None) -> tuple[int, Run]:
-        torch.manual_seed(0)
-        loader = TinyLoader(ranks=ranks, touch=touch)
-        val = Watched([make_batch([0, 1]), make_batch([2])] if ranks.is_main else [make_batch([3])], look)
-        meaning = {"class_names": ["thing"], "category_ids": [7], "preprocessing": {}, "config": ""}
-        parts = Parts(
-            TinyDetector(dropout=0.3), RECIPE, Cosine, loader, make_annotations(16),
-            val, make_annotations(4), EvaluationSettings(), meaning, lambda step, model: None,
-        )  # fmt: skip
-        place = choose_folder(None, str(folder / name), resume)
-        made = Run(parts, TRAINER, "fp32", 3, ranks, place, RunLog(place.path, ranks, Console(quiet=True)))
+    def run(name: str, resume: str | None = None, **options) -> tuple[int, Trainer]:
+        val_batches = [[0, 1], [2]] if ranks.is_main else [[3]]
+        made = make_run(folder / name, resume, ranks=ranks, val_batches=val_batches, **options)
         return made.train(), made
 
     codes = [run("straight")]
     codes.append(run("stopped", touch=touch_sixth))
-    codes.append(run("stopped", "auto", look=ask_to_stop))
+    codes.append(run("stopped", "auto", on_eval_batch=ask_to_stop))
     codes.append(run("stopped", "auto"))
     return {
         "codes": [code for code, _ in codes],

@@ -5,10 +5,10 @@ import pytest
 import torch
 from tiny import TINY
 
-from fpn_det import api
-from fpn_det.config import Settings, compose
+from fpn_det.composition import compose
 from fpn_det.models.detector import Detector
 from fpn_det.structures import Batch
+from fpn_det.training.config import TrainConfig
 from fpn_det.visualization.pyramid_panels import (
     LEVEL_COLORS,
     NUM_BOXES,
@@ -22,22 +22,22 @@ from fpn_det.visualization.pyramid_panels import (
 
 
 @pytest.fixture(scope="module")
-def settings(shapes_dataset) -> Settings:
+def settings(shapes_dataset) -> TrainConfig:
     return compose([*TINY, f"data.root={shapes_dataset}"])
 
 
 @pytest.fixture(scope="module")
 def batch(settings) -> Batch:
     """An image of 96 x 128 px."""
-    annotations = api.read_training_data(settings.data, 0)[1]
-    (batch,) = api.single_images(settings, annotations, [1], 32, torch.device("cpu"))
+    annotations = settings.data.read_train_and_val(0).val
+    (batch,) = settings.single_images(annotations, [1], 32, torch.device("cpu"))
     return batch
 
 
 @pytest.fixture(scope="module")
 def model(settings) -> Detector:
     torch.manual_seed(0)
-    model = api.build_model(settings, 6)
+    model = settings.build_model(6)
     torch.nn.init.normal_(model.rpn.head.objectness.weight, std=1.0)
     return model
 

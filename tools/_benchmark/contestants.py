@@ -20,10 +20,9 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d
 
 from _benchmark.setting import Setting
-from fpn_det import api
-from fpn_det.config import Node
 from fpn_det.interop.conversion import convert
 from fpn_det.models.detector import Detector
+from fpn_det.schema import Node
 from fpn_det.structures import Batch, Pyramid, Targets
 from fpn_det.training.optimization import PRECISIONS
 
@@ -202,7 +201,7 @@ def make_contestants(setting: Setting, device: torch.device) -> tuple[Ours, Torc
     batch = make_batch(setting.batch_size, setting.size)
     peer = _make_torchvision(settings.model)
     _calibrate(peer, batch)
-    model = api.build_model(settings, NUM_CLASSES)
+    model = settings.build_model(NUM_CLASSES)
     model.load_state_dict(convert(peer.state_dict(), "torchvision", "fpn_det").state)
     return Ours(model, batch, setting, device), Torchvision(peer, batch, setting, device)
 

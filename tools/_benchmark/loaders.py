@@ -17,11 +17,10 @@ from torchvision.transforms import v2
 
 from _benchmark.contestants import NUM_CLASSES, make_batch
 from _benchmark.setting import Setting
-from fpn_det import api
 from fpn_det.boxes import xyxy_to_xywh
-from fpn_det.config import Settings
 from fpn_det.data.collation import Parcel
 from fpn_det.runtime import Ranks
+from fpn_det.training.config import TrainConfig
 
 IMAGES = 64  # generated if there are no others
 
@@ -48,10 +47,10 @@ def make_streams(setting: Setting, folder: Path, device: torch.device) -> dict[s
     }
 
 
-def _ours(settings: Settings, device: torch.device, decoded: bool = False) -> Stream:
-    annotations, _ = api.read_training_data(settings.data, settings.seed)
-    stride = api.build_model(settings, annotations.num_classes).stride
-    loader = api.build_train_loader(settings, annotations, stride, Ranks(), device)
+def _ours(settings: TrainConfig, device: torch.device, decoded: bool = False) -> Stream:
+    annotations = settings.data.read_train_and_val(settings.seed).train
+    stride = settings.build_model(annotations.num_classes).stride
+    loader = settings.train_loader(annotations, stride, Ranks(), device)
     if decoded:
         return lambda: (
             len(parcel.indices)
@@ -61,7 +60,7 @@ def _ours(settings: Settings, device: torch.device, decoded: bool = False) -> St
     return lambda: map(len, islice(loader.iterate(0), loader.steps_per_epoch))
 
 
-def _torchvision(settings: Settings, device: torch.device) -> Stream:
+def _torchvision(settings: TrainConfig, device: torch.device) -> Stream:
     """The multi-scale recipe of its references, with our scales."""
     data = settings.data
     resize, flip = data.train_transforms["resize"], data.train_transforms["flip"]
@@ -82,7 +81,7 @@ def _torchvision(settings: Settings, device: torch.device) -> Stream:
     dataset.ids = [image for image in dataset.ids if any(not row["iscrowd"] for row in dataset.coco.imgToAnns[image])]
     loader = DataLoader(
         wrap_dataset_for_transforms_v2(dataset, target_keys=("boxes", "labels", "image_id")),
-        settings.trainer.settled_batch_size,
+        int(settings.trainer.batch_size),
         shuffle=True,
         num_workers=data.num_workers,
         collate_fn=_collate,

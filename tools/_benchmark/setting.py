@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
 from _words import split_words
-from fpn_det.config import Settings, compose
+from fpn_det.composition import compose
 from fpn_det.schema import Range, fit
+from fpn_det.training.config import TrainConfig
 
 Count = Annotated[int, Range(1)]
 Part = Literal["train", "inference", "memory", "reads", "roi_align", "rpn_loss", "loader"]
@@ -41,7 +42,7 @@ class Setting:
     output: str = "benchmark.json"
     overrides: tuple[str, ...] = ()  # of the settings of r50_fpn, such as model.rpn.sampled_loss=false
 
-    def compose(self, *overrides: str) -> Settings:
+    def compose(self, *overrides: str) -> TrainConfig:
         """The settings of our contestant: those of r50_fpn, with random weights trained as pretrained ones are."""
         filters = ("rpn.train_filter", "rpn.test_filter", "roi_head")
         return compose(

@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 
 from _paper.rows import Row
-from fpn_det import api
-from fpn_det.config import compose
-from fpn_det.runs.checkpoint import load_checkpoint
+from fpn_det.composition import compose
+from fpn_det.runs.checkpoint import fill_model, load_checkpoint
 from fpn_det.visualization.panels import GREY, Picture, arrange, as_picture, scaled_to
 from fpn_det.visualization.pyramid_panels import heat, read_levels
 
@@ -25,11 +24,11 @@ def draw_pyramids(rows: Sequence[Row], data: Path, folder: Path, file: Path) -> 
     maps: list[dict[int, Picture]] = []
     for row in rows:
         settings = compose([*row.settings, f"data.root={data}"])
-        annotations = api.read_training_data(settings.data, settings.seed)[1]
-        model = api.build_model(settings, annotations.num_classes)
+        annotations = settings.data.read_train_and_val(0).val
+        model = settings.build_model(annotations.num_classes)
         checkpoint = folder / row.name / "seed0" / "checkpoints" / "last.pt"
-        api.load_weights(model, load_checkpoint(checkpoint), str(checkpoint))
-        (batch,) = api.single_images(settings, annotations, [IMAGE], model.stride, torch.device("cpu"))
+        fill_model(model, load_checkpoint(checkpoint), str(checkpoint))
+        (batch,) = settings.single_images(annotations, [IMAGE], model.stride, torch.device("cpu"))
         levels = read_levels(model, batch)
         image = scaled_to(as_picture(batch.pixels[0]), SIDE)
         maps.append(

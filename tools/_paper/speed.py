@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 
 from _paper.rows import Row
-from fpn_det import api
-from fpn_det.config import compose
-from fpn_det.runs.checkpoint import load_checkpoint
+from fpn_det.composition import compose
+from fpn_det.runs.checkpoint import fill_model, load_checkpoint
 from fpn_det.runtime import Ranks
 
 CPU = torch.device("cpu")
@@ -59,12 +58,12 @@ def _contestant(
         *overrides,
     ]
     settings = compose([*words, "data.eval_batch_size=1", "device=cpu"])
-    annotations = api.read_training_data(settings.data, settings.seed)[1]
-    model = api.build_model(settings, annotations.num_classes)
+    annotations = settings.data.read_train_and_val(0).val
+    model = settings.build_model(annotations.num_classes)
     file = folder / trained.name / "seed0" / "checkpoints" / "last.pt"
-    api.load_weights(model, load_checkpoint(file), str(file))
-    images = list(islice(api.build_eval_loader(settings, annotations, model.stride, Ranks(), CPU), NUM_IMAGES))
-    batch = api.build_train_loader(settings, annotations, model.stride, Ranks(), CPU).rebuild(0)[0]
+    fill_model(model, load_checkpoint(file), str(file))
+    images = list(islice(settings.eval_loader(annotations, model.stride, Ranks(), CPU), NUM_IMAGES))
+    batch = settings.train_loader(annotations, model.stride, Ranks(), CPU).rebuild(0)[0]
 
     def detect() -> None:
         model.eval()

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
-from fpn_det.config import PACKAGES, Settings, check, compose
-from fpn_det.saved import CONFIGS, read_yaml, to_yaml
+from fpn_det.composition import CONFIGS, PACKAGES, compose, from_saved
 from fpn_det.schema import locate
 
 FILES = {
@@ -24,15 +22,6 @@ NEEDED = {"bccd": ["data.root=somewhere"]} | {
     if re.search("fast_rcnn|table2", name)
 }
 
-# Where a choice of ours is not the default of a class that serves several places.
-CHOSEN = {
-    "model.backbone.weights",
-    "model.rpn.matcher.rescue",
-    "model.roi_head.matcher.positive_iou",
-    "model.roi_head.matcher.negative_iou",
-    "optimizer.weight_decay",  # of AdamW
-}
-
 
 def nodes(tree: Any, where: str) -> list[tuple[str, dict]]:
     """All nodes of a tree with their dotted names."""
@@ -44,8 +33,8 @@ def nodes(tree: Any, where: str) -> list[tuple[str, dict]]:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes(experiment):
-    settings = compose([f"experiment={experiment}", *NEEDED.get(experiment, [])])
-    assert settings.experiment == experiment
+    config = compose([f"experiment={experiment}", *NEEDED.get(experiment, [])])
+    assert config.experiment == experiment
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -61,32 +50,14 @@ NECKS = sorted(path.stem for path in (CONFIGS / "neck").glob("*.yaml"))
 @pytest.mark.parametrize(
     "parts", [["optimizer=adamw", "schedule=cosine"], *([f"neck={name}"] for name in NECKS)], ids=str
 )
-def test_yaml_states_every_choice_and_agrees_with_the_constructors(parts):
-    settings = compose(parts)
+def test_complete_settings_state_every_choice(parts):
+    config = compose(parts)
     for section in ("model", "optimizer", "schedule"):
-        for where, node in nodes(getattr(settings, section), section):
+        for where, node in nodes(getattr(config, section), section):
             parameters = inspect.signature(locate(node["_target_"], where, PACKAGES)).parameters
             for name, parameter in parameters.items():
-                if parameter.default is parameter.empty:
-                    continue
-                assert name in node, f"{where}.{name} is a choice that configs/ does not show"
-                default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
-                value = list(node[name]) if isinstance(node[name], tuple) else node[name]
-                if not isinstance(value, dict) and f"{where}.{name}" not in CHOSEN:
-                    assert value == default, f"{where}.{name}"
-
-
-def test_saved_settings_compose_to_themselves():
-    settings = compose(["experiment=demo", "trainer.max_steps=7"])
-    assert check(read_yaml(to_yaml(settings)), [], Settings) == settings
-
-
-def test_settings_of_earlier_versions_compose():
-    tree = read_yaml(to_yaml(compose(["experiment=demo"])))
-    del tree.model.neck.extra_levels, tree.evaluation.target
-    tree.model.neck.extra_level = False
-    settings = check(read_yaml(OmegaConf.to_yaml(tree)), [], Settings)
-    assert settings.model["neck"]["extra_levels"] == 0 and "extra_level" not in settings.model["neck"]
+                if parameter.default is not parameter.empty:
+                    assert name in node, f"{where}.{name} is a choice that the complete settings do not show"
 
 
 def test_groups_change_parts_of_the_model():
@@ -111,10 +82,20 @@ def test_own_classes_are_admitted_on_the_command_line_only():
     node = "+data.train_transforms.own={_target_:json.JSONDecoder}"
     with pytest.raises(ValueError, match="allow_targets="):
         compose([node])
-    compose([node, "allow_targets=[json]"])
-    saved = OmegaConf.merge(read_yaml(to_yaml(compose())), {"allow_targets": ["json"]})
+    config = compose([node, "allow_targets=[json]"])
     with pytest.raises(ValueError, match="allow_targets: expected on the command line only"):
-        check(saved, [], Settings)
+        from_saved(config.to_yaml())
+
+
+def test_values_that_files_do_not_list_are_set_by_name():
+    assert compose(["optimizer.nesterov=true"]).optimizer["nesterov"] is True
+    assert compose(["trainer.clip_norm=3"]).trainer.clip_norm == 3.0
+    assert compose(["schedule.gamma=0.5"]).schedule["gamma"] == 0.5
+
+
+def test_a_node_of_another_class_replaces_the_arguments_of_the_first():
+    config = compose(["optimizer={_target_:fpn_det.training.optimizers.AdamW,lr:1e-3}"])
+    assert "momentum" not in config.optimizer and config.optimizer["weight_decay"] == 0.05
 
 
 def test_configs_are_where_the_package_looks_for_them():

@@ -10,52 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from parts import TinyDetector, TinyLoader, differences, make_annotations, make_batch, snapshot
+from parts import TinyConfig, TinyData, TinyLoader, TinyTrainer, Watched, differences, make_batch, snapshot
 from rich.console import Console
 
 from fpn_det.errors import Fault
-from fpn_det.evaluation.coco import EvaluationSettings
 from fpn_det.runs.folder import choose_folder
 from fpn_det.runs.log import RunLog
 from fpn_det.runtime import Ranks
+from fpn_det.training.config import EarlyStopping, TrainerConfig
 from fpn_det.training.optimizers import SGD, AdamW
-from fpn_det.training.run import Parts, Run
 from fpn_det.training.schedule import Cosine
-from fpn_det.training.settings import EarlyStop, Trainer
+from fpn_det.training.trainer import Trainer
 
-TRAINER = Trainer(
-    epochs=None,
-    max_steps=12,
-    batch_size=4,
-    accumulate=1,
-    eval_every=4,
-    save_every=3,
-    log_every=5,
-    clip_norm=1.0,
-    ema=0.9,
-    compile=False,
-    keep_last=2,
-    best_metric="AP",
-    early_stop=None,
-    val_loss=False,
-    probe=False,
-    timeout_minutes=1.0,
-)
+TRAINER = TrainerConfig(max_steps=12, batch_size=4, eval_every=4, save_every=3, log_every=5, clip_norm=1.0, ema=0.9)
 RECIPE = SGD(lr=0.5, base_batch_size=None)
-
-
-class Watched(list):
-    """Batches; `look` hears of each before it is handed out, and of the end."""
-
-    def __init__(self, batches, look=None) -> None:
-        super().__init__(batches)
-        self.look = look or (lambda: None)
-
-    def __iter__(self):
-        for batch in super().__iter__():
-            self.look()
-            yield batch
-        self.look()
 
 
 def make_run(
@@ -65,33 +33,40 @@ def make_run(
     recipe=RECIPE,
     schedule=Cosine,
     touch=None,
-    look=None,
+    on_eval_batch=None,
+    ranks=Ranks(),  # noqa: B008
+    val_batches=([0, 1, 2], [3]),
     **changes,
-):
-    """A run in `path`; `changes` are settings of the trainer, `look` hears of every batch that is evaluated."""
-    trainer = dataclasses.replace(TRAINER, **changes)
-    torch.manual_seed(0)
-    parts = Parts(
-        model=TinyDetector(dropout=0.3),
+) -> Trainer:
+    """A run in `path`, ready to train.
+
+    Args:
+        touch: see `TinyLoader`.
+        on_eval_batch: called before each batch that is evaluated, and after the last.
+        changes: settings of the trainer.
+    """
+    loader = functools.partial(TinyLoader, **({"touch": touch} if touch else {}))
+    config = TinyConfig(
+        model={},
+        data=TinyData(loader, Watched([make_batch(rows) for rows in val_batches], on_eval_batch)),
+        optimizer={},
+        schedule={},
         recipe=recipe,
-        schedule=schedule,
-        train_loader=TinyLoader(accumulate=trainer.accumulate, **({"touch": touch} if touch else {})),
-        train_annotations=make_annotations(16),
-        val_loader=Watched([make_batch([0, 1, 2]), make_batch([3])], look),
-        val_annotations=make_annotations(4),
-        evaluation=EvaluationSettings(),
-        meaning={"class_names": ["thing"], "category_ids": [7], "preprocessing": {}, "config": f"trainer: {changes}\n"},
-        show=lambda step, model: None,
+        make_schedule=schedule,
+        trainer=dataclasses.replace(TRAINER, **changes),
+        precision=precision,
+        seed=3,
     )
     folder = choose_folder(None, str(path), resume)
-    log = RunLog(folder.path, Ranks(), screen=Console(quiet=True))
-    return Run(parts, trainer, precision, 3, Ranks(), folder, log)
+    trainer = TinyTrainer(config, ranks, torch.device("cpu"))
+    trainer.prepare(folder, RunLog(folder.path, ranks, screen=Console(quiet=True)))
+    return trainer
 
 
-def result(run: Run) -> dict[str, torch.Tensor]:
+def result(run: Trainer) -> dict[str, torch.Tensor]:
     """All that training left behind, as tensors."""
     best = run.best
-    history = (run.folder / "metrics.jsonl").read_bytes()
+    history = (run.folder.path / "metrics.jsonl").read_bytes()
     return {
         **snapshot(run.optimization),
         "best": torch.tensor([best.value or -1.0, best.step, best.misses]),
@@ -110,8 +85,8 @@ def stop_before(stop_step: int, number: int):
     return touch
 
 
-def log_of(run: Run) -> str:
-    return (run.folder / "log.txt").read_text()
+def log_of(run: Trainer) -> str:
+    return (run.folder.path / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -157,7 +132,7 @@ def test_signal_in_an_evaluation_stops_at_once_and_it_is_done_again(tmp_path, la
     looks: list[int] = []
     straight = make_run(tmp_path / "straight")
     assert straight.train() == 0
-    stopped = make_run(tmp_path / "stopped", look=look)
+    stopped = make_run(tmp_path / "stopped", on_eval_batch=look)
     assert stopped.train() == 143
     assert len(looks) == last_look + 1 and not stopped.checkpoints.is_finished()
     evaluations = (last_look // 3, 4 * (last_look // 3 + 1))
@@ -194,7 +169,7 @@ def test_signal_while_saving_is_obeyed_after_it(tmp_path):
 def test_run_leaves_what_it_promises(tmp_path):
     run = make_run(tmp_path / "run")
     run.train()
-    left = {str(path.relative_to(run.folder)) for path in run.folder.rglob("*") if path.is_file()}
+    left = {str(path.relative_to(run.folder.path)) for path in run.folder.path.rglob("*") if path.is_file()}
     assert left >= {
         "log.txt",
         "metrics.json",
@@ -205,19 +180,19 @@ def test_run_leaves_what_it_promises(tmp_path):
     }
     assert {"checkpoints/step_00000009.pt", "checkpoints/step_00000012.pt"} <= left
     assert "checkpoints/step_00000006.pt" not in left
-    metrics = json.loads((run.folder / "metrics.json").read_text())
+    metrics = json.loads((run.folder.path / "metrics.json").read_text())
     assert metrics["step"] == 12 and metrics["weights"] == "ema"
-    steps = [json.loads(line)["step"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in (run.folder.path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [4, 8, 12]
     keys = {"format", "model", "ema", "optimizer", "schedule", "scaler", "progress", "best", "rng", "class_names"}
     keys |= {"category_ids", "preprocessing", "config", "versions"}
-    assert torch.load(run.folder / "checkpoints/last.pt", weights_only=True).keys() == keys
+    assert torch.load(run.folder.path / "checkpoints/last.pt", weights_only=True).keys() == keys
 
 
 def test_zero_means_only_at_the_end(tmp_path):
     run = make_run(tmp_path / "run", eval_every=0, save_every=0, log_every=0)
     run.train()
-    assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 1
+    assert len((run.folder.path / "metrics.jsonl").read_text().splitlines()) == 1
     assert [path.name for path in run.checkpoints.files()] == ["last.pt", "step_00000012.pt", "best.pt"]
 
 
@@ -240,7 +215,7 @@ def test_longer_run_keeps_its_curve(tmp_path):
     assert longer.train() == 0
     assert longer.optimization.lr == pytest.approx(0.5 * Cosine(steps=12).factor(11))
     assert "keeps its curve over 12 steps" in log_of(longer)
-    assert re.search(r"trainer.max_steps +- +15 +yes", log_of(longer))
+    assert re.search(r"trainer.max_steps +12 +15 +yes", log_of(longer))
     given = make_run(
         tmp_path / "run", resume="auto", max_steps=18, schedule=functools.partial(Cosine, final_factor=0.5)
     )
@@ -256,11 +231,13 @@ def test_truncated_checkpoint_falls_back(tmp_path):
 
 
 def test_early_stop_ends_the_run(tmp_path):
-    run = make_run(tmp_path / "run", max_steps=100, early_stop=EarlyStop(patience=2, min_delta=1.0))
+    run = make_run(tmp_path / "run", max_steps=100, early_stop=EarlyStopping(patience=2, min_delta=1.0))
     assert run.train() == 0
     assert run.checkpoints.is_finished()
-    assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 3  # the first is progress, two are not
-    again = make_run(tmp_path / "run", resume="auto", max_steps=100, early_stop=EarlyStop(patience=2, min_delta=1.0))
+    assert len((run.folder.path / "metrics.jsonl").read_text().splitlines()) == 3  # the first is progress, two are not
+    again = make_run(
+        tmp_path / "run", resume="auto", max_steps=100, early_stop=EarlyStopping(patience=2, min_delta=1.0)
+    )
     assert again.train() == 0 and "complete" in log_of(again)
 
 
@@ -275,14 +252,14 @@ def test_bad_step_ends_the_run_and_keeps_what_is_good(tmp_path):
         FloatingPointError, match=r"^step 8: not finite: pixels of image_12.jpg, .* Last good checkpoint: .*last.pt"
     ):
         run.train()
-    assert torch.load(run.folder / "checkpoints/last.pt", weights_only=True)["progress"]["step"] == 6
-    assert torch.load(run.folder / "nan_dump/checkpoint.pt", weights_only=True)["progress"]["step"] == 7
+    assert torch.load(run.folder.path / "checkpoints/last.pt", weights_only=True)["progress"]["step"] == 6
+    assert torch.load(run.folder.path / "nan_dump/checkpoint.pt", weights_only=True)["progress"]["step"] == 7
 
 
 def test_bad_weight_is_named(tmp_path):
     run = make_run(tmp_path / "run")
     with torch.no_grad():
-        run.parts.model.head.weight[0, 0] = float("inf")
+        run.model.head.weight[0, 0] = float("inf")
     with pytest.raises(
         FloatingPointError, match=r"step 1: not finite: weight head.weight, roi_box=inf\. First bad output: head\."
     ):
@@ -298,19 +275,19 @@ def test_metric_names_are_those_of_an_evaluation(tmp_path):
     run = make_run(tmp_path / "run")
     run.train()
     assert run.evaluation is not None
-    assert tuple(run.evaluation.metrics) == run.parts.evaluation.metric_names
+    assert tuple(run.evaluation.metrics) == run.config.evaluation.metric_names
 
 
 def test_validation_loss_changes_nothing_but_the_record(tmp_path):
     plain, measured = make_run(tmp_path / "plain"), make_run(tmp_path / "measured", val_loss=True)
     plain.train(), measured.train()
     assert differences(snapshot(plain.optimization), snapshot(measured.optimization)) == []
-    records = [json.loads(line) for line in (measured.folder / "metrics.jsonl").read_text().splitlines()]
-    expected = [json.loads(line) for line in (plain.folder / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (measured.folder.path / "metrics.jsonl").read_text().splitlines()]
+    expected = [json.loads(line) for line in (plain.folder.path / "metrics.jsonl").read_text().splitlines()]
     assert [{**record, "loss": None} for record in records] == [{**record, "loss": None} for record in expected]
     model = measured.optimization.model_to_evaluate.eval()
     with torch.no_grad():  # three images and one
-        batches = [measured.parts.val_loader[0], measured.parts.val_loader[1]]
+        batches = [measured.val_loader[0], measured.val_loader[1]]
         by_hand = sum(len(batch) * model(batch, 0).total().item() for batch in batches) / 4
     assert records[-1]["loss"] == pytest.approx(by_hand, rel=1e-5)
 
@@ -320,7 +297,7 @@ def test_best_may_be_the_smallest_loss(tmp_path):
     run.train()
     losses = {
         record["step"]: record["loss"]
-        for record in map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
+        for record in map(json.loads, (run.folder.path / "metrics.jsonl").read_text().splitlines())
     }
     assert run.best.step == min(losses, key=losses.__getitem__)
     with pytest.raises(
@@ -351,7 +328,7 @@ def test_probe_changes_nothing(tmp_path, options):
 )
 def test_too_little_memory_ends_in_one_sentence(tmp_path, error):
     run = make_run(tmp_path / "run")
-    run.parts.model.forward = lambda batch, step: (_ for _ in ()).throw(error)
+    run.model.forward = lambda batch, step: (_ for _ in ()).throw(error)
     with pytest.raises(Fault) as fault:
         run.train()
     assert str(fault.value).startswith(
@@ -363,6 +340,6 @@ def test_too_little_memory_ends_in_one_sentence(tmp_path, error):
 def test_resume_refuses_other_classes(tmp_path):
     make_run(tmp_path / "run").train()
     run = make_run(tmp_path / "other")
-    run.parts.meaning["class_names"][:] = ["other"]
+    run.metadata["class_names"][:] = ["other"]
     with pytest.raises(ValueError, match="resume: expected the classes of the checkpoint, thing, got other"):
         run._restore(torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=True))

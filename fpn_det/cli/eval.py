@@ -1,0 +1,29 @@
+"""Evaluate a detector the COCO way: fpn-det eval run=<folder>|checkpoint=<file> [split=test] [setting=value ...].
+
+Settings, classes and preprocessing are those of the checkpoint; data paths, device and the like may be changed.
+`evaluation=proposals` measures the RPN's boxes. Results go to <run>/eval/<checkpoint>, never over the run's own files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fpn_det import api
+from fpn_det.cli.launch import argument, launch
+from fpn_det.config import EvalConfig
+from fpn_det.runs.checkpoint import named_checkpoint
+
+
+def main() -> None:
+    """Evaluate with the settings of the command line."""
+    launch(evaluate, EvalConfig, "eval", saved_settings)
+
+
+def evaluate(config: EvalConfig, words: Sequence[str]) -> None:
+    """Evaluate; the results are printed and written."""
+    api.evaluate(config)
+
+
+def saved_settings() -> str:
+    """The settings of the checkpoint that the command line names."""
+    return named_checkpoint(argument("run"), argument("checkpoint"))[1]["config"]

@@ -1,0 +1,32 @@
+"""Train a detector: fpn-det train experiment=<name> [setting=value ...].
+
+`run=<folder>` starts a new run with the settings of an earlier one, `resume=auto` continues an interrupted one. On several
+GPUs: torchrun --nproc_per_node=8 -m fpn_det.cli.main train ...
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fpn_det import api
+from fpn_det.cli.launch import argument, launch
+from fpn_det.training.config import TrainConfig
+
+
+def main() -> None:
+    """Train with the settings of the command line."""
+    if argument("run") is None:
+        launch(api.train, TrainConfig, "train")
+    else:
+        launch(api.train, TrainConfig, "train_from_run", saved_settings)
+
+
+def saved_settings() -> str:
+    """The settings of the run that the command line names."""
+    file = Path(argument("run") or "") / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"run: expected the folder of a run, got {file.parent}, which has no {file.name}.")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected settings as UTF-8 text, got other bytes ({error.reason}).") from None

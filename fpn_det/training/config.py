@@ -1,0 +1,148 @@
+"""Settings of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fpn_det.config import DetectorConfig, OnBadImage
+from fpn_det.data.loading import TrainLoader
+from fpn_det.runtime import Ranks
+from fpn_det.schema import (
+    Amount,
+    Count,
+    CountOrZero,
+    Node,
+    Positive,
+    Share,
+    build,
+    did_you_mean,
+    listed,
+)  # fmt: skip
+from fpn_det.structures import Annotations
+from fpn_det.training.optimizers import Recipe
+from fpn_det.training.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Ends a run whose metric no longer improves."""
+
+    patience: Count  # evaluations without improvement
+    min_delta: Amount = 0.0  # an improvement must exceed this
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Length, batch size and intervals of a run. Steps are optimizer updates."""
+
+    epochs: Positive | None = None  # length of the run; or
+    max_steps: Count | None = None  # length of the run in steps
+    batch_size: Count | Literal["auto"] = (
+        16  # images per step, over all ranks and accumulation; auto = as many as the GPUs hold
+    )
+    accumulate: Count = 1  # backward passes per step
+    eval_every: CountOrZero = 0  # steps between evaluations; 0 = only at the end
+    save_every: CountOrZero = 5000  # steps between checkpoints; 0 = only at the end
+    log_every: Count = 20  # steps between log lines
+    clip_norm: Positive | None = None  # upper bound of the gradient's norm
+    ema: Share | None = None  # decay of the moving average of the weights, e.g. 0.999
+    compile: bool = False  # compile backbone and neck
+    keep_last: CountOrZero = 2  # numbered checkpoints to keep; 0 = all
+    best_metric: str = "AP"  # decides which checkpoint becomes best.pt
+    early_stop: EarlyStopping | None = None
+    val_loss: bool = False  # also measure the losses on the validation images, with every evaluation
+    probe: bool = False  # first rehearse a step of the largest images and most objects, to report the peak of memory
+    timeout_minutes: Positive = 30.0  # how long one rank waits for another within a step
+
+    def __post_init__(self) -> None:
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("trainer: expected a length, got none. Set trainer.epochs or trainer.max_steps.")
+        if self.batch_size != "auto" and self.batch_size % self.accumulate:
+            raise ValueError(
+                f"trainer.batch_size: expected a multiple of trainer.accumulate={self.accumulate}, got {self.batch_size}."
+            )
+        if self.early_stop and not self.eval_every:
+            raise ValueError(
+                "trainer.early_stop: expected evaluations during training, got none. Set trainer.eval_every."
+            )
+
+    def check_best_metric(self, names: Sequence[str]) -> None:
+        """Refuse a `best_metric` that an evaluation does not report."""
+        known = [*names, "loss"] if self.val_loss else list(names)
+        if self.best_metric not in known:
+            remedy = (
+                " Set trainer.val_loss=true." if self.best_metric == "loss" else did_you_mean(self.best_metric, known)
+            )
+            raise ValueError(f"trainer.best_metric: expected one of {listed(known)}, got '{self.best_metric}'.{remedy}")
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Length of the run in steps."""
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.epochs is not None, "checked at construction"
+        return max(1, round(self.epochs * steps_per_epoch))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(DetectorConfig):
+    """All settings of a training run."""
+
+    optimizer: Node
+    schedule: Node
+    trainer: TrainerConfig
+    experiment: str | None = None  # name of the file in configs/experiment
+    init_from: str | None = None  # weights that a new run starts from: a file of any project that interop reads
+    resume: str | None = None  # auto, a checkpoint or a run folder to continue from
+    run: str | None = None  # run folder whose settings a new run takes
+    run_dir: str | None = None  # folder of the run; null = runs/<experiment>/<date>_<time>
+    set_aside: bool = False  # rename an existing run_dir instead of refusing it
+    profile: bool = False  # record every operator of the run
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.trainer.check_best_metric(self.evaluation.metric_names)
+        if self.resume and self.init_from:
+            raise ValueError(
+                "resume: expected this or init_from, got both. resume continues a run, init_from starts a new one from its weights."
+            )
+
+    def build_recipe(self) -> Recipe:
+        """The optimizer's rule with its learning rates and weight decays; `Recipe.build` makes torch's optimizer."""
+        return build(self.optimizer, "optimizer")
+
+    def build_schedule(self) -> Callable[..., Schedule]:
+        """Makes the learning rate schedule of a run of `steps` steps."""
+        return build(self.schedule, "schedule")
+
+    def train_loader(
+        self,
+        annotations: Annotations,
+        stride: int,
+        ranks: Ranks,
+        device: torch.device,
+        batch_size: int | None = None,
+        on_bad_image: OnBadImage | None = None,
+    ) -> TrainLoader:
+        """This rank's share of the training batches.
+
+        Args:
+            stride: of the model, which the sides of a batch must divide by.
+            batch_size: images per step; None = `trainer.batch_size`.
+            on_bad_image: called for each image that cannot be used and is replaced; None makes it an error.
+        """
+        size = self.trainer.batch_size if batch_size is None else batch_size
+        assert size != "auto", "measured before batches are made"
+        return self.data.train_loader(
+            annotations,
+            batch_size=size,
+            accumulate=self.trainer.accumulate,
+            seed=self.seed,
+            stride=stride,
+            ranks=ranks,
+            device=device,
+            on_bad_image=on_bad_image,
+        )

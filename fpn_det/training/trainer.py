@@ -1,0 +1,407 @@
+"""Training from the first step to the last: build, resume, train, evaluate, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fpn_det.data.sampling import check_divides, describe_repeats, repeat_factors
+from fpn_det.evaluation.coco import Evaluation
+from fpn_det.evaluation.evaluate import evaluate, write_evaluation
+from fpn_det.interop import loading
+from fpn_det.runs.bad_files import BadFiles
+from fpn_det.runs.best import Best
+from fpn_det.runs.folder import NAN_DUMP, RunFolder, versions, write_settings
+from fpn_det.runs.log import RunLog, shown_path
+from fpn_det.runs.meters import Meters, Pace, memory_mib
+from fpn_det.runs.settings_diff import changes_table, read_settings
+from fpn_det.runtime import Ranks, agree_on_max, alone, mark_as_echo, on_main, seed_everything, seed_step, share_buffers
+from fpn_det.training import memory, nonfinite
+from fpn_det.training.config import TrainConfig
+from fpn_det.training.optimization import Optimization
+from fpn_det.training.schedule import Schedule
+from fpn_det.training.signals import Stopped, StopRequest
+from fpn_det.visualization.panels import draw_batch, draw_comparison, some_images
+from fpn_det.visualization.pyramid_panels import draw_levels, read_levels
+
+SHOWN_IMAGES = 8  # validation images drawn with ground truth and detections
+
+State = dict[str, Any]
+
+
+class Trainer:
+    """Trains a detector, evaluates it on the way, and keeps everything in its run folder.
+
+    A run has three parts, called in this order: the constructor builds what needs no data, `prepare` reads the data and
+    restores a checkpoint, `train` runs the loop. All ranks call them together. Steps are counted as done: 1 is after the
+    first update.
+
+    Attributes:
+        first_step: the step after which training starts or continues.
+        evaluated: the last step whose weights were evaluated.
+        evaluation: the last evaluation; None before the first.
+
+    Args:
+        config: all settings of the run.
+        ranks: place of this process among all.
+        device: of this process.
+
+    Raises:
+        ValueError: settings are impossible or exclude each other. No folder has been made and no data read by then.
+    """
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, device: torch.device) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.device = device
+        trainer = config.trainer
+        if trainer.batch_size != "auto":
+            check_divides(ranks.world_size * trainer.accumulate, trainer.batch_size)
+        elif device.type != "cuda":
+            raise ValueError(
+                f"trainer.batch_size: expected a number on {device.type}, got auto, which measures a GPU's memory. Try 4."
+            )
+        self.recipe = config.build_recipe()
+        self.make_schedule = config.build_schedule()
+        self.make_schedule(steps=trainer.max_steps or sys.maxsize)
+        seed_everything(config.seed)
+        self.model = config.build_model(num_classes=None)
+        self.model.check_accumulation(trainer.accumulate)
+        config.data.validate(self.model.stride)
+        if config.init_from and not Path(config.init_from).is_file():
+            raise ValueError(f"init_from: expected a file of weights, got {config.init_from}, which does not exist.")
+        if not (config.init_from or config.resume):
+            self.model.check_pretrained()
+
+    def prepare(self, folder: RunFolder, log: RunLog, overrides: Sequence[str] = ()) -> None:
+        """Read the data, finish the model, and start from pretrained weights, `init_from` or a checkpoint.
+
+        Args:
+            folder: of the run, held by this process.
+            log: writes into it.
+            overrides: words of the command line, which the folder records.
+
+        Raises:
+            ValueError: the data cannot be used, or the checkpoint is of another model.
+        """
+        self.folder, self.log = folder, log
+        config = self.config
+        data = config.data.read_train_and_val(config.seed)
+        self.train_annotations, self.val_annotations = data.train, data.val
+        state = folder.load(log.info)
+        self._prepare_model(is_new=state is None)
+        if config.trainer.batch_size == "auto":
+            self._settle_batch_size(resumes=state is not None)
+        self._build_loaders()
+        self.metadata: State = {
+            "class_names": list(self.train_annotations.class_names),
+            "category_ids": list(self.train_annotations.category_ids),
+            "preprocessing": config.data.eval_transforms,
+            "config": self.config.to_yaml(),
+        }
+        if self.ranks.is_main:
+            write_settings(folder.path, self.metadata["config"], overrides)
+        self._prepare_optimization(state)
+
+    def _prepare_model(self, is_new: bool) -> None:
+        """Give the model its classes and weights, and move it to the device."""
+        self.model.reset_classifier(self.train_annotations.num_classes)
+        if is_new and self.config.init_from:
+            report = loading.load_weights(self.model, self.config.init_from, self.train_annotations.class_names)
+            self.log.info(report.table())
+        elif is_new:
+            self.model.load_pretrained()
+        self.model.to(self.device)
+        if self.config.trainer.compile:
+            self.model.backbone.compile(dynamic=True)
+            self.model.neck.compile(dynamic=True)
+
+    def _settle_batch_size(self, resumes: bool) -> None:
+        """Replace `trainer.batch_size=auto` by what every rank's memory holds, or by what the resumed run found.
+
+        Raises:
+            ValueError: there is no room for a single image.
+        """
+        trainer = self.config.trainer
+        per_image = self.ranks.world_size * trainer.accumulate
+        saved = self.folder.path / "config.yaml"
+        if resumes and saved.is_file():
+            batch_size = read_settings(saved.read_text())["trainer.batch_size"]
+        else:
+            with alone():
+                loader = self.config.train_loader(
+                    self.train_annotations, self.model.stride, self.ranks, self.device, batch_size=per_image
+                )
+                optimizer = self.recipe.build(self.model, per_image)
+                schedule = self.make_schedule(steps=sys.maxsize)
+                optimization = Optimization(
+                    self.model.train(), optimizer, schedule, self.config.precision, trainer.clip_norm, trainer.ema
+                )
+                limit = len(self.train_annotations) // per_image
+                fitting = memory.largest_that_fits(
+                    lambda count: memory.fits(optimization, loader.largest(count)), limit
+                )
+            fitting = -agree_on_max(-fitting)
+            if not fitting:
+                raise ValueError(
+                    f"trainer.batch_size: expected room for one image on {self.device}, got none. {memory.KNOBS}"
+                )
+            batch_size = fitting * per_image
+        self.config = dataclasses.replace(self.config, trainer=dataclasses.replace(trainer, batch_size=batch_size))
+        self.log.info(f"trainer.batch_size: auto is {batch_size} here.")
+
+    def _build_loaders(self) -> None:
+        config, num_images = self.config, len(self.train_annotations) + len(self.val_annotations)
+        bad_files = BadFiles(self.folder.path, num_images, config.data.max_bad_fraction, self.log.info)
+        on_bad_image = bad_files if config.data.on_error == "skip" else None
+        place = self.model.stride, self.ranks, self.device
+        self.train_loader = config.train_loader(self.train_annotations, *place, on_bad_image=on_bad_image)
+        self.val_loader = config.eval_loader(self.val_annotations, *place, on_bad_image=on_bad_image)
+        if config.data.repeat_threshold:
+            factors = repeat_factors(self.train_annotations, config.data.repeat_threshold)
+            self.log.info(describe_repeats(*factors, self.train_annotations.class_names))
+        self.shown = some_images(self.val_annotations, SHOWN_IMAGES)
+
+    def _prepare_optimization(self, state: State | None) -> None:
+        """Build optimizer and schedule, and restore a checkpoint."""
+        trainer, log = self.config.trainer, self.log
+        self.checkpoints = self.folder.checkpoints(trainer.keep_last)
+        self.total_steps = trainer.total_steps(self.train_loader.steps_per_epoch)
+        self.versions = versions()
+        self.best = Best(trainer.best_metric)
+        self.evaluation: Evaluation | None = None
+        self.first_step = self.evaluated = 0 if state is None else state["progress"]["step"]
+        batch_size = self.train_loader.batch_size
+        optimizer = self.recipe.build(self.model, batch_size)
+        schedule = self._schedule(state)
+        self.optimization = Optimization(
+            self.model, optimizer, schedule, self.config.precision, trainer.clip_norm, trainer.ema
+        )
+        if trainer.batch_size != "auto" and batch_size < trainer.batch_size:
+            log.info(
+                f"trainer.batch_size: the training set has images for {batch_size} per step only, not {trainer.batch_size}."
+            )
+        log.info(self.recipe.describe_lr(batch_size, self.ranks.world_size, trainer.accumulate))
+        if state is not None:
+            self._restore(state)
+
+    def _schedule(self, state: State | None) -> Schedule:
+        """The learning rate schedule. A resumed run of another length keeps its curve and holds the last value."""
+        schedule = self.make_schedule(steps=self.total_steps)
+        if state is None:
+            return schedule
+        steps = state["schedule"]["steps"]
+        same_curve = dataclasses.replace(schedule, steps=steps)
+        if steps == self.total_steps or _as_dict(same_curve) != state["schedule"]:
+            return schedule
+        self.log.info(f"The learning rate keeps its curve over {steps} steps and then holds the last value.")
+        return same_curve
+
+    def _restore(self, state: State) -> None:
+        saved, present = state["class_names"], self.metadata["class_names"]
+        if saved != present:
+            raise ValueError(
+                f"resume: expected the classes of the checkpoint, {', '.join(saved)}, got {', '.join(present)}."
+            )
+        self.optimization.load(state)
+        self.evaluated = state["progress"].get("evaluated", self.first_step)  # absent in the earliest checkpoints
+        if state["best"]["metric"] == self.best.metric:
+            self.best = Best(**state["best"])
+        self.log.info(f"Resuming after step {self.first_step} of {self.total_steps}.")
+        table = changes_table(read_settings(state["config"]), read_settings(self.metadata["config"]))
+        if table is not None:
+            self.log.info("Settings have changed since the checkpoint:")
+            self.log.show(table)
+
+    def train(self) -> int:
+        """Train to the end. Returns the exit code: 0, or 128 + the signal that stopped the run after saving (143, 130)."""
+        path, trainer = shown_path(self.folder.path), self.config.trainer
+        if self._is_over(self.first_step):
+            self.log.info(
+                f"{path} is complete: {self.first_step} of {self.total_steps} steps are done. "
+                "For more, set a larger trainer.max_steps or trainer.epochs."
+            )
+            return 0
+        if trainer.probe:
+            self.optimization.model.train()
+            self.log.info(memory.probe(self.optimization, self.train_loader.largest(), trainer.accumulate))
+        with StopRequest() as stop:
+            received = self._run_steps(stop)
+        if received:
+            name = signal.Signals(received).name
+            self.log.info(
+                f"Stopped by {name} and saved. To continue, repeat the command with resume=auto run_dir={path}"
+            )
+            return 128 + received
+        assert self.evaluation is not None, "the last step is evaluated"
+        self.log.hparams(read_settings(self.metadata["config"]), self.evaluation.metrics)
+        self.log.summary(self.best.metric, self.best.value, self.best.step, self.evaluation)
+        return 0
+
+    def _run_steps(self, stop: StopRequest) -> int:
+        """Run the training loop. Returns the signal that stopped it, or 0.
+
+        The host reads from the device at log points only. There is one before weights are evaluated or saved, so that
+        nothing is done with weights before every step is known to be finite.
+        """
+        trainer, step = self.config.trainer, self.first_step
+        pace = Pace(step, self.total_steps, self.train_loader.batch_size, trainer.eval_every)
+        self.log.begin(pace)
+        meters = Meters()
+        batches = self.train_loader.iterate(step)
+        self.optimization.model.train()
+        received, is_over = 0, False
+        if self.evaluated < step and self._is_due(trainer.eval_every, step):  # interrupted before its evaluation
+            received, is_over = self._evaluate(step, stop, pace, is_saved=True)
+        while not (received or is_over):
+            seed_step(self.config.seed, step, self.ranks.rank)
+            with pace.waiting():
+                micro_batches = [next(batches) for _ in range(trainer.accumulate)]
+            with memory.explained(micro_batches[0]):
+                all_losses = self.optimization.step(micro_batches, step)
+            for losses in all_losses:
+                meters.add({"loss": losses.total(), **losses.terms, **losses.statistics})
+            meters.add(self.optimization.measures())
+            step += 1
+            self.log.advance(step)
+
+            received = stop.agreed()
+            evaluates = self._is_due(trainer.eval_every, step)
+            saves = self._is_due(trainer.save_every, step) or received != 0
+            if not (evaluates or saves or self._is_due(trainer.log_every, step)):
+                continue
+            values = meters.read()  # the one host read
+            if values.pop("alarm"):
+                raise self._explain_nonfinite()
+            host_values = {"lr": self.optimization.lr, "memory_mib": memory_mib(self.optimization.device)}
+            self.log.train(step, values | host_values, pace)
+            if saves:  # before the evaluation, which may fail
+                self._save(step)
+                received = stop.agreed()
+            if evaluates and not received:
+                received, is_over = self._evaluate(step, stop, pace, is_saved=saves)
+        return 0 if is_over else received
+
+    def _is_due(self, every: int, step: int) -> bool:
+        return step >= self.total_steps or (every > 0 and step % every == 0)
+
+    def _is_over(self, step: int) -> bool:
+        early_stop = self.config.trainer.early_stop
+        is_last = self.total_steps <= step == self.evaluated
+        return is_last or (early_stop is not None and self.best.misses >= early_stop.patience)
+
+    def _evaluate(self, step: int, stop: StopRequest, pace: Pace, is_saved: bool) -> tuple[int, bool]:
+        """Evaluate the weights and save what follows from it. Returns the signal received meanwhile, and whether the run is over.
+
+        Asked to stop while it detects, it leaves everything as it was: a resumed run evaluates the step again.
+
+        Args:
+            is_saved: a checkpoint of this step exists, and is written again with the result.
+        """
+        is_best = False
+        try:
+            with pace.evaluating(), memory.explained_evaluation(self.config.data.eval_batch_size):
+                is_best = self._score(step, stop)
+        except Stopped:
+            if not is_saved:
+                self._save(step)
+            return stop.agreed(), False
+        is_over, received = self._is_over(step), stop.agreed()
+        if is_saved or is_over or received:
+            self._save(step, is_best)
+        elif is_best:
+            on_main(lambda: self.checkpoints.save_best(self._state(step)))
+        return received or stop.agreed(), is_over
+
+    def _score(self, step: int, stop: StopRequest) -> bool:
+        """Score the weights on the validation set and record it. Returns whether they are the best so far.
+
+        Raises:
+            Stopped: a rank was asked to stop; nothing has been changed or written.
+        """
+        config = self.config
+        model = self.optimization.model_to_evaluate
+        share_buffers(model)
+        batches = stop.until_stopped(self.log.track(self.val_loader, "evaluating"))
+        self.evaluation = evaluation = evaluate(
+            model,
+            batches,
+            self.val_annotations,
+            config.evaluation,
+            self.optimization.dtype,
+            with_losses=config.trainer.val_loss,
+        )
+        weights: Literal["ema", "raw"] = "raw" if self.optimization.ema is None else "ema"
+        checkpoint = f"step_{step:08d}.pt"
+        on_main(lambda: write_evaluation(self.folder.path, evaluation, self.val_annotations, step, checkpoint, weights))
+        self.log.evaluation(step, evaluation)
+        if self.ranks.is_main:
+            try:
+                self.log_figures(step, evaluation)
+            except Exception as error:  # a figure is not worth a run
+                self.log.info(f"The figures of step {step} could not be drawn: {type(error).__name__}: {error}")
+        min_delta = config.trainer.early_stop.min_delta if config.trainer.early_stop else 0.0
+        is_best = self.best.update(step, evaluation.metrics, min_delta)
+        self.evaluated = step
+        return is_best
+
+    def log_figures(self, step: int, evaluation: Evaluation) -> None:
+        """Draw a training batch, and validation images with ground truth and detections, for TensorBoard. Rank 0 only."""
+        config, log = self.config, self.log
+        named = config.evaluation.target == "detections"
+        for row in self.shown:
+            name = f"val/{self.val_annotations.path(row).name}"
+            log.picture(step, name, draw_comparison(self.val_annotations, evaluation.detections, row, named=named))
+        batch = self.train_loader.rebuild(step)[0]
+        log.picture(step, "train/batch", draw_batch(batch, self.train_annotations.class_names))
+        if self.model.rpn is None:
+            return
+        for batch in config.single_images(self.val_annotations, self.shown[:1], self.model.stride, self.device):
+            log.picture(step, "val/levels", draw_levels(read_levels(self.model, batch), batch))
+
+    def _save(self, step: int, is_best: bool = False) -> None:
+        """Write a checkpoint of the state after `step`. Rank 0 writes, all ranks call."""
+        on_main(lambda: self.checkpoints.save(self._state(step), step, is_best, self._is_over(step)))
+
+    def _state(self, step: int) -> State:
+        return {
+            "versions": self.versions,
+            **self.optimization.state(),
+            "schedule": _as_dict(self.optimization.schedule),
+            "progress": {"step": step, "total_steps": self.total_steps, "evaluated": self.evaluated},
+            "best": asdict(self.best),
+            "rng": {"seed": self.config.seed},
+            **self.metadata,
+        }
+
+    def _explain_nonfinite(self) -> Exception:
+        """The error that names what was not finite since the last log point; the step is kept for `replay`."""
+        step = nonfinite.first_bad_step(self.optimization)
+        cause = nonfinite.explain(
+            self.optimization,
+            self.train_loader.rebuild(step),
+            self.train_annotations,
+            step,
+            self.config.seed,
+            self.ranks,
+            self.folder.path / NAN_DUMP,
+            lambda: self._state(step),
+        )
+        error = FloatingPointError(
+            f"step {step + 1}: {cause} {self.folder.rescue()} "
+            "If the images are right, lower optimizer.lr or set trainer.clip_norm."
+        )
+        if not self.ranks.is_main:
+            mark_as_echo(error)
+        return error
+
+
+def _as_dict(schedule: Schedule) -> State:
+    return {"name": type(schedule).__name__, **asdict(schedule)}
