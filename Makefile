@@ -14,7 +14,7 @@ demo: $(READY) ## draw a data set, train a small detector on it, show its metric
 	$(BIN)/python datasets/make_shapes.py --out datasets/shapes --size 160 160 --classes disk square triangle star
 	$(BIN)/python tools/train.py experiment=demo
 
-paper: $(READY) ## the FPN paper's tables in miniature, three seeds: docs/paper.md (at most 3 hours on two cores)
+paper: $(READY) ## the FPN paper's tables at a small scale, three seeds: docs/paper.md (at most 3 hours on two cores)
 	$(BIN)/python tools/paper.py
 
 paper-quick: $(READY) ## FPN, bottom-up and C5 only, one seed (at most 30 minutes)

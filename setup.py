@@ -1,4 +1,4 @@
-"""What fpn_det is made of and what it needs; the settings of the tools live in pyproject.toml."""
+"""Package metadata and dependencies; the settings of development tools are in pyproject.toml."""
 
 import re
 from pathlib import Path
@@ -16,16 +16,17 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # The YAML tree travels inside the package, so that an installed fpn_det composes its configs anywhere.
+    # The YAML files are installed as package data, so that configs are composed without a checkout.
     packages=[*find_packages(include=["fpn_det", "fpn_det.*"]), "fpn_det.configs"],
     package_dir={"fpn_det.configs": "configs"},
+    entry_points={"console_scripts": ["fpn-det = fpn_det.cli.main:main"]},
     package_data={"fpn_det": ["py.typed"], "fpn_det.configs": ["**/*.yaml"]},
-    # Lower bounds only: an upper one would make somebody's environment unsolvable.
+    # Lower bounds only: upper bounds make environments unsolvable.
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
         "pycocotools>=2.0.8",
-        "hydra-core>=1.3.2",
+        "hydra-core>=1.3.6",
         "tensorboard>=2.16",
         "albumentations>=2.0.8",
         "numpy>=1.26",

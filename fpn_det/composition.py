@@ -27,14 +27,12 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fpn_det.config import DetectorConfig, EvalConfig
+from fpn_det.locations import CONFIGS
 from fpn_det.migration import find, migrate, refuse_old_name
 from fpn_det.safe_yaml import load_yaml
 from fpn_det.schema import check_names, complete, did_you_mean, fit, listed, missing_names
 from fpn_det.training.config import TrainConfig
 
-PACKAGE = Path(__file__).parent
-INSTALLED = PACKAGE / "configs"
-CONFIGS = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent / "configs"  # of a wheel, or of a checkout
 PACKAGES = ("fpn_det", "albumentations", "torch.optim")  # whose classes a `_target_` may name
 COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)  # raised while settings are composed
 

@@ -14,6 +14,7 @@ Tree = dict[str, Any]
 # Old dotted name of a setting: its new name, and the conversion of its value.
 RENAMED_SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "model.neck.extra_level": ("model.neck.extra_levels", int),
+    "miniature": ("reduced", str),
 }
 
 # Old module of a class that a `_target_` may name: its new module.

@@ -12,7 +12,7 @@ SOURCES = sorted([*(ROOT / "fpn_det").rglob("*.py"), *(ROOT / "tools").rglob("*.
 
 RANKS = {
     "": 0,
-    **dict.fromkeys(["structures", "boxes", "runtime", "image_io", "migration", "safe_yaml"], 0),
+    **dict.fromkeys(["structures", "boxes", "runtime", "image_io", "migration", "safe_yaml", "locations"], 0),
     "errors": 1,
     "schema": 2,
     "annotations": 3,
@@ -22,7 +22,8 @@ RANKS = {
     "runs": 7,
     "training": 8,
     **dict.fromkeys(["composition", "doctor"], 9),
-    "pretrained": 10,
+    "data_report": 7,
+    **dict.fromkeys(["pretrained", "benchmark"], 10),
     "api": 11,
     "cli": 12,
     "tools": 13,
@@ -31,7 +32,7 @@ RANKS = {
 # A library that only some files may import.
 IMPORTERS = {
     "hydra": {"fpn_det/composition.py", "fpn_det/cli/launch.py"},
-    "omegaconf": {"fpn_det/composition.py", "fpn_det/cli/launch.py", "tools"},
+    "omegaconf": {"fpn_det/composition.py", "fpn_det/cli/launch.py"},
     "pycocotools": {"fpn_det/evaluation/coco.py"},
     "torch.utils.tensorboard": {"fpn_det/runs/log.py"},
     "tensorboard": {"fpn_det/runs/log.py"},

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +8,11 @@ import pytest
 import torch
 import torchvision
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-
-import benchmark
-from _benchmark.contestants import Ours, Torchvision, make_contestants
-from _benchmark.loader_memory import loader_growth_mib
-from _benchmark.measures import Counter, alternate, count, peak_memory_mib
-from _benchmark.setting import Setting, parse
+from fpn_det.benchmark.config import BenchmarkConfig
+from fpn_det.benchmark.contestants import Ours, Torchvision, make_contestants
+from fpn_det.benchmark.loader_memory import loader_growth_mib
+from fpn_det.benchmark.measures import Counter, alternate, count, peak_memory_mib
+from fpn_det.cli.arguments import fit_words
 
 CPU = torch.device("cpu")
 FEW = [
@@ -24,7 +21,7 @@ FEW = [
     "model.rpn.test_filter.post_nms=50",
     "model.roi_head.sampler.num_samples=16",
 ]
-SMALL = Setting(size=(64, 96), repeats=1, overrides=tuple(FEW))
+SMALL = BenchmarkConfig(size=(64, 96), repeats=1, overrides=tuple(FEW))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +30,9 @@ def contestants() -> tuple[Ours, Torchvision]:
 
 
 def test_setting_reads_the_command_line():
-    setting = parse(["only=train,inference", "size=[64,96]", "repeats=2", "nms=batched", "compile=true"])
+    setting = fit_words(
+        ["only=train,inference", "size=[64,96]", "repeats=2", "nms=batched", "compile=true"], BenchmarkConfig
+    )
     assert setting.only == ("train", "inference") and setting.size == (64, 96) and setting.repeats == 2
     assert setting.nms == "batched" and setting.compile and setting.batch_size == 2
 
@@ -52,7 +51,7 @@ def test_setting_reads_the_command_line():
 )
 def test_setting_refuses(word, words):
     with pytest.raises(ValueError) as refusal:
-        parse([word])
+        fit_words([word], BenchmarkConfig).compose()
     assert words in str(refusal.value)
 
 
@@ -155,13 +154,11 @@ def test_training_step_reads_little(contestants, nms, limit):
     assert count(ours.train()).host_reads <= limit < torchvision_reads
 
 
-def test_benchmark_writes_what_it_shows(tmp_path, monkeypatch, capsys):
+def test_benchmark_writes_what_it_shows(tmp_path, run_tool):
     output = tmp_path / "benchmark.json"
     quick = ["size=[64,96]", "repeats=1", "num_workers=0", "data.train_transforms.resize.sides=[64]"]
     words = ["only=inference,loader", *quick, *FEW, f"output={output}"]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
-    benchmark.main()
-    shown, written = capsys.readouterr().out, json.loads(output.read_text())
+    shown, written = run_tool("benchmark.py", *words).stdout, json.loads(output.read_text())
     loaders = {"loader_images_per_s", "loader_resize_on_device_images_per_s", "loader_decoded_images_per_s"}
     assert written.keys() == {"inference_s", *loaders, "setting"}
     for measure in ("inference_s", *loaders):

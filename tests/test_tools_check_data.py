@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ROOT
 from torchvision.ops import box_iou
 
 from fpn_det.composition import compose
+from fpn_det.data_report.anchor_coverage import measure_coverage
 
 SETTINGS = ("experiment=demo", "model.backbone.depth=18", "model.neck.channels=32")
 
@@ -119,15 +119,12 @@ def test_annotations_that_cannot_be_read_are_a_finding(run_tool, shapes, tmp_pat
     assert fatal["split"] == "val" and "expected a JSON file" in fatal["message"]
 
 
-def test_best_anchor_of_every_object_is_that_of_all_anchors(shapes_dataset, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    from _check_data.coverage import cover
-
+def test_best_anchor_of_every_object_is_that_of_all_anchors(shapes_dataset):
     resize = "{_target_: fpn_det.data.transforms.ResizeShortestSide, sides: [150], max_side: 220}"
     settings = compose([*SETTINGS, f"data.root={shapes_dataset}", f"data.eval_transforms.resize={resize}"])
     train = settings.data.examine("train", None).annotations
     model = settings.build_model(train.num_classes)
-    coverage = cover(train, model, settings.data.transforms(train=False))
+    coverage = measure_coverage(train, model, settings.data.transforms(train=False))
     # 96 x 128 px become 150 x 200, on a canvas of 160 x 224
     expected = train.boxes * torch.tensor([200 / 128, 150 / 96, 200 / 128, 150 / 96])
     anchors = model.rpn.anchors([(-(-160 // stride), -(-224 // stride)) for stride in model.rpn.anchors.strides])
@@ -136,7 +133,7 @@ def test_best_anchor_of_every_object_is_that_of_all_anchors(shapes_dataset, monk
         torch.from_numpy(coverage.ious), box_iou(expected, anchors.double()).amax(dim=1), atol=1e-6, rtol=0
     )
     assert coverage.levels.tolist() == model.assigner(expected).tolist()
-    assert (coverage.names, coverage.anchor_sizes, coverage.threshold) == (
+    assert (coverage.level_names, coverage.anchor_sizes, coverage.positive_iou) == (
         ["P2", "P3", "P4", "P5"],
         [16, 32, 64, 128, 256],
         0.7,

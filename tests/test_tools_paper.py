@@ -11,14 +11,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 from _paper import page, runs
 from _paper.rows import DETECTORS, PROPOSALS
 from _paper.runs import finish, jobs_of
+from fpn_det.cli.arguments import fit_words
 from fpn_det.composition import compose
-from paper import parse
+from paper import Options
 
 ROWS = {row.name: row for row in (*PROPOSALS, *DETECTORS)}
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.weights_of is None])
-def test_every_row_composes_in_miniature(name):
+def test_every_row_composes_at_a_small_scale(name):
     settings = compose(list(ROWS[name].settings))
     assert settings.model["backbone"]["depth"] == 18 and settings.trainer.max_steps < 2000
     metrics = page.PROPOSAL_METRICS if name.startswith("table1") else page.DETECTION_METRICS
@@ -87,7 +88,7 @@ def test_numbers_are_shown_with_their_spread():
 )
 def test_a_wrong_command_line_is_refused(word, words):
     with pytest.raises(ValueError) as refusal:
-        parse([word])
+        fit_words([word], Options)
     assert words in str(refusal.value)
 
 

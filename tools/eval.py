@@ -1,6 +1,6 @@
 """The command `fpn-det eval`, from a checkout."""
 
-from fpn_det.cli.eval import main
+from fpn_det.cli.main import run
 
 if __name__ == "__main__":
-    main()
+    run("eval")

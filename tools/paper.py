@@ -1,4 +1,4 @@
-"""The FPN paper's comparison in miniature: python tools/paper.py [quick=true] [name=value ...] [setting=value ...].
+"""The FPN paper's comparison at a small scale: python tools/paper.py [quick=true] [name=value ...] [setting=value ...].
 
 Trains the rows of Tables 1 and 3 and the pyramids of Figure 1 on drawn shapes, measures them as the paper does, and writes
 our numbers beside the paper's as docs/paper.md and docs/paper.html. Names and defaults are in `Options`; a dotted name is a
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,8 +21,8 @@ from _paper.pictures import draw_pyramids
 from _paper.rows import DETECTORS, PROPOSALS, Row
 from _paper.runs import finish, jobs_of, make_data
 from _paper.speed import measure
-from _words import split_words
-from fpn_det.schema import Count, fit
+from fpn_det.cli.arguments import run_command
+from fpn_det.schema import Count
 
 
 @dataclass(frozen=True)
@@ -47,23 +46,9 @@ class Options:
         return [row for row in (*PROPOSALS, *DETECTORS) if row.quick or not self.quick]
 
 
-def parse(words: Sequence[str]) -> Options:
-    """The options that `name=value` words ask for.
-
-    Raises:
-        ValueError: a name is unknown, or a value has another type.
-    """
-    overrides, given = split_words(words)
-    return fit(asdict(Options()) | {"overrides": overrides} | given, Options, "", ())
-
-
-def main() -> None:
-    """Draw, train, measure, write."""
+def main(options: Options) -> None:
+    """Draw the data set, train, measure, and write the pages."""
     console = Console()
-    try:
-        options = parse(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(str(error))
     data, folder, rows = Path(options.data), Path(options.folder), options.rows
     make_data(data)
     overrides = (f"precision={options.precision}", *options.overrides)
@@ -91,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, Options)

@@ -32,12 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 import fpn_det.api  # noqa: F401  for the lives
-from fpn_det.cli.launch import WRONG_COMMAND_LINE
+from fpn_det.cli.arguments import run_command
 from fpn_det.runs.checkpoint import load_checkpoint
-from fpn_det.schema import Count, CountOrZero, fit
+from fpn_det.schema import Count, CountOrZero
 
 ROOT = Path(__file__).parent.parent
 MOMENTS = ("start", "step", "save", "evaluation")
@@ -69,9 +68,9 @@ SETTINGS = (
 class Setting:
     """How bad the weather is."""
 
-    kills: CountOrZero
-    ranks: list[Count]  # one storm for each number of ranks
-    seed: CountOrZero
+    kills: CountOrZero = 30
+    ranks: tuple[Count, ...] = (1, 2)  # one storm for each number of ranks
+    seed: CountOrZero = 0
 
 
 class Life:
@@ -219,10 +218,8 @@ def compare(one: Any, other: Any, where: str) -> None:
         assert one == other, f"{where}: {one} and {other}"
 
 
-def main(words: Sequence[str]) -> None:
-    """Draw a data set, then one storm for each number of ranks."""
-    given: Any = OmegaConf.to_container(OmegaConf.from_cli(list(words)))
-    setting = fit({"kills": 30, "ranks": [1, 2], "seed": 0} | given, Setting, "", ())
+def main(setting: Setting) -> None:
+    """Draw a data set, then run one storm for each number of ranks."""
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="storm_"))
     draw = [sys.executable, str(ROOT / "datasets" / "make_shapes.py"), "--out", str(folder / "data")]
@@ -241,10 +238,7 @@ def main(words: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        sys.exit(WRONG_COMMAND_LINE)
+        run_command(main, Setting)
     except AssertionError as error:
         print(f"storm: {error}", file=sys.stderr)
         sys.exit(1)

@@ -1,6 +1,6 @@
 """The command `fpn-det train`, from a checkout."""
 
-from fpn_det.cli.train import main
+from fpn_det.cli.main import run
 
 if __name__ == "__main__":
-    main()
+    run("train")

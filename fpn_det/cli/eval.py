@@ -1,7 +1,12 @@
-"""Evaluate a detector the COCO way: fpn-det eval run=<folder>|checkpoint=<file> [split=test] [setting=value ...].
+"""Evaluate a trained detector with the COCO metrics.
 
 Settings, classes and preprocessing are those of the checkpoint; data paths, device and the like may be changed.
-`evaluation=proposals` measures the RPN's boxes. Results go to <run>/eval/<checkpoint>, never over the run's own files.
+`evaluation=proposals` measures the boxes of the RPN. Results are written to <run>/eval/<checkpoint>.
+
+Examples:
+  fpn-det eval run=runs/demo
+  fpn-det eval run=runs/demo split=test
+  fpn-det eval checkpoint=model.pt data.root=datasets/coco tta.scales=[0.8,1,1.2] tta.flip=true
 """
 
 from __future__ import annotations

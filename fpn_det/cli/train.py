@@ -1,7 +1,13 @@
-"""Train a detector: fpn-det train experiment=<name> [setting=value ...].
+"""Train a detector.
 
-`run=<folder>` starts a new run with the settings of an earlier one, `resume=auto` continues an interrupted one. On several
-GPUs: torchrun --nproc_per_node=8 -m fpn_det.cli.main train ...
+Everything about a run is in its folder, runs/<experiment>/<date>_<time>. `resume=auto` continues an interrupted run,
+`run=<folder>` starts a new one with the settings of an earlier one, -m tries several values in turn. On several GPUs:
+torchrun --nproc_per_node=8 -m fpn_det.cli.main train ...
+
+Examples:
+  fpn-det train experiment=small data=yolo data.root=datasets/my_data
+  fpn-det train experiment=r50_fpn data.root=datasets/coco precision=bf16 trainer.batch_size=8
+  fpn-det train experiment=demo run_dir=runs/demo resume=auto
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def _proposals(letter: str, title: str, paper: tuple[float, ...], quick: bool = 
     return Row(
         name,
         f"({letter}) {title}",
-        (f"experiment=paper/{name}", "miniature=proposals"),
+        (f"experiment=paper/{name}", "reduced=proposals"),
         dict(zip(names, paper, strict=True)),
         quick=quick,
     )
@@ -44,7 +44,7 @@ def _proposals(letter: str, title: str, paper: tuple[float, ...], quick: bool = 
 def _detector(letter: str, title: str, paper: tuple[float, ...], *settings: str, quick: bool = False) -> Row:
     names = ("AP50", "AP", "APs", "APm", "APl")
     name = f"table3_{letter}"
-    settings = (f"experiment=paper/{name}", "miniature=detector", *settings)
+    settings = (f"experiment=paper/{name}", "reduced=detector", *settings)
     return Row(name, f"({letter}) {title}", settings, dict(zip(names, paper, strict=True)), quick=quick)
 
 
@@ -68,7 +68,7 @@ DETECTORS = (
     Row(
         "feature_hierarchy",
         "feature hierarchy, as SSD's",
-        ("experiment=paper/table3_c", "neck=feature_hierarchy", "miniature=detector"),
+        ("experiment=paper/table3_c", "neck=feature_hierarchy", "reduced=detector"),
     ),
     Row(
         "image_pyramid",
@@ -81,7 +81,7 @@ DETECTORS = (
         "image pyramid, trained: at the three scales too",
         (
             "experiment=paper/table3_a",
-            "miniature=detector",
+            "reduced=detector",
             TWO_LAYERS,
             f"model.image_scales={SCALES}",
             f"model.train_image_scales={SCALES}",

@@ -1,4 +1,4 @@
-"""Ways to measure: seconds in turns, peak memory in a process of one's own, host reads and operators by counting."""
+"""Measure seconds in alternation, peak memory in a separate process, and counts of operators and host reads."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from multiprocessing import get_context
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from _benchmark.contestants import Run, make_contestants
-from _benchmark.loaders import Stream
-from _benchmark.setting import Setting
+from fpn_det.benchmark.config import BenchmarkConfig
+from fpn_det.benchmark.contestants import Run, make_contestants
+from fpn_det.benchmark.loaders import Stream
 from fpn_det.runtime import pick_device
 
 
 def alternate(runs: Sequence[Run], repeats: int, device: torch.device) -> list[float]:
-    """Median seconds of each run. They take turns, so that a machine that slows down slows down all of them."""
+    """Median seconds of each run. Runs alternate, so that a change of the clock rate affects all of them."""
     seconds: list[list[float]] = [[] for _ in runs]
     for run in runs:
         run()  # allocates, compiles, chooses algorithms
@@ -35,7 +35,7 @@ def alternate(runs: Sequence[Run], repeats: int, device: torch.device) -> list[f
 
 
 def throughput(streams: Sequence[Stream], repeats: int) -> list[float]:
-    """Median images per second of each stream, in turns. The clock starts at the first batch: workers take time to start."""
+    """Median images per second of each stream, in alternation. The start of the workers is not measured."""
     rates: list[list[float]] = [[] for _ in streams]
     for _ in range(repeats):
         for stream, measured in zip(streams, rates, strict=True):
@@ -54,23 +54,23 @@ def _wait(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def peak_memory_mib(setting: Setting) -> list[float]:
-    """What two training steps need at most, each contestant in a process of its own.
+def peak_memory_mib(config: BenchmarkConfig) -> list[float]:
+    """Peak memory of two training steps, each detector in a process of its own.
 
-    On CUDA the tensors' memory; elsewhere all of the process, with Python and torch.
+    On CUDA the memory of tensors, elsewhere the resident memory of the process.
     """
     peaks = []
     for index in range(2):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            peaks.append(pool.submit(_peak_of, index, setting).result())
+            peaks.append(pool.submit(_peak_of, index, config).result())
     return peaks
 
 
-def _peak_of(index: int, setting: Setting) -> float:
-    device = pick_device(setting.device)
-    if setting.threads:
-        torch.set_num_threads(setting.threads)
-    contestant = make_contestants(setting, device)[index]
+def _peak_of(index: int, config: BenchmarkConfig) -> float:
+    device = pick_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    contestant = make_contestants(config, device)[index]
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -79,14 +79,14 @@ def _peak_of(index: int, setting: Setting) -> float:
     step()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    # KiB on Linux, bytes on macOS. Linux lets a new process inherit the peak of the one that starts it.
+    # KiB on Linux, bytes on macOS. On Linux a new process inherits the peak of its parent.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 class Counter(TorchDispatchMode):
-    """Count operators, and those among them that make the host wait for a device because a shape or a branch needs it.
+    """Counts dispatched operators, and host reads: operators whose result on the host depends on values on the device.
 
-    It counts what the program asks for, so it gives the same number on any device.
+    Counts do not depend on the device.
     """
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ def _host_reads(operator, args) -> int:
     if operator is torch.ops.aten.index.Tensor:
         return _masks(args[1])
     if operator in (torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default):
-        is_fill = args[2].numel() == 1 and not args[2].is_cuda  # turns into masked_fill
+        is_fill = args[2].numel() == 1 and not args[2].is_cuda  # dispatched as masked_fill
         return 0 if is_fill else _masks(args[1])
     if operator is torch.ops.torchvision.nms.default:
         return 1
@@ -117,8 +117,8 @@ def _masks(indices) -> int:
 
 
 def count(run: Run) -> Counter:
-    """Host reads and operators of one run, with backward and optimizer."""
-    run()  # fills caches, makes the optimizer's state
+    """Count the host reads and operators of one run."""
+    run()  # fills caches, creates the state of the optimizer
     with Counter() as counter:
         run()
     return counter

@@ -1,4 +1,4 @@
-"""How the boxes of a data set meet the anchors and the pyramid of a model."""
+"""IoU of the boxes of a data set with a model's anchors, and their levels in its pyramid."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ from fpn_det.structures import Annotations
 
 
 @dataclass(frozen=True)
-class Coverage:
-    """Per object (crowd regions left out), in the input frame.
+class AnchorCoverage:
+    """Best anchor and level of each object, without crowd regions, in the input frame (px after transforms).
 
     Attributes:
-        rows: the object's row in Annotations.
+        rows: row of the object in Annotations.
         boxes: [T, 4].
-        levels: index of the level that its RoI is pooled from.
-        ious: with the best of all anchors at all positions.
-        names: of the levels that RoIs are pooled from, P2, ...
+        levels: [T] index of the level that the RoI is pooled from.
+        ious: [T] with the best anchor of all shapes and positions.
+        level_names: of the levels that RoIs are pooled from: P2, ...
         anchor_sizes: sides of the anchors' squares, level by level.
         anchor_ratios: height / width.
-        threshold: an anchor with this IoU is positive,
-        background: and negative below this.
+        positive_iou: anchors with at least this IoU are positive.
+        negative_iou: anchors with less than this IoU are negative.
     """
 
     rows: np.ndarray
     boxes: np.ndarray
     levels: np.ndarray
     ious: np.ndarray
-    names: list[str]
+    level_names: list[str]
     anchor_sizes: list[float]
     anchor_ratios: list[float]
-    threshold: float
-    background: float
+    positive_iou: float
+    negative_iou: float
 
     @property
-    def learned_by_rescue(self) -> int:
-        """How many objects have no anchor of the threshold anywhere."""
-        return int((self.ious < self.threshold).sum())
+    def num_below_positive(self) -> int:
+        """Number of objects without a positive anchor by IoU."""
+        return int((self.ious < self.positive_iou).sum())
 
     @property
-    def out_of_reach(self) -> int:
-        """How many objects have only anchors that would count as background."""
-        return int((self.ious < self.background).sum())
+    def num_below_negative(self) -> int:
+        """Number of objects all of whose anchors are negative by IoU."""
+        return int((self.ious < self.negative_iou).sum())
 
 
-def cover(annotations: Annotations, model: Detector, transform: Pipeline) -> Coverage:
-    """Lay the boxes into the input frame of the evaluation, and find the best anchor of each.
+def measure_coverage(annotations: Annotations, model: Detector, transform: Pipeline) -> AnchorCoverage:
+    """Map the boxes to the input frame of the evaluation, and find the best anchor of each.
 
     Raises:
         ValueError: the model has no anchors.
@@ -58,7 +58,7 @@ def cover(annotations: Annotations, model: Detector, transform: Pipeline) -> Cov
     rpn = model.rpn
     if rpn is None:
         raise ValueError(
-            "tools/check_data.py: expected a model with an RPN, got one without, and so without anchors. Name another experiment."
+            "model.rpn: expected an RPN, whose anchors are compared with the boxes, got null. Choose another experiment."
         )
     owners = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets.numpy()))
     rows = np.flatnonzero(~annotations.iscrowd.numpy())
@@ -69,33 +69,33 @@ def cover(annotations: Annotations, model: Detector, transform: Pipeline) -> Cov
     canvases = -(-input_sizes[owners[rows]] // model.stride) * model.stride
     cells = rpn.anchors.cell_anchors  # [L, A, 4]
     shapes = (cells[..., 2:] - cells[..., :2]).double()
-    return Coverage(
+    return AnchorCoverage(
         rows=rows,
         boxes=boxes,
         levels=model.assigner(torch.from_numpy(boxes)).numpy(),
         ious=_best_ious(boxes, canvases, shapes.numpy(), rpn.anchors.strides, rpn.anchors.offset),
-        names=[f"P{model.assigner.first + index}" for index in range(model.assigner.num_levels)],
+        level_names=[f"P{model.assigner.first + index}" for index in range(model.assigner.num_levels)],
         anchor_sizes=sorted({round(float(side), 3) for side in shapes.prod(dim=2).sqrt().flatten()}),
         anchor_ratios=sorted({round(float(ratio), 3) for ratio in (shapes[..., 1] / shapes[..., 0]).flatten()}),
-        threshold=rpn.matcher.positive_iou,
-        background=rpn.matcher.negative_iou,
+        positive_iou=rpn.matcher.positive_iou,
+        negative_iou=rpn.matcher.negative_iou,
     )
 
 
 def _input_sizes(sizes: np.ndarray, transform: Pipeline) -> np.ndarray:
-    """(h, w) of every image after the transforms: of those that differ in size, one is tried."""
+    """(h, w) of every image after the transforms, which run once for each distinct size."""
     distinct, where = np.unique(sizes, axis=0, return_inverse=True)
     no_boxes, no_labels = np.zeros((0, 4)), np.zeros(0, np.int64)
-    tried = [
+    transformed = [
         transform(np.zeros((*size, 3), np.uint8), no_boxes, no_labels, (0,))[0].shape[:2] for size in distinct.tolist()
     ]
-    return np.array(tried, dtype=np.int64).reshape(-1, 2)[where.reshape(-1)]
+    return np.array(transformed, dtype=np.int64).reshape(-1, 2)[where.reshape(-1)]
 
 
 def _best_ious(
     boxes: np.ndarray, canvases: np.ndarray, shapes: np.ndarray, strides: tuple[int, ...], offset: float
 ) -> np.ndarray:
-    """IoU [T] with the best anchor. Of one shape, that is the one whose center is nearest in x and in y."""
+    """IoU [T] with the best anchor. Of each shape, only the anchor with the nearest center can be the best."""
     best = np.zeros(len(boxes))
     centers, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     for stride, level in zip(strides, shapes, strict=True):

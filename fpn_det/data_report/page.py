@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: numbers, bars, and pictures of what is worst."""
+"""The data report as one self-contained HTML file: tables, charts, and images with the worst findings."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from _check_data.coverage import Coverage
-from _check_data.report import Report, summary
 from fpn_det.annotations.findings import Finding, group
+from fpn_det.data_report.anchor_coverage import AnchorCoverage
+from fpn_det.data_report.report import Report, summarize
 from fpn_det.image_io import read_image
 from fpn_det.structures import Annotations
 from fpn_det.visualization.panels import draw_boxes
 
-LISTED = 50  # findings of a kind
-PICTURES_PER_KIND = 3
-PICTURES = 24
-WORST = 6  # objects by their best anchors
-SIDE = 320  # px of a picture
+LISTED = 50  # findings of a kind that the page lists
+IMAGES_PER_KIND = 3
+MAX_IMAGES = 24
+WORST = 6  # drawn objects with the lowest IoU with any anchor
+SIDE = 320  # px of the longer side of a drawn image
 BINS = 32
 WIDTH, HEIGHT = 640, 160  # px of a chart
 
@@ -40,8 +40,14 @@ p.hint { color: #556; max-width: 50rem }
 """
 
 
-def write_page(path: Path, report: Report, coverage: Coverage | None) -> None:
-    """All of the report. `coverage` is that of the training set."""
+def write_page(path: Path, report: Report, coverage: AnchorCoverage | None) -> None:
+    """Write the page.
+
+    Args:
+        path: file to write.
+        report: all splits.
+        coverage: of the training set; None leaves out its charts.
+    """
     verdict = f'<span class="{"sound" if report.is_sound else "error"}">{escape(report.verdict)}</span>'
     parts = [
         f"<h1>Data report</h1><p>{verdict}</p>",
@@ -64,7 +70,7 @@ def write_page(path: Path, report: Report, coverage: Coverage | None) -> None:
 def _splits(report: Report) -> str:
     rows = []
     for split, part in report.parts.items():
-        row = summary(part.annotations)
+        row = summarize(part.annotations)
         numbers = [row[name] for name in ("images", "images_without_boxes", "boxes", "crowd", "most_boxes")]
         rows.append([split, *numbers, f'<span class="note">{escape(str(row["image_with_most_boxes"]))}</span>'])
     return _table(("split", "images", "without boxes", "boxes", "crowd", "most boxes", "in"), rows)
@@ -85,14 +91,14 @@ def _findings(report: Report) -> str:
 
 
 def _worst(report: Report) -> str:
-    """Pictures of findings that have a place on one; in red what is meant, beside it what else is drawn there."""
+    """Draw findings that concern a box: in red the box, in the colors of their classes the other boxes of the image."""
     figures: list[str] = []
     for split, part in report.parts.items():
         row_of = {int(image_id): row for row, image_id in enumerate(part.annotations.image_ids)}
         for members in group(finding for finding in report.findings[split] if finding.severity != "note").values():
-            drawn = [finding for finding in members if finding.image_id in row_of][:PICTURES_PER_KIND]
+            drawn = [finding for finding in members if finding.image_id in row_of][:IMAGES_PER_KIND]
             figures += [_figure_of(finding, split, part.annotations, row_of[finding.image_id]) for finding in drawn]  # type: ignore[index]
-    return f"<h2>The worst, drawn</h2>{''.join(figures[:PICTURES])}" if figures else ""
+    return f"<h2>The worst findings</h2>{''.join(figures[:MAX_IMAGES])}" if figures else ""
 
 
 def _figure_of(finding: Finding, split: str, annotations: Annotations, row: int) -> str:
@@ -107,7 +113,7 @@ def _figure(
     row: int,
     boxes: np.ndarray,
     labels: Sequence[int],
-    meant: tuple[float, ...] | None,
+    marked: tuple[float, ...] | None,
     caption: str,
 ) -> str:
     try:
@@ -117,29 +123,29 @@ def _figure(
     picture = Image.fromarray(
         draw_boxes(pixels, boxes, labels, [annotations.class_names[label] for label in labels], SIDE)
     )
-    if meant is not None:
-        picture = _with_frame(picture, meant, SIDE / max(pixels.shape[:2]))
+    if marked is not None:
+        picture = _with_marked_box(picture, marked, SIDE / max(pixels.shape[:2]))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
     source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return f'<figure><img alt="" src="{source}"><figcaption>{caption}</figcaption></figure>'
 
 
-def _with_frame(picture: Image.Image, box: tuple[float, ...], scale: float) -> Image.Image:
-    """The picture on a larger ground, so that a box that leaves it can be seen."""
+def _with_marked_box(picture: Image.Image, box: tuple[float, ...], scale: float) -> Image.Image:
+    """Pad the image and frame the box in red; the padding shows boxes that leave the image."""
     border = SIDE // 5
-    ground = Image.new("RGB", (picture.width + 2 * border, picture.height + 2 * border), (236, 239, 244))
-    ground.paste(picture, (border, border))
+    canvas = Image.new("RGB", (picture.width + 2 * border, picture.height + 2 * border), (236, 239, 244))
+    canvas.paste(picture, (border, border))
     x1, y1, x2, y2 = (
-        float(np.clip(value * scale + border, 4, limit - 5)) for value, limit in zip(box, ground.size * 2, strict=True)
+        float(np.clip(value * scale + border, 4, limit - 5)) for value, limit in zip(box, canvas.size * 2, strict=True)
     )
-    frame = min(x1, x2) - 3, min(y1, y2) - 3, max(x1, x2) + 3, max(y1, y2) + 3  # around the box: it may have no area
-    ImageDraw.Draw(ground).rectangle(frame, outline=(214, 40, 40), width=3)
-    return ground
+    frame = min(x1, x2) - 3, min(y1, y2) - 3, max(x1, x2) + 3, max(y1, y2) + 3  # around the box, which may have no area
+    ImageDraw.Draw(canvas).rectangle(frame, outline=(214, 40, 40), width=3)
+    return canvas
 
 
 def _class_counts(report: Report) -> str:
-    counts = {split: summary(part.annotations)["classes"] for split, part in report.parts.items()}
+    counts = {split: summarize(part.annotations)["classes"] for split, part in report.parts.items()}
     names = list(dict.fromkeys(name for row in counts.values() for name in row))
     most = max((count for row in counts.values() for count in row.values()), default=0)
     rows = [[escape(name), *(_bar(row.get(name, 0), most) for row in counts.values())] for name in names]
@@ -150,18 +156,18 @@ def _bar(count: int, most: int) -> str:
     return f'<div class="cell">{count} <span class="bar" style="width:{count / max(most, 1) * 12:.2f}rem"></span></div>'
 
 
-def _sizes(coverage: Coverage) -> str:
+def _sizes(coverage: AnchorCoverage) -> str:
     sides = np.sqrt((coverage.boxes[:, 2:] - coverage.boxes[:, :2]).prod(axis=1))
     marks = [(np.log2(size), f"{size:g}") for size in coverage.anchor_sizes]
     chart = _histogram(np.log2(np.maximum(sides, 0.5)), marks, lambda value: f"{2**value:.0f}")
     hint = (
         "Square root of the area in the input frame, after the resizing of the evaluation, px. Dashed: the sizes of the anchors. "
-        "Objects far left of the first anchor are seldom found: resize to larger sides, or set smaller model.rpn.anchors.sizes."
+        "Objects much smaller than the smallest anchor are seldom found: resize to larger sides, or set smaller model.rpn.anchors.sizes."
     )
     return f"<h2>Sizes of the boxes of the training set</h2>{chart}<p class=hint>{hint}</p>"
 
 
-def _ratios(coverage: Coverage) -> str:
+def _ratios(coverage: AnchorCoverage) -> str:
     sides = coverage.boxes[:, 2:] - coverage.boxes[:, :2]
     ratios = np.log2(sides[:, 1] / sides[:, 0])
     marks = [(np.log2(ratio), f"{ratio:g}") for ratio in coverage.anchor_ratios]
@@ -169,20 +175,20 @@ def _ratios(coverage: Coverage) -> str:
     return f"<h2>Aspect ratios</h2>{_histogram(ratios, marks, lambda value: f'{2**value:.2g}')}<p class=hint>{hint}</p>"
 
 
-def _levels(coverage: Coverage) -> str:
-    counts = np.bincount(coverage.levels, minlength=len(coverage.names)).tolist()
+def _levels(coverage: AnchorCoverage) -> str:
+    counts = np.bincount(coverage.levels, minlength=len(coverage.level_names)).tolist()
     rows = [
         [name, _bar(count, max(counts)), f"{count / sum(counts):.1%}"]
-        for name, count in zip(coverage.names, counts, strict=True)
+        for name, count in zip(coverage.level_names, counts, strict=True)
     ]
-    hint = "The level of the pyramid that an object of this size is pooled from. All in one level: the others learn nothing."
+    hint = "The level of the pyramid that the ROI head pools an object of this size from."
     return f"<h2>Levels of the pyramid</h2>{_table(('level', 'objects', 'share'), rows)}<p class=hint>{hint}</p>"
 
 
-def _best_anchors(annotations: Annotations, coverage: Coverage) -> str:
+def _best_anchors(annotations: Annotations, coverage: AnchorCoverage) -> str:
     marks = [
-        (coverage.threshold, f"positive from {coverage.threshold:g}"),
-        (coverage.background, f"background below {coverage.background:g}"),
+        (coverage.positive_iou, f"positive from {coverage.positive_iou:g}"),
+        (coverage.negative_iou, f"background below {coverage.negative_iou:g}"),
     ]
     chart = _histogram(coverage.ious, marks, lambda value: f"{value:.1f}")
     owners = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets.numpy()))
@@ -198,16 +204,16 @@ def _best_anchors(annotations: Annotations, coverage: Coverage) -> str:
         )
         figures.append(_figure(annotations, row, box[None], [int(annotations.labels[object_row])], None, caption))
     hint = (
-        f"IoU of every object with its best anchor, wherever anchors are. Below {coverage.threshold:g} an object is learned from its "
-        f"best anchors only, if model.rpn.matcher.rescue allows it; that is common. {coverage.out_of_reach} objects are below "
-        f"{coverage.background:g}, where anchors count as background: those are out of reach, and other sizes or ratios would help. The worst:"
+        f"IoU of every object with its best anchor. Objects below {coverage.positive_iou:g} are learned from their best anchors only, "
+        f"if the matcher allows low-quality matches; that is common. {coverage.num_below_negative} objects are below "
+        f"{coverage.negative_iou:g}, where anchors are negative: other model.rpn.anchors.sizes or ratios would help. The worst:"
     )
-    title = f"<h2>Objects and their best anchors: {coverage.learned_by_rescue} of {len(coverage.ious)} below {coverage.threshold:g}</h2>"
+    title = f"<h2>Objects and their best anchors: {coverage.num_below_positive} of {len(coverage.ious)} below {coverage.positive_iou:g}</h2>"
     return f"{title}{chart}<p class=hint>{hint}</p>{''.join(figures)}"
 
 
 def _histogram(values: np.ndarray, marks: Sequence[tuple[float, str]], label: Callable[[float], str]) -> str:
-    """Bars as SVG, with dashed lines at the marks. `label` turns a value into the text of the axis."""
+    """An SVG histogram with dashed lines at `marks` (value, text). `label` formats the ticks of the axis."""
     ends = [*values.tolist(), *(value for value, _ in marks)]
     low, high = min(ends), max(ends)
     pad = (high - low) * 0.03 or 0.5

@@ -1,8 +1,8 @@
 """The two detectors, with equal weights, on equal images.
 
-Random weights would make a strange race: activations that double from block to block, proposals that all cover the
-image, no detections. So torchvision's model is calibrated on the images, layer by layer, until its numbers are as
-spread out as a trained model's, and ours gets the same weights.
+Random weights are not representative: activations double from block to block, all proposals cover the image, nothing is
+detected. So torchvision's model is calibrated on the images, layer by layer, until the spread of its outputs is that of
+a trained model, and fpn_det's model gets the same weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d
 
-from _benchmark.setting import Setting
+from fpn_det.benchmark.config import BenchmarkConfig
 from fpn_det.interop.conversion import convert
 from fpn_det.models.detector import Detector
 from fpn_det.schema import Node
@@ -27,8 +27,8 @@ from fpn_det.structures import Batch, Pyramid, Targets
 from fpn_det.training.optimization import PRECISIONS
 
 NUM_CLASSES = 80
-OBJECTS = 8  # per image, about as many as COCO has
-LEARNING_RATE = 1e-6  # the weights stay what they are calibrated to
+OBJECTS = 8  # per image, about as many as in COCO
+LEARNING_RATE = 1e-6  # small enough to keep the calibrated weights
 PEER_NORMS: dict[str, type[nn.Module]] = {
     "frozen": FrozenBatchNorm2d,
     "batch": nn.BatchNorm2d,
@@ -38,17 +38,17 @@ Run = Callable[[], object]
 
 
 class Contestant(ABC):
-    """A detector with its optimizer and a batch. Each part prepares what it needs and returns what is to be timed."""
+    """A detector with its optimizer and a batch. Each method prepares inputs and returns the function to be timed."""
 
-    def __init__(self, model: nn.Module, setting: Setting, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, config: BenchmarkConfig, device: torch.device) -> None:
         self.model: nn.Module = model.to(device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
-        dtype = PRECISIONS[setting.precision]
+        dtype = PRECISIONS[config.precision]
         self.autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
 
     def train(self) -> Run:
-        """A training step, from zeroed gradients to moved weights."""
+        """One training step: zero_grad, forward, backward, optimizer step."""
         self.model.train()
 
         def step() -> None:
@@ -77,15 +77,15 @@ class Contestant(ABC):
 
     @abstractmethod
     def detect(self) -> list[int]:
-        """Detect, and count the detections of each image."""
+        """Detect; returns the number of detections of each image."""
 
     @abstractmethod
     def roi_align(self) -> Run:
-        """Pool as many boxes as a training step, flatten the bins for the head, send a gradient back into the pyramid."""
+        """RoIAlign of as many boxes as in a training step, forward and backward."""
 
     @abstractmethod
     def rpn_loss(self) -> Run:
-        """The RPN's head, its losses, and their gradient in head and pyramid."""
+        """RPN head and losses, forward and backward."""
 
 
 class Ours(Contestant):
@@ -93,9 +93,9 @@ class Ours(Contestant):
 
     model: Detector
 
-    def __init__(self, model: Detector, batch: Batch, setting: Setting, device: torch.device) -> None:
-        super().__init__(model, setting, device)
-        if setting.compile:
+    def __init__(self, model: Detector, batch: Batch, config: BenchmarkConfig, device: torch.device) -> None:
+        super().__init__(model, config, device)
+        if config.compile:
             model.backbone.compile(dynamic=True)
             model.neck.compile(dynamic=True)
         self.batch = batch.to(device)
@@ -132,21 +132,21 @@ class Ours(Contestant):
 
     @staticmethod
     def _leaves(pyramid: Pyramid) -> Pyramid:
-        """The same maps as leaves of the graph, without the table that the pyramid may have made of them."""
+        """The same maps as leaves of the graph, without the table of cells that the pyramid may have cached."""
         levels = [level.detach().requires_grad_() for level in pyramid.levels]
         return Pyramid(levels, pyramid.strides, pyramid.sizes)
 
 
 class Torchvision(Contestant):
-    """torchvision's Faster R-CNN. Its images arrive as floats of the right size: it neither converts nor resizes."""
+    """torchvision's Faster R-CNN. It gets float images of the final size, so it neither converts nor resizes."""
 
     model: FasterRCNN
 
-    def __init__(self, model: FasterRCNN, batch: Batch, setting: Setting, device: torch.device) -> None:
-        super().__init__(model, setting, device)
-        if setting.channels_last:
+    def __init__(self, model: FasterRCNN, batch: Batch, config: BenchmarkConfig, device: torch.device) -> None:
+        super().__init__(model, config, device)
+        if config.channels_last:
             model.to(memory_format=torch.channels_last)
-        if setting.compile:
+        if config.compile:
             model.backbone.compile(dynamic=True)
         self.images, self.targets = _to_torchvision(batch.to(device))
 
@@ -178,8 +178,8 @@ class Torchvision(Contestant):
                 anchors = rpn.anchor_generator(images, leaves)
                 logits, deltas = _flatten_levels(logits, 1), _flatten_levels(deltas, 4)
                 labels, gt_boxes = rpn.assign_targets_to_anchors(anchors, self.targets)
-                goals = rpn.box_coder.encode(gt_boxes, anchors)
-                losses = rpn.compute_loss(logits, deltas, labels, goals)
+                regression_targets = rpn.box_coder.encode(gt_boxes, anchors)
+                losses = rpn.compute_loss(logits, deltas, labels, regression_targets)
             torch.stack(losses).sum().backward()
 
         return step
@@ -194,20 +194,20 @@ class Torchvision(Contestant):
         return {name: level.detach().requires_grad_() for name, level in features.items()}
 
 
-def make_contestants(setting: Setting, device: torch.device) -> tuple[Ours, Torchvision]:
+def make_contestants(config: BenchmarkConfig, device: torch.device) -> tuple[Ours, Torchvision]:
     """Both detectors with the same weights, on the same batch."""
     torch.manual_seed(0)
-    settings = setting.compose()
-    batch = make_batch(setting.batch_size, setting.size)
+    settings = config.compose()
+    batch = make_batch(config.batch_size, config.size)
     peer = _make_torchvision(settings.model)
     _calibrate(peer, batch)
     model = settings.build_model(NUM_CLASSES)
     model.load_state_dict(convert(peer.state_dict(), "torchvision", "fpn_det").state)
-    return Ours(model, batch, setting, device), Torchvision(peer, batch, setting, device)
+    return Ours(model, batch, config, device), Torchvision(peer, batch, config, device)
 
 
 def make_batch(batch_size: int, size: tuple[int, int]) -> Batch:
-    """Smooth noise with a few plain rectangles on it, which are the objects."""
+    """Smooth noise with uniform rectangles as objects."""
     height, width = size
     coarse = torch.rand(batch_size, 3, height // 16 + 1, width // 16 + 1)
     pixels = F.interpolate(coarse, size, mode="bilinear").mul_(255).to(torch.uint8)
@@ -221,7 +221,7 @@ def make_batch(batch_size: int, size: tuple[int, int]) -> Batch:
 
 
 def _scatter_boxes(count: int, height: int, width: int) -> Tensor:
-    """Boxes [count, 4] inside an image, of whole px, with sides from 1/16 of the image's to half of them."""
+    """Boxes [count, 4] inside an image, in whole px, with sides from 1/16 to 1/2 of the image's."""
     limits = torch.tensor([width, height])
     sides = (limits * 2.0 ** -(1 + 3 * torch.rand(count, 2))).ceil()
     corners = (torch.rand(count, 2) * (limits - sides)).floor()
@@ -236,7 +236,7 @@ def _to_torchvision(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]
 
 
 def _make_torchvision(ours: Node) -> FasterRCNN:
-    """Its detector with our counts of proposals and RoIs."""
+    """torchvision's detector with the same numbers of proposals and RoIs."""
     backbone = resnet_fpn_backbone(
         backbone_name=f"resnet{ours['backbone']['depth']}",
         weights=None,
@@ -260,7 +260,7 @@ def _make_torchvision(ours: Node) -> FasterRCNN:
 
 @torch.no_grad()
 def _calibrate(model: FasterRCNN, batch: Batch) -> None:
-    """Give every layer outputs of a trained model's spread on these images."""
+    """Rescale every layer so that its outputs on these images have the spread of a trained model."""
     norms = [module for module in model.modules() if type(module) in PEER_NORMS.values()]
     hooks = [norm.register_forward_pre_hook(_take_statistics) for norm in norms]
     head, box_head, predictor = model.rpn.head, model.roi_heads.box_head, model.roi_heads.box_predictor
@@ -273,7 +273,7 @@ def _calibrate(model: FasterRCNN, batch: Batch) -> None:
     model(_to_torchvision(batch)[0])
     for hook in hooks:
         hook.remove()
-    predictor.cls_score.bias[0] += 8.0  # most proposals show background
+    predictor.cls_score.bias[0] += 8.0  # most proposals are background
 
 
 def _take_statistics(norm: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -282,7 +282,7 @@ def _take_statistics(norm: nn.Module, inputs: tuple[Tensor]) -> None:
 
 
 def _spread_outputs(layer: nn.Conv2d | nn.Linear, spread: float) -> None:
-    """At its next call, rescale a layer so that each output channel has mean 0 and this standard deviation."""
+    """At its next call, rescale a layer so that each output channel has mean 0 and standard deviation `spread`."""
 
     def rescale(layer: nn.Conv2d | nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         handle.remove()

@@ -1,4 +1,4 @@
-"""The two ways to read training images: resized to a random scale, flipped half of the time, on the device."""
+"""The training loaders of both projects: random scale, random flip, batches on the device."""
 
 from __future__ import annotations
 
@@ -15,30 +15,35 @@ from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
-from _benchmark.contestants import NUM_CLASSES, make_batch
-from _benchmark.setting import Setting
+from fpn_det.benchmark.config import BenchmarkConfig
+from fpn_det.benchmark.contestants import NUM_CLASSES, make_batch
 from fpn_det.boxes import xyxy_to_xywh
 from fpn_det.data.collation import Parcel
 from fpn_det.runtime import Ranks
 from fpn_det.training.config import TrainConfig
 
-IMAGES = 64  # generated if there are no others
+IMAGES = 64  # of the generated data set
 
-Stream = Callable[[], Iterator[int]]  # starts its workers, then gives the number of images of each batch
+Stream = Callable[[], Iterator[int]]  # starts workers and yields the number of images of each batch
 
 
-def make_streams(setting: Setting, folder: Path, device: torch.device) -> dict[str, tuple[Stream, Stream]]:
-    """Ours and torchvision's, one epoch each, of the training images in a folder of COCO's layout.
+def make_streams(config: BenchmarkConfig, folder: Path, device: torch.device) -> dict[str, tuple[Stream, Stream]]:
+    """One epoch of the training images, fpn_det's loader and torchvision's, by measure.
 
-    With `resize_on_device`, our workers only decode and the device resizes; `decoded` counts what those workers send and
-    leaves out what the device does then. torchvision has no such choice.
+    With `resize_on_device`, the workers of fpn_det only decode and the device resizes; `decoded` counts what those workers
+    send, without the work of the device. torchvision's loader is the same in all measures.
+
+    Args:
+        config: options.
+        folder: data set in the layout of COCO.
+        device: that batches are copied to.
     """
     names = (
         f"data.root={folder}",
-        f"data.num_workers={setting.num_workers}",
-        f"trainer.batch_size={setting.batch_size}",
+        f"data.num_workers={config.num_workers}",
+        f"trainer.batch_size={config.batch_size}",
     )
-    here, there = setting.compose(*names), setting.compose(*names, "data.resize_on=device")
+    here, there = config.compose(*names), config.compose(*names, "data.resize_on=device")
     peer = _torchvision(here, device)
     return {
         "loader_images_per_s": (_ours(here, device), peer),
@@ -61,7 +66,7 @@ def _ours(settings: TrainConfig, device: torch.device, decoded: bool = False) ->
 
 
 def _torchvision(settings: TrainConfig, device: torch.device) -> Stream:
-    """The multi-scale recipe of its references, with our scales."""
+    """The multi-scale recipe of torchvision's reference scripts, with the scales of `settings`."""
     data = settings.data
     resize, flip = data.train_transforms["resize"], data.train_transforms["flip"]
     assert resize and flip and data.train.images and data.train.annotations
@@ -102,7 +107,7 @@ def _collate(examples: list) -> tuple:
 
 
 def write_images(folder: Path, size: tuple[int, int]) -> None:
-    """A small data set in COCO's layout: JPEG files of about the size of photographs."""
+    """Write a small data set in the layout of COCO. Grain gives the JPEG files the size of photographs."""
     torch.manual_seed(0)
     batch = make_batch(IMAGES, size)
     height, width = size

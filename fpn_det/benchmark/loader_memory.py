@@ -1,6 +1,6 @@
-"""How much memory a training loader and its workers take, all together, and how that grows with the data set.
+"""Memory of a training loader and its workers, and its growth with the size of the data set.
 
-Summed is the proportional set size (PSS), which counts a page that n processes share as an n-th of it in each.
+Measured as the sum of the proportional set sizes (PSS): a page that n processes share counts as 1/n in each.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from fpn_det.structures import Annotations
 
 FEW, MANY = 100, 100_000  # images
 OBJECTS = 7  # of each, as in COCO
-BATCHES = 200  # of 8 images, after which it is measured
+BATCHES = 200  # of 8 images, read before the measurement
 METHODS = ("fork", "spawn")
 NUM_WORKERS = 4
 
 
 def loader_growth_mib(few: int = FEW, many: int = MANY) -> dict[str, float]:
-    """By how many MiB more images make the sum grow: without workers, and with some of each kind."""
+    """MiB that `many` instead of `few` images add, by start method of the workers (`none` = without workers)."""
     kinds: list[tuple[str, int, str | None]] = [
         ("none", 0, None),
         *((method, NUM_WORKERS, method) for method in METHODS),
@@ -49,7 +49,7 @@ def _in_a_process(num_images: int, num_workers: int, start_method: str | None) -
 
 
 def _measure(num_images: int, num_workers: int, start_method: str | None) -> float:
-    """MiB of this process and all that it has started, while they load."""
+    """MiB of this process and its descendants while they load."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
     with TemporaryDirectory() as folder:
@@ -67,7 +67,7 @@ def _measure(num_images: int, num_workers: int, start_method: str | None) -> flo
 
 
 def _annotations(num_images: int, path: str) -> Annotations:
-    """That many images of one file."""
+    """Annotations of `num_images` images, all of one file."""
     count, encoded = num_images * OBJECTS, path.encode()
     return Annotations(
         image_ids=torch.arange(num_images),

@@ -1,0 +1,65 @@
+"""Check a data set before training on it.
+
+Reads annotations and images of all splits as training would, prints what they hold and what is wrong with them, and
+writes data_report.json and data_report.html to the folder `output`. Exit code 1 if training would refuse the data.
+
+Examples:
+  fpn-det check-data experiment=small data=yolo data.root=datasets/my_data
+  fpn-det check-data experiment=r50_fpn data.on_error=fix
+  fpn-det check-data experiment=small data=voc data.root=datasets/voc output=report
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from fpn_det.cli.launch import launch
+from fpn_det.data_report.anchor_coverage import measure_coverage
+from fpn_det.data_report.page import write_page
+from fpn_det.data_report.report import inspect_data
+from fpn_det.data_report.tables import print_report
+from fpn_det.runs.log import PLAIN_WIDTH, shown_path
+from fpn_det.training.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckDataConfig(TrainConfig):
+    """Settings of the planned training, and the folder of the report."""
+
+    output: str = "data_report"  # folder of the report
+
+
+def main() -> None:
+    """Check the data of the settings on the command line."""
+    launch(check_data, CheckDataConfig, "check_data")
+
+
+def check_data(config: CheckDataConfig, words: Sequence[str]) -> None:
+    """Print and write the report; exit with code 1 if training would refuse the data."""
+    report = inspect_data(config.data)
+    train = report.parts.get("train")
+    coverage = None
+    if train is not None and len(train.annotations):
+        model = config.build_model(train.annotations.num_classes)
+        coverage = measure_coverage(train.annotations, model, config.data.transforms(train=False))
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "data_report.json").write_text(json.dumps(report.as_json(), indent=1, default=str), encoding="utf-8")
+    write_page(folder / "data_report.html", report, coverage)
+
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    print_report(report, console)
+    if coverage is not None:
+        console.print(
+            f"Of {len(coverage.ious)} objects, {coverage.num_below_positive} have no anchor with IoU >= "
+            f"{coverage.positive_iou:g}, and {coverage.num_below_negative} none with IoU >= {coverage.negative_iou:g}."
+        )
+    console.print(f"{report.verdict} The report: {shown_path(folder / 'data_report.html')}")
+    if not report.is_sound:
+        sys.exit(1)

@@ -1,0 +1,142 @@
+"""Help texts. They come from the docstring of a command's module and from the declarations of its settings."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import textwrap
+from collections.abc import Iterable
+
+from fpn_det.cli.declarations import CONFIGS, declarations, describe_setting, experiments
+from fpn_det.locations import PACKAGE
+
+# Commands by group, in the order in which they are needed.
+GROUPS = {
+    "Train and evaluate": ("train", "eval"),
+    "Data": ("check-data", "show-data"),
+    "Runs and weights": ("runs", "show-pyramid", "convert-weights", "replay"),
+    "This installation": ("doctor", "experiments", "settings", "benchmark"),
+}
+COMMANDS = tuple(command for commands in GROUPS.values() for command in commands)
+
+# The class that declares a command's own options.
+OPTIONS = {
+    "eval": "fpn_det.config.EvalConfig",
+    "check-data": "fpn_det.cli.check_data.CheckDataConfig",
+    "show-data": "fpn_det.cli.show_data.ShowDataConfig",
+    "runs": "fpn_det.cli.runs.RunsConfig",
+    "show-pyramid": "fpn_det.cli.show_pyramid.ShowPyramidConfig",
+    "convert-weights": "fpn_det.cli.convert_weights.ConvertWeightsConfig",
+    "replay": "fpn_det.cli.replay.ReplayConfig",
+    "benchmark": "fpn_det.benchmark.config.BenchmarkConfig",
+}
+TRAIN_CONFIG = "fpn_det.training.config.TrainConfig"
+
+# The settings that people want first, in the order of a first run.
+FIRST_SETTINGS = (
+    "data.root",
+    "data.classes",
+    "data.val_fraction",
+    "data.on_error",
+    "data.num_workers",
+    "data.train_transforms.resize.sides",
+    "model.backbone.depth",
+    "model.backbone.weights",
+    "trainer.epochs",
+    "trainer.max_steps",
+    "trainer.batch_size",
+    "trainer.eval_every",
+    "trainer.ema",
+    "optimizer.lr",
+    "precision",
+    "device",
+    "seed",
+    "run_dir",
+    "resume",
+    "run",
+    "init_from",
+)
+# Of those, the ones that matter where nothing is trained.
+EVAL_SETTINGS = ("data.root", "data.num_workers", "data.eval_batch_size", "precision", "device")
+DATA_SETTINGS = ("data.root", "data.classes", "data.val_fraction", "data.on_error")
+COMPOSED = {"train": FIRST_SETTINGS, "eval": EVAL_SETTINGS, "show-pyramid": EVAL_SETTINGS,
+            "check-data": DATA_SETTINGS, "show-data": DATA_SETTINGS}  # fmt: skip
+GROUP_CHOICES = ("data", "backbone", "neck", "optimizer", "schedule")
+
+
+def overview() -> str:
+    """The help of `fpn-det` itself."""
+    lines = ["Train object detectors built around the Feature Pyramid Network.", "", "fpn-det <command> name=value ..."]
+    for title, commands in GROUPS.items():
+        lines += ["", f"{title}:"] + [f"  {command:16} {docstring(command).splitlines()[0]}" for command in commands]
+    lines += [
+        "",
+        "First steps, with data in COCO's, Pascal VOC's or YOLO's format:",
+        "  fpn-det check-data experiment=small data=yolo data.root=<folder>",
+        "  fpn-det train experiment=small data=yolo data.root=<folder>",
+        "  fpn-det eval run=runs/small/<date>_<time>",
+        "",
+        "fpn-det <command> --help shows the options of a command.",
+    ]
+    return "\n".join(lines)
+
+
+def docstring(command: str) -> str:
+    """The docstring of a command's module, read from its source."""
+    file = PACKAGE / "cli" / f"{command.replace('-', '_')}.py"
+    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+
+
+def command_help(command: str) -> str:
+    """The help of one command."""
+    parts = [docstring(command)]
+    if command in ("train", "check-data", "show-data"):
+        parts.append("Experiments (`fpn-det experiments` lists all):\n" + format_rows(_main_experiments()))
+        parts.append("Groups of settings:\n" + format_rows((f"{group}=", _options(group)) for group in GROUP_CHOICES))
+    if command in OPTIONS:
+        parts.append("Options:\n" + format_rows(_own_options(command)))
+    if command in COMPOSED:
+        parts.append(
+            "Settings that are changed most often, with their defaults:\n" + format_rows(_settings(COMPOSED[command]))
+        )
+        parts.append("`fpn-det settings [word]` lists all settings; --cfg job prints them with their values.")
+    return "\n\n".join(parts)
+
+
+def _main_experiments() -> Iterable[tuple[str, str]]:
+    return ((f"experiment={name}", text) for name, text in experiments().items() if "/" not in name)
+
+
+def _options(group: str) -> str:
+    return ", ".join(sorted(file.stem for file in (CONFIGS / group).glob("*.yaml")))
+
+
+def _own_options(command: str) -> Iterable[tuple[str, str]]:
+    inherited = set(declarations(TRAIN_CONFIG)) if command in COMPOSED else set()
+    own = {"run", "resume"} if command in ("eval", "show-pyramid") else set()
+    for name, item in declarations(OPTIONS[command]).items():
+        if name == "overrides" or name in inherited - own:
+            continue
+        default = "<required>" if item.default is None else item.default
+        yield f"{name}={default}", item.meaning
+
+
+def _settings(names: Iterable[str]) -> Iterable[tuple[str, str]]:
+    for name in names:
+        if item := describe_setting(name):
+            yield f"{name}={item.default}", item.meaning
+
+
+def format_rows(rows: Iterable[tuple[str, str]]) -> str:
+    """Two columns; a long left side gets a line of its own."""
+    width = max(60, min(120, shutil.get_terminal_size((100, 24)).columns)) - 1
+    left = 34
+    lines = []
+    for name, text in rows:
+        wrapped = textwrap.wrap(text, width - left) or [""]
+        if len(name) > left - 4:
+            lines.append(f"  {name}")
+        else:
+            lines.append(f"  {name:{left - 2}}{wrapped.pop(0)}".rstrip())
+        lines += [" " * left + line for line in wrapped if line]
+    return "\n".join(lines)

@@ -1,0 +1,40 @@
+"""The console script `fpn-det`. A command's module, and with it torch, is imported only to run that command."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+from fpn_det.cli.help import COMMANDS, command_help, overview
+
+HELP = ("-h", "--help", "help")
+WRONG_COMMAND_LINE = 2  # exit code
+
+
+def main() -> None:
+    """Run the command that the command line names."""
+    words = sys.argv[1:]
+    if not words or words[0] in HELP:
+        print(overview())
+    elif words[0] not in COMMANDS:
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        advice = f" Did you mean {near[0]}?" if near else " fpn-det --help lists the commands."
+        print(f"fpn-det: expected a command, got '{words[0]}'.{advice}", file=sys.stderr)
+        sys.exit(WRONG_COMMAND_LINE)
+    else:
+        sys.argv = [f"{sys.argv[0]} {words[0]}", *words[1:]]
+        run(words[0])
+
+
+def run(command: str) -> None:
+    """Run a command with the words of the command line, or print its help."""
+    if any(word in HELP[:2] for word in sys.argv[1:]):
+        print(command_help(command))
+        return
+    module = importlib.import_module(f"fpn_det.cli.{command.replace('-', '_')}")
+    module.main()
+
+
+if __name__ == "__main__":
+    main()

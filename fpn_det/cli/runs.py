@@ -1,0 +1,43 @@
+"""List runs with their state, best metric and the settings in which they differ.
+
+Examples:
+  fpn-det runs
+  fpn-det runs root=runs/sweeps
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from fpn_det.cli.arguments import run_command
+from fpn_det.runs.log import PLAIN_WIDTH
+from fpn_det.runs.overview import compare, find_runs, runs_table
+
+
+@dataclass(frozen=True)
+class RunsConfig:
+    """Options of `fpn-det runs`."""
+
+    root: str = "runs"  # folder that is searched for run folders
+
+
+def main() -> None:
+    """List the runs of the folder that the command line names."""
+    run_command(list_runs, RunsConfig, positional="root")
+
+
+def list_runs(config: RunsConfig) -> None:
+    """Print the table.
+
+    Raises:
+        ValueError: there is no run in the folder.
+    """
+    root = Path(config.root)
+    runs = find_runs(root)
+    if not runs:
+        raise ValueError(f"root: expected a folder with runs in it, got {root}, which has none.")
+    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(runs_table(*compare(runs, root)))

@@ -1,0 +1,62 @@
+"""List the settings of training with their values, types and meanings.
+
+A word selects the settings whose name or meaning contains it. A name=value word is used as in `fpn-det train`, so that
+the values are those of an experiment.
+
+Examples:
+  fpn-det settings
+  fpn-det settings resize
+  fpn-det settings lr experiment=small
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from fpn_det.cli.declarations import as_word, class_of_field, declarations
+from fpn_det.cli.help import TRAIN_CONFIG, format_rows
+from fpn_det.cli.launch import FOR_PEOPLE, end_with
+from fpn_det.composition import compose
+
+
+def main() -> None:
+    """Print the settings that the words of the command line select."""
+    words = [word.lower() for word in sys.argv[1:] if "=" not in word]
+    try:
+        tree = yaml.safe_load(compose([word for word in sys.argv[1:] if "=" in word]).to_yaml())
+        rows = [row for row in describe_tree(tree) if all(word in " ".join(row).lower() for word in words)]
+        if not rows:
+            raise ValueError(
+                f"settings: expected part of a name or meaning, got '{' '.join(words)}'. Try another word."
+            )
+    except FOR_PEOPLE as error:
+        end_with(error)
+    print(format_rows(rows))
+
+
+def describe_tree(
+    tree: Mapping[str, Any], class_path: str = TRAIN_CONFIG, prefix: str = ""
+) -> Iterator[tuple[str, str]]:
+    """`name=value` and the meaning with the type of every setting of a complete tree.
+
+    Args:
+        tree: settings of one section.
+        class_path: full name of the class that declares them; empty if none does.
+        prefix: dotted name of the section, with a dot at its end.
+    """
+    declared = declarations(class_path)
+    for name, value in tree.items():
+        if name == "_partial_":
+            continue
+        if isinstance(value, Mapping) and value:
+            inner = value.get("_target_") or (class_of_field(class_path, name) if name in declared else "")
+            yield from describe_tree(value, inner, f"{prefix}{name}.")
+        else:
+            item = declared.get(name)
+            meaning = "class of this part" if name == "_target_" else item.meaning if item else ""
+            kind = f" ({item.type})" if item and item.type else ""
+            yield f"{prefix}{name}={as_word(value)}", f"{meaning}{kind}".strip()

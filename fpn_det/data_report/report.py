@@ -1,0 +1,119 @@
+"""Contents and faults of a data set, split by split."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fpn_det.annotations.findings import Finding
+from fpn_det.annotations.image_records import Policy
+from fpn_det.annotations.overlap import find_shared
+from fpn_det.annotations.reading import Examined, listed_paths
+from fpn_det.data.config import DataConfig, SplitName
+from fpn_det.structures import Annotations
+
+SEVERITIES = ("fatal", "error", "warning", "note")  # the worst first
+
+
+@dataclass
+class Report:
+    """Annotations and findings by split.
+
+    Attributes:
+        policy: `data.on_error` of the planned training.
+        parts: of the splits that could be read.
+        findings: of all splits.
+    """
+
+    policy: Policy
+    parts: dict[str, Examined] = field(default_factory=dict)
+    findings: dict[str, list[Finding]] = field(default_factory=dict)
+
+    def _has(self, *severities: str) -> bool:
+        return any(finding.severity in severities for findings in self.findings.values() for finding in findings)
+
+    @property
+    def is_sound(self) -> bool:
+        """True if training would accept the data."""
+        return not self._has("fatal", "error") if self.policy == "fail" else not self._has("fatal")
+
+    @property
+    def verdict(self) -> str:
+        if not self.is_sound:
+            return "Not sound: training would stop."
+        return f"Sound after what data.on_error={self.policy} does." if self._has("error") else "Sound."
+
+    def all_findings(self) -> list[tuple[str, Finding]]:
+        """(split, finding), the worst first."""
+        pairs = [(split, finding) for split, findings in self.findings.items() for finding in findings]
+        return sorted(pairs, key=lambda pair: SEVERITIES.index(pair[1].severity))
+
+    def as_json(self) -> dict[str, Any]:
+        counts: dict[str, int] = {}
+        for _, finding in self.all_findings():
+            counts[finding.kind] = counts.get(finding.kind, 0) + 1
+        return {
+            "sound": self.is_sound,
+            "counts": counts,
+            "splits": {split: summarize(part.annotations) for split, part in self.parts.items()},
+            "findings": [{"split": split, **asdict(finding)} for split, finding in self.all_findings()],
+        }
+
+
+def inspect_data(data: DataConfig) -> Report:
+    """Read every split that training reads, and the test split if its annotations exist."""
+    report, class_names = Report(data.on_error), data.classes
+    for split in _splits(data):
+        try:
+            part = data.examine(split, class_names)
+        except ValueError as error:  # training does not need the test split
+            report.findings[split] = [Finding("cannot_be_read", str(error), "warning" if split == "test" else "fatal")]
+            continue
+        report.parts[split] = part
+        report.findings[split] = part.findings + find_notes(part.annotations)
+        class_names = class_names or list(part.annotations.class_names)
+    for one, other in combinations(report.parts, 2):
+        if getattr(data, one) != getattr(data, other):
+            report.findings[one] += find_shared(report.parts[one], report.parts[other], other).values()
+    return report
+
+
+def _splits(data: DataConfig) -> list[SplitName]:
+    splits: list[SplitName] = ["train"]
+    if data.val_fraction is None:
+        splits.append("val")
+    if any(path is not None and Path(path).exists() for path in listed_paths(data.test.annotations)):
+        splits.append("test")
+    return splits
+
+
+def summarize(annotations: Annotations) -> dict[str, Any]:
+    """Counts of images, boxes and classes of one split."""
+    boxes_per_image = np.diff(annotations.offsets.numpy())
+    most = int(boxes_per_image.argmax()) if len(boxes_per_image) else None
+    counts = np.bincount(annotations.labels.numpy(), minlength=annotations.num_classes).tolist()
+    return {
+        "images": len(annotations),
+        "images_without_boxes": int((boxes_per_image == 0).sum()),
+        "boxes": len(annotations.boxes),
+        "crowd": int(annotations.iscrowd.sum()),
+        "most_boxes": int(boxes_per_image.max(initial=0)),
+        "image_with_most_boxes": None if most is None else str(annotations.path(most)),
+        "classes": dict(zip(annotations.class_names, counts, strict=True)),
+    }
+
+
+def find_notes(annotations: Annotations) -> list[Finding]:
+    """Images without boxes and classes without boxes: no faults, but often unintended."""
+    found = []
+    for row in np.flatnonzero(np.diff(annotations.offsets.numpy()) == 0).tolist():
+        image_id, name = int(annotations.image_ids[row]), annotations.path(row).name
+        found.append(Finding("image_without_boxes", "no boxes are annotated", "note", image_id, name))
+    for name, count in summarize(annotations)["classes"].items():
+        if not count:
+            found.append(Finding("class_without_boxes", f"class {name!r} has no boxes", "note"))
+    return found

@@ -1,0 +1,149 @@
+"""The console script, its help, and the one dialect of all commands."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+from tiny import ROOT
+
+from fpn_det.cli import help as help_texts
+from fpn_det.cli.arguments import fit_words
+from fpn_det.cli.declarations import as_word, declarations, describe_setting, experiments
+from fpn_det.composition import CONFIGS, compose
+
+HEAVY = ("torch", "hydra", "omegaconf", "numpy")
+
+
+def start(*words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-X", "importtime", "-m", "fpn_det.cli.main", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], *([command, "--help"] for command in help_texts.COMMANDS)], ids=str)
+def test_help_takes_less_than_a_second_and_imports_nothing_heavy(words):
+    begin = time.perf_counter()
+    result = start(*words)
+    assert result.returncode == 0 and time.perf_counter() - begin < 1.0
+    imported = set(re.findall(r"\| +([\w.]+)$", result.stderr, flags=re.MULTILINE))
+    assert "yaml" in imported or "fpn_det.cli.main" in imported, "the list of imports could not be read"
+    assert not imported.intersection(HEAVY)
+    if words[1:]:
+        assert result.stdout.count("\n  fpn-det ") >= (1 if words[0] == "doctor" else 2)
+
+
+def test_tools_show_the_same_help():
+    one = subprocess.run([sys.executable, "tools/train.py", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert one.returncode == 0 and one.stdout == start("train", "--help").stdout
+
+
+def test_help_of_train_shows_experiments_groups_and_twenty_settings_with_meanings():
+    text = help_texts.command_help("train")
+    assert "experiment=small" in text and re.search(r"data= +coco, voc, yolo", text)
+    assert len(help_texts.FIRST_SETTINGS) >= 20
+    for name in help_texts.FIRST_SETTINGS:
+        item = describe_setting(name)
+        assert item is not None and item.default is not None, name
+        assert f"{name}={item.default}" in text
+
+
+def test_defaults_in_the_help_are_those_of_a_run():
+    config = compose()
+    for name in help_texts.FIRST_SETTINGS:
+        value = config
+        for part in name.split("."):
+            value = value[part] if isinstance(value, dict) else getattr(value, part)
+        item = describe_setting(name)
+        assert item is not None and as_word(value) == item.default, name
+
+
+def test_every_experiment_is_listed_with_a_sentence():
+    found = experiments()
+    assert len(found) == len(list((CONFIGS / "experiment").rglob("*.yaml")))
+    assert all(text for text in found.values())
+
+
+def test_an_unknown_command_is_refused_with_the_nearest():
+    result = start("trian")
+    assert result.returncode == 2
+    assert "fpn-det: expected a command, got 'trian'. Did you mean train?" in result.stderr
+
+
+def test_commands_refuse_flags_and_unknown_options_in_one_sentence(run_tool):
+    for tool, word in [("runs.py", "--all"), ("replay.py", "rnk=1"), ("convert_weights.py", "targte=mmdet")]:
+        refused = run_tool(tool, word)
+        assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1, refused.stderr
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of every kind."""
+
+    path: str
+    other: str | None = "set"
+    count: int = 1
+    kind: Literal["one", "two"] = "one"
+    names: list[str] | None = None
+    overrides: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["path=a=b, #c [1]{x}.png"], {"path": "a=b, #c [1]{x}.png"}),
+        (['path="a=b.png"'], {"path": "a=b.png"}),
+        (["path='[x].png'"], {"path": "[x].png"}),
+        (["path=[x].png"], {"path": "[x].png"}),
+        (["path=2024"], {"path": "2024"}),
+        (["bare file.png"], {"path": "bare file.png"}),
+        (["path=x", "other=null"], {"other": None}),
+        (["path=x", "count=3", "kind=two"], {"count": 3, "kind": "two"}),
+        (["path=x", "names=[a,b c]"], {"names": ["a", "b c"]}),
+        (["path=x", "names=a,b"], {"names": ["a", "b"]}),
+        (["path=x", "names=a"], {"names": ["a"]}),
+        (["path=x", "model.neck.channels=3"], {"overrides": ("model.neck.channels=3",)}),
+    ],
+)
+def test_words_become_options(words, expected):
+    options = fit_words(words, Options, positional="path")
+    assert {name: getattr(options, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "config: expected a value for path, got none."),
+        (["path=x", "conut=3"], "conut: there is no setting of that name. Did you mean count?"),
+        (["path=x", "count=three"], "count: expected a whole number, got 'three'."),
+        (["path=x", "kind=thwo"], "kind: expected one of one or two, got 'thwo'. Did you mean two?"),
+        (["path=x", "--count"], "command line: expected name=value, got '--count'. --help shows the options."),
+        (["path=x", "overrides=[a]"], "overrides: there is no setting of that name."),
+    ],
+)
+def test_wrong_words_are_refused(words, message):
+    with pytest.raises(ValueError) as refusal:
+        fit_words(words, Options)
+    assert message in str(refusal.value)
+
+
+def test_declarations_are_read_from_the_source():
+    found = declarations("fpn_det.training.config.TrainConfig")
+    assert found["seed"].default == "0" and found["seed"].meaning
+    assert {"model", "data", "trainer", "run_dir"} <= set(found)
+    depth = declarations("fpn_det.models.backbone.ResNet")["depth"]
+    assert depth.type == "int" and "18" in depth.meaning
+
+
+def test_settings_are_listed_with_values_types_and_meanings(run_tool, monkeypatch, capsys):
+    from fpn_det.cli.settings import main
+
+    monkeypatch.setattr(sys, "argv", ["fpn-det settings", "batch_size", "experiment=small"])
+    main()
+    text = capsys.readouterr().out
+    assert re.search(r"trainer\.batch_size=4 .*images per step", text)
+    assert "optimizer.base_batch_size=4" in text and "model.backbone.depth" not in text
