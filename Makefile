@@ -1,16 +1,16 @@
-# Every target makes its own environment first: a machine with Python is enough.
+# Every target creates the virtual environment first; it needs Python only.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo paper paper-quick storm test test-all lint types tests
+.PHONY: help demo paper paper-quick storm test test-all dist lint types tests
 .DEFAULT_GOAL := help
 
-help: ## show this list
+help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(READY) ## draw a data set, train a small detector on it, show its metrics (minutes, CPU is enough)
+demo: $(READY) ## draw a data set, train a small detector on it, print its metrics (minutes on a CPU)
 	$(BIN)/python datasets/make_shapes.py --out datasets/shapes --size 160 160 --classes disk square triangle star
 	$(BIN)/python tools/train.py experiment=demo
 
@@ -20,13 +20,16 @@ paper: $(READY) ## the FPN paper's tables at a small scale, three seeds: docs/pa
 paper-quick: $(READY) ## FPN, bottom-up and C5 only, one seed (at most 30 minutes)
 	$(BIN)/python tools/paper.py quick=true output=runs/paper
 
-storm: $(READY) ## kill a run at thirty random moments, on one rank and on two: nothing may be lost (minutes)
+storm: $(READY) ## kill a run at thirty random moments, on one rank and on two, and compare it with an undisturbed run (minutes)
 	$(BIN)/python tools/storm.py
 
-test: lint types tests ## what CI runs: lint, types and the tests that take seconds
+test: lint types tests ## lint, types and the tests without the slow ones, as in CI
 
-test-all: lint types $(READY) ## the same with the slow tests
+test-all: lint types $(READY) ## lint, types and all tests that need no GPU
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+dist: $(READY) ## build sdist and wheel, install the wheel into an empty environment, train and predict with it
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_dist.py
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -28,9 +28,9 @@ from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from fpn_det.evaluation.coco import Evaluation
 from fpn_det.runs.bad_files import listed
 from fpn_det.runs.meters import Pace
-from fpn_det.evaluation.coco import Evaluation
 from fpn_det.runtime import Ranks
 
 T = TypeVar("T")

@@ -12,10 +12,9 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from fpn_det.runs.folder import NAN_DUMP
 from fpn_det.runs.best import Best
+from fpn_det.runs.folder import LOCK, NAN_DUMP, RunFolder
 from fpn_det.runs.settings_diff import ABSENT, Flat, differing, is_harmless, read_settings
-from fpn_det.runs.folder import LOCK, RunFolder
 
 MAX_COLUMNS = 8  # of settings on the screen; files have them all
 

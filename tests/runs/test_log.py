@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fpn_det.evaluation.coco import DetectionTable, Evaluation
 from fpn_det.runs.log import RunLog
 from fpn_det.runs.meters import Pace
-from fpn_det.evaluation.coco import DetectionTable, Evaluation
 from fpn_det.runtime import Ranks
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch.multiprocessing
 from rich.console import Console
 
-from fpn_det.runs.settings_diff import changes_table, differing, flatten, read_settings
 from fpn_det.runs.folder import RunFolder
 from fpn_det.runs.overview import compare, find_runs, runs_table, write_results
+from fpn_det.runs.settings_diff import changes_table, differing, flatten, read_settings
 
 
 def test_settings_become_dotted_names():
