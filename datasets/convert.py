@@ -2,7 +2,7 @@
 
 Whatever the source, it is read as training reads it, by `fpn_det.data`; so the same faults are found, and named with file
 and place. They end the conversion, or `--on-error fix` repairs them in what is written; the source stays as it is.
-Pictures stay where they are; their names are relative to the folder that holds them. Crowd regions are COCO's alone; VOC
+ImageTable stay where they are; their names are relative to the folder that holds them. Crowd regions are COCO's alone; VOC
 keeps them as `difficult`, which is nearest in meaning, YOLO and CSV leave them out.
 
     python datasets/convert.py voc coco --input VOC2007 --split train --output VOC2007/train.json
@@ -25,9 +25,9 @@ import yaml  # type: ignore[import-untyped]
 
 from fpn_det.annotations.findings import existing_path
 from fpn_det.annotations.formats import coco, csv_table, voc, yolo
-from fpn_det.annotations.image_files import look_at
-from fpn_det.annotations.reading import examine, judge
-from fpn_det.annotations.tables import Tables
+from fpn_det.annotations.image_inspection import inspect_images
+from fpn_det.annotations.raw import RawDataset
+from fpn_det.annotations.reading import check_raw, raise_for_faults
 from fpn_det.structures import Annotations
 
 FORMATS = ("coco", "voc", "yolo", "csv")
@@ -36,7 +36,7 @@ CSV_COLUMNS = ("file", "width", "height", "x1", "y1", "x2", "y2", "class")
 Box = tuple[float, float, float, float]
 
 
-def load(source: str, path: Path, split: str, images: Path | None, pixel_offset: int) -> Tables:
+def load(source: str, path: Path, split: str, images: Path | None, pixel_offset: int) -> RawDataset:
     """The tables of data in the format `source`; pictures that are not named are where the format has them."""
     path = existing_path(path, "--input")
     images = None if images is None else existing_path(images, "--images")
@@ -47,14 +47,14 @@ def load(source: str, path: Path, split: str, images: Path | None, pixel_offset:
     return voc.load(path, images, split, pixel_offset) if source == "voc" else yolo.load(path, images, split)
 
 
-def read(tables: Tables, class_names: Sequence[str] | None, on_error: Any) -> Annotations:
+def read(tables: RawDataset, class_names: Sequence[str] | None, on_error: Any) -> Annotations:
     """The data set, sound or repaired; pictures are looked at where their folder is known.
 
     Raises:
         ValueError: there are faults under `fail`.
     """
-    examined = examine([tables], class_names, on_error=on_error, looker=look_at)
-    judge(examined, str(tables.source), on_error)
+    examined = check_raw([tables], class_names, on_error=on_error, inspect=inspect_images)
+    raise_for_faults(examined, str(tables.source), on_error)
     return examined.annotations
 
 
@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write(options.target, annotations, tables.folder, options.output, split, pixel_offset)
     except ValueError as error:
         parser.exit(1, f"{str(error).replace('data.on_error=', '--on-error ')}\n")
-    empty = int((annotations.offsets.diff() == 0).sum())
+    empty = int((annotations.boxes_per_image == 0).sum())
     names = ", ".join(annotations.class_names)
     print(
         f"{options.output}: {len(annotations)} pictures ({empty} without objects), {len(annotations.boxes)} objects, classes {names}."

@@ -74,6 +74,26 @@ class Annotations:
         start, stop = self.offsets[index : index + 2].tolist()
         return slice(start, stop)
 
+    @property
+    def boxes_per_image(self) -> Tensor:
+        """Number of boxes of each image, crowd regions included, i64 [I]."""
+        return self.offsets.diff()
+
+    @property
+    def image_of_boxes(self) -> Tensor:
+        """Image row of each box, i64 [T]."""
+        return torch.repeat_interleave(torch.arange(len(self)), self.boxes_per_image)
+
+    @property
+    def objects_per_image(self) -> Tensor:
+        """Number of boxes of each image without crowd regions, i64 [I]."""
+        return torch.bincount(self.image_of_boxes[~self.iscrowd], minlength=len(self))
+
+    @property
+    def boxes_per_class(self) -> Tensor:
+        """Number of boxes of each class, crowd regions included, i64 [K]."""
+        return torch.bincount(self.labels, minlength=self.num_classes)
+
     def share_memory(self) -> Annotations:
         """Move every array to shared memory, in place, so that forked and spawned workers read the same pages."""
         for item in fields(self):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fpn_det.structures import Batch, Detections, Losses, Pyramid, Targets
+from fpn_det.structures import Annotations, Batch, Detections, Losses, Pyramid, Targets
 
 
 def test_targets_pad_to_powers_of_two_and_never_to_nothing():
@@ -48,3 +48,25 @@ def test_losses_sum_their_terms_and_not_their_statistics():
     losses = Losses({"a": torch.tensor(1.0)}, {"s": torch.tensor(9.0)}) | Losses({"b": torch.tensor(2.0)})
     assert losses.total() == 3.0
     assert set(losses.statistics) == {"s"}
+
+
+def test_annotations_state_image_and_class_counts():
+    # 3 images with 2, 0 and 1 boxes; the last box is a crowd region
+    annotations = Annotations(
+        image_ids=torch.tensor([7, 8, 9]),
+        path_bytes=torch.zeros(0, dtype=torch.uint8),
+        path_offsets=torch.zeros(4, dtype=torch.int64),
+        sizes=torch.ones(3, 2, dtype=torch.int64),
+        offsets=torch.tensor([0, 2, 2, 3]),
+        boxes=torch.zeros(3, 4, dtype=torch.float64),
+        labels=torch.tensor([1, 0, 1]),
+        iscrowd=torch.tensor([False, False, True]),
+        area=torch.zeros(3, dtype=torch.float64),
+        annotation_ids=torch.arange(3),
+        class_names=("a", "b", "c"),
+        category_ids=(1, 2, 3),
+    )
+    assert annotations.image_of_boxes.tolist() == [0, 0, 2]
+    assert annotations.boxes_per_image.tolist() == [2, 0, 1]
+    assert annotations.objects_per_image.tolist() == [2, 0, 0]
+    assert annotations.boxes_per_class.tolist() == [1, 2, 0]

@@ -122,7 +122,7 @@ def test_annotations_that_cannot_be_read_are_a_finding(run_tool, shapes, tmp_pat
 def test_best_anchor_of_every_object_is_that_of_all_anchors(shapes_dataset):
     resize = "{_target_: fpn_det.data.transforms.ResizeShortestSide, sides: [150], max_side: 220}"
     settings = compose([*SETTINGS, f"data.root={shapes_dataset}", f"data.eval_transforms.resize={resize}"])
-    train = settings.data.examine("train", None).annotations
+    train = settings.data.check_split("train", None).annotations
     model = settings.build_model(train.num_classes)
     coverage = measure_coverage(train, model, settings.data.transforms(train=False))
     # 96 x 128 px become 150 x 200, on a canvas of 160 x 224

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fpn_det.annotations.findings import Finding, near_matches
-from fpn_det.annotations.tables import Record, Tables, whole
+from fpn_det.annotations.raw import RawDataset, Record, parse_id
 
 UNKNOWN, LEFT_OUT = -1, -2  # in place of a label, for category ids that have none
 
@@ -96,7 +96,7 @@ def match_classes(
     return Classes(names, tuple(ids_of[name][0] for name in names), labels), findings
 
 
-def united_names(parts: Iterable[Tables]) -> list[str]:
+def merge_class_names(parts: Iterable[RawDataset]) -> list[str]:
     """The classes of several files: those of the first by category id, then what the others add. Letter case makes no other class."""
     names: dict[str, None] = {}
     for part in parts:
@@ -119,7 +119,7 @@ def _ids_by_name(categories: Sequence[Record], source: str, findings: list[Findi
     """Category ids of each name, both in the order of the ids."""
     name_of: dict[int, str] = {}
     for record in categories:
-        category_id, name = whole(record.get("id")), record.get("name")
+        category_id, name = parse_id(record.get("id")), record.get("name")
         if not isinstance(category_id, int) or not isinstance(name, str):
             raise ValueError(f"{source}: expected categories with an integer id and a name, got {record}.")
         if isinstance(record["id"], str):

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from fpn_det.annotations.classes import match_classes, united_names
+from fpn_det.annotations.check_images import ImageInspector, OnError, check_images
+from fpn_det.annotations.check_objects import check_objects
+from fpn_det.annotations.classes import match_classes, merge_class_names
 from fpn_det.annotations.findings import Finding, describe_findings, existing_path
 from fpn_det.annotations.formats import coco, csv_table, voc, yolo
-from fpn_det.annotations.image_records import Looker, Policy, find_pictures
-from fpn_det.annotations.objects import read_objects
+from fpn_det.annotations.raw import RawDataset
 from fpn_det.annotations.subsets import concatenate
-from fpn_det.annotations.tables import Tables
 from fpn_det.schema import listed
 from fpn_det.structures import Annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Examined:
+class CheckedDataset:
     """A data set after repair, all that was wrong with it, and what a look at its pictures showed."""
 
     annotations: Annotations
@@ -38,10 +38,10 @@ def read_annotations(
     images: Paths | None = None,
     class_names: Sequence[str] | None = None,
     subset: bool = False,
-    on_error: Policy = "fail",
+    on_error: OnError = "fail",
     format: Format | None = None,
     split: str = "train",
-    looker: Looker | None = None,
+    inspect: ImageInspector | None = None,
 ) -> Annotations:
     """Read a data set. What is wrong with it stops here or is repaired in memory, and is said in either case.
 
@@ -54,25 +54,25 @@ def read_annotations(
             repaired. `skip` also leaves out what `fix` would clip or look up.
         format: None recognizes it.
         split: which part of a folder with several.
-        looker: looks into the picture files; None trusts the annotations.
+        inspect: looks into the picture files; None trusts the annotations.
 
     Raises:
         ValueError: a file is not of its format or holds no usable image, or there are faults under `fail`.
     """
-    tables = load_tables(annotations, images, format, split)
-    examined = examine(tables, class_names, subset, on_error, looker)
-    judge(examined, ", ".join(str(part.source) for part in tables), on_error)
+    tables = load_raw(annotations, images, format, split)
+    examined = check_raw(tables, class_names, subset, on_error, inspect)
+    raise_for_faults(examined, ", ".join(str(part.source) for part in tables), on_error)
     return examined.annotations
 
 
-def judge(examined: Examined, source: str, on_error: Policy) -> None:
+def raise_for_faults(examined: CheckedDataset, source: str, on_error: OnError) -> None:
     """Say what was found, or stop because of it.
 
     Raises:
         ValueError: there are faults under `fail`, faults that cannot be repaired, or no image is left.
     """
-    if on_error not in get_args(Policy):
-        raise ValueError(f"data.on_error: expected {listed(get_args(Policy))}, got {on_error!r}.")
+    if on_error not in get_args(OnError):
+        raise ValueError(f"data.on_error: expected {listed(get_args(OnError))}, got {on_error!r}.")
     told = [finding for finding in examined.findings if finding.severity != "note"]
     fatal = [finding for finding in told if finding.severity == "fatal"]
     errors = [finding for finding in told if finding.severity in ("fatal", "error")]
@@ -92,16 +92,16 @@ def judge(examined: Examined, source: str, on_error: Policy) -> None:
         raise ValueError(f"{source}: expected at least one usable image, got none.\n{describe_findings(told)}")
 
 
-def load_tables(
+def load_raw(
     annotations: Paths, images: Paths | None, format: Format | None = None, split: str = "train"
-) -> list[Tables]:
+) -> list[RawDataset]:
     """The tables of each part, as they are in the files.
 
     Raises:
         ValueError: a path is not there, or is not of its format; or there is not one folder for each part.
     """
-    sources = [existing_path(path, f"data.{split}.annotations") for path in listed_paths(annotations)]
-    folders = [None if path is None else existing_path(path, f"data.{split}.images") for path in listed_paths(images)]
+    sources = [existing_path(path, f"data.{split}.annotations") for path in as_list(annotations)]
+    folders = [None if path is None else existing_path(path, f"data.{split}.images") for path in as_list(images)]
     if len(folders) == 1:
         folders = folders * len(sources)
     if len(folders) != len(sources) or not sources:
@@ -114,30 +114,30 @@ def load_tables(
     ]
 
 
-def examine(
-    tables: Sequence[Tables],
+def check_raw(
+    tables: Sequence[RawDataset],
     class_names: Sequence[str] | None = None,
     subset: bool = False,
-    on_error: Policy = "fail",
-    looker: Looker | None = None,
-) -> Examined:
+    on_error: OnError = "fail",
+    inspect: ImageInspector | None = None,
+) -> CheckedDataset:
     """The parts as one data set after repair. Arguments as in `read_annotations`.
 
     Raises:
         ValueError: the classes make no sense.
     """
     several = len(tables) > 1
-    names = united_names(tables) if several and class_names is None else class_names
+    names = merge_class_names(tables) if several and class_names is None else class_names
     parts, findings, digests = [], [], []
     for part in tables:
         classes, wrong = match_classes(
             part.categories, names, subset, part.source.name, part.states_classes and not several
         )
         findings += part.findings + wrong
-        pictures = find_pictures(part, on_error, looker, findings)
-        parts.append(read_objects(part.annotations, pictures, classes, on_error, findings))
+        pictures = check_images(part, on_error, inspect, findings)
+        parts.append(check_objects(part.annotations, pictures, classes, on_error, findings))
         digests += pictures.digests
-    return Examined(concatenate(parts), findings, digests)
+    return CheckedDataset(concatenate(parts), findings, digests)
 
 
 def format_of(source: Path) -> Format:
@@ -164,7 +164,7 @@ def format_of(source: Path) -> Format:
     return "voc" if suffix == ".txt" else "coco"
 
 
-def _load(source: Path, folder: Path | None, format: Format, split: str) -> Tables:
+def _load(source: Path, folder: Path | None, format: Format, split: str) -> RawDataset:
     if format == "coco":
         return coco.load(source, folder or source.parent)
     if format == "csv":
@@ -172,6 +172,6 @@ def _load(source: Path, folder: Path | None, format: Format, split: str) -> Tabl
     return (voc if format == "voc" else yolo).load(source, folder, split)
 
 
-def listed_paths(paths: Paths | None) -> list:
+def as_list(paths: Paths | None) -> list:
     """One path or several (or None), as a list."""
     return [paths] if paths is None or isinstance(paths, str | Path) else list(paths)

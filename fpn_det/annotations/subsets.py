@@ -34,9 +34,7 @@ def select_images(annotations: Annotations, rows: Tensor) -> Annotations:
 
 def drop_empty(annotations: Annotations) -> Annotations:
     """The data set without images that show nothing to learn: no object, or crowd regions only."""
-    images = torch.repeat_interleave(torch.arange(len(annotations)), annotations.offsets.diff())
-    counts = torch.bincount(images[~annotations.iscrowd], minlength=len(annotations))
-    return select_images(annotations, counts.nonzero().flatten())
+    return select_images(annotations, annotations.objects_per_image.nonzero().flatten())
 
 
 def split_images(annotations: Annotations, val_fraction: float, seed: int) -> tuple[Annotations, Annotations]:

@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 
 from fpn_det.annotations.findings import Finding
-from fpn_det.annotations.image_files import Look, look_at
-from fpn_det.annotations.overlap import without_shared
-from fpn_det.annotations.reading import Examined, Format, examine, judge, load_tables
+from fpn_det.annotations.image_inspection import ImageInfo, inspect_images
+from fpn_det.annotations.reading import CheckedDataset, Format, check_raw, load_raw, raise_for_faults
+from fpn_det.annotations.split_overlap import drop_overlap
 from fpn_det.annotations.subsets import drop_empty, select_images, split_images
 from fpn_det.data.collation import ResizeOn, check_canvas
 from fpn_det.data.dataset import DetectionDataset
@@ -125,16 +125,16 @@ class DataConfig:
 
     def read_train_and_val(self, seed: int) -> TrainData:
         """What to train on and what to evaluate on. The classes are those of the training set."""
-        examined = self.examine("train", self.classes)
-        judge(examined, f"data.train ({self.train.annotations})", self.on_error)
+        examined = self.check_split("train", self.classes)
+        raise_for_faults(examined, f"data.train ({self.train.annotations})", self.on_error)
         findings = list(examined.findings)
         if self.val_fraction is not None:
             train, val = split_images(self._limited(examined.annotations), self.val_fraction, seed)
         else:
-            held_out = self.examine("val", examined.annotations.class_names)
-            judge(held_out, f"data.val ({self.val.annotations})", self.on_error)
+            held_out = self.check_split("val", examined.annotations.class_names)
+            raise_for_faults(held_out, f"data.val ({self.val.annotations})", self.on_error)
             findings += held_out.findings
-            alone = examined if self.train == self.val else without_shared(examined, held_out, self.on_error)
+            alone = examined if self.train == self.val else drop_overlap(examined, held_out, self.on_error)
             train, val = self._limited(alone.annotations), self._limited(held_out.annotations)
         if not self.keep_empty:
             train = drop_empty(train)
@@ -148,12 +148,12 @@ class DataConfig:
     def read_split(self, split: SplitName, class_names: Sequence[str], seed: int) -> Annotations:
         """The ground truth to evaluate against; its classes are those that the weights were trained for."""
         source: SplitName = "train" if split == "val" and self.val_fraction is not None else split
-        examined = self.examine(source, class_names)
-        judge(examined, f"data.{source} ({getattr(self, source).annotations})", self.on_error)
+        examined = self.check_split(source, class_names)
+        raise_for_faults(examined, f"data.{source} ({getattr(self, source).annotations})", self.on_error)
         annotations = self._limited(examined.annotations)
         return annotations if source == split else split_images(annotations, self.val_fraction or 0, seed)[1]
 
-    def examine(self, split: SplitName, class_names: Sequence[str] | None) -> Examined:
+    def check_split(self, split: SplitName, class_names: Sequence[str] | None) -> CheckedDataset:
         """One part of the data and what is wrong with it.
 
         Args:
@@ -165,8 +165,10 @@ class DataConfig:
                 f"data.{split}: expected images and annotations, got none. "
                 f"Set data.{split}.images and data.{split}.annotations."
             )
-        tables = load_tables(source.annotations, source.images, source.format, split)
-        return examine(tables, class_names, self.classes is not None, self.on_error, _look_once if self.check else None)
+        tables = load_raw(source.annotations, source.images, source.format, split)
+        return check_raw(
+            tables, class_names, self.classes is not None, self.on_error, _look_once if self.check else None
+        )
 
     def _limited(self, annotations: Annotations) -> Annotations:
         if self.max_images is None:
@@ -251,6 +253,6 @@ class DataConfig:
         return PictureCache(Path(self.cache)) if self.cache else None
 
 
-def _look_once(paths: Iterable[str], folder: Path) -> Mapping[str, Look]:
+def _look_once(paths: Iterable[str], folder: Path) -> Mapping[str, ImageInfo]:
     """Rank 0 looks for all."""
-    return broadcast_object(look_at(paths, folder) if current_ranks().is_main else None)
+    return broadcast_object(inspect_images(paths, folder) if current_ranks().is_main else None)

@@ -36,7 +36,7 @@ def largest_batch(dataset: DetectionDataset, num_images: int, stride: int, canva
 def _extremes(dataset: DetectionDataset) -> Iterator[Example]:
     """The largest, widest, tallest and busiest images, as several epochs see them."""
     heights, widths = dataset.annotations.sizes.double().unbind(1)
-    measures = (heights * widths, widths / heights, heights / widths, dataset.annotations.offsets.diff().double())
+    measures = (heights * widths, widths / heights, heights / widths, dataset.annotations.boxes_per_image.double())
     rows = torch.cat([measure.topk(min(EXTREMES, len(dataset))).indices for measure in measures]).unique()
     for row in rows.tolist():
         for epoch in range(EPOCHS):

@@ -130,7 +130,7 @@ def repeat_factors(annotations: Annotations, threshold: float) -> tuple[Tensor, 
         Of the images f64 [I], and of the classes f64 [K]; a class without objects has 1.
     """
     objects = ~annotations.iscrowd
-    images = torch.repeat_interleave(torch.arange(len(annotations)), annotations.offsets.diff())[objects]
+    images = annotations.image_of_boxes[objects]
     pairs = torch.stack([images, annotations.labels[objects]]).unique(dim=1)  # an image counts once for a class
     share = torch.bincount(pairs[1], minlength=annotations.num_classes).double() / max(len(annotations), 1)
     of_classes = torch.where(share > 0, (threshold / share).sqrt().clamp(min=1), 1.0)

@@ -60,7 +60,7 @@ def measure_coverage(annotations: Annotations, model: Detector, transform: Pipel
         raise ValueError(
             "model.rpn: expected an RPN, whose anchors are compared with the boxes, got null. Choose another experiment."
         )
-    owners = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets.numpy()))
+    owners = annotations.image_of_boxes.numpy()
     rows = np.flatnonzero(~annotations.iscrowd.numpy())
     sizes = annotations.sizes.numpy()
     input_sizes = _input_sizes(sizes, transform)

@@ -191,7 +191,7 @@ def _best_anchors(annotations: Annotations, coverage: AnchorCoverage) -> str:
         (coverage.negative_iou, f"background below {coverage.negative_iou:g}"),
     ]
     chart = _histogram(coverage.ious, marks, lambda value: f"{value:.1f}")
-    owners = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets.numpy()))
+    owners = annotations.image_of_boxes.numpy()
     figures = []
     for index in np.argsort(coverage.ious, kind="stable")[:WORST].tolist():
         object_row = int(coverage.rows[index])

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from fpn_det.annotations.check_images import OnError
 from fpn_det.annotations.findings import Finding
-from fpn_det.annotations.image_records import Policy
-from fpn_det.annotations.overlap import find_shared
-from fpn_det.annotations.reading import Examined, listed_paths
+from fpn_det.annotations.reading import CheckedDataset, as_list
+from fpn_det.annotations.split_overlap import find_overlap
 from fpn_det.data.config import DataConfig, SplitName
 from fpn_det.structures import Annotations
 
@@ -29,8 +29,8 @@ class Report:
         findings: of all splits.
     """
 
-    policy: Policy
-    parts: dict[str, Examined] = field(default_factory=dict)
+    policy: OnError
+    parts: dict[str, CheckedDataset] = field(default_factory=dict)
     findings: dict[str, list[Finding]] = field(default_factory=dict)
 
     def _has(self, *severities: str) -> bool:
@@ -69,7 +69,7 @@ def inspect_data(data: DataConfig) -> Report:
     report, class_names = Report(data.on_error), data.classes
     for split in _splits(data):
         try:
-            part = data.examine(split, class_names)
+            part = data.check_split(split, class_names)
         except ValueError as error:  # training does not need the test split
             report.findings[split] = [Finding("cannot_be_read", str(error), "warning" if split == "test" else "fatal")]
             continue
@@ -78,7 +78,7 @@ def inspect_data(data: DataConfig) -> Report:
         class_names = class_names or list(part.annotations.class_names)
     for one, other in combinations(report.parts, 2):
         if getattr(data, one) != getattr(data, other):
-            report.findings[one] += find_shared(report.parts[one], report.parts[other], other).values()
+            report.findings[one] += find_overlap(report.parts[one], report.parts[other], other).values()
     return report
 
 
@@ -86,14 +86,14 @@ def _splits(data: DataConfig) -> list[SplitName]:
     splits: list[SplitName] = ["train"]
     if data.val_fraction is None:
         splits.append("val")
-    if any(path is not None and Path(path).exists() for path in listed_paths(data.test.annotations)):
+    if any(path is not None and Path(path).exists() for path in as_list(data.test.annotations)):
         splits.append("test")
     return splits
 
 
 def summarize(annotations: Annotations) -> dict[str, Any]:
     """Counts of images, boxes and classes of one split."""
-    boxes_per_image = np.diff(annotations.offsets.numpy())
+    boxes_per_image = annotations.boxes_per_image.numpy()
     most = int(boxes_per_image.argmax()) if len(boxes_per_image) else None
     counts = np.bincount(annotations.labels.numpy(), minlength=annotations.num_classes).tolist()
     return {
@@ -110,7 +110,7 @@ def summarize(annotations: Annotations) -> dict[str, Any]:
 def find_notes(annotations: Annotations) -> list[Finding]:
     """Images without boxes and classes without boxes: no faults, but often unintended."""
     found = []
-    for row in np.flatnonzero(np.diff(annotations.offsets.numpy()) == 0).tolist():
+    for row in np.flatnonzero(annotations.boxes_per_image.numpy() == 0).tolist():
         image_id, name = int(annotations.image_ids[row]), annotations.path(row).name
         found.append(Finding("image_without_boxes", "no boxes are annotated", "note", image_id, name))
     for name, count in summarize(annotations)["classes"].items():

@@ -207,7 +207,7 @@ def score(
         **{f"AR{name}": _mean(recall[..., size, -1]) for size, name in enumerate(settings.area_ranges, 1)},
     }
     num_classes = annotations.num_classes
-    evaluated = np.isin(_image_of_boxes(annotations), images) & ~annotations.iscrowd.numpy()
+    evaluated = np.isin(annotations.image_of_boxes.numpy(), images) & ~annotations.iscrowd.numpy()
     objects = np.bincount(annotations.labels.numpy()[evaluated], minlength=num_classes)
     found = np.bincount(detections.labels, minlength=num_classes)
     per_class = {
@@ -236,7 +236,7 @@ def precision_and_recall(
     """
     image_ids = annotations.image_ids.numpy()
     truth = _Columns(
-        image_ids[_image_of_boxes(annotations)],
+        image_ids[annotations.image_of_boxes.numpy()],
         annotations.labels.numpy(),
         _xywh(annotations.boxes.numpy()),
         {"area": annotations.area.numpy(), "iscrowd": annotations.iscrowd.numpy().astype(int)},
@@ -339,11 +339,6 @@ class _Columns:
         }
         coco.createIndex()
         return coco
-
-
-def _image_of_boxes(annotations: Annotations) -> NDArray[np.int64]:
-    """The image row of every box."""
-    return np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets.numpy()))
 
 
 def _xywh(boxes: NDArray) -> NDArray[np.float64]:

@@ -102,7 +102,7 @@ class _Truth:
     """Some of the images that were evaluated, all with objects."""
 
     def __init__(self, annotations: Annotations, images: NDArray[np.int64]) -> None:
-        owners = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets.numpy()))
+        owners = annotations.image_of_boxes.numpy()
         real = ~annotations.iscrowd.numpy()
         rows = np.intersect1d(images, owners[real])
         self.annotations = annotations

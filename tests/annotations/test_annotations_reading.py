@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fpn_det.annotations import objects
+from fpn_det.annotations import check_objects
 from fpn_det.annotations.reading import read_annotations
 from fpn_det.annotations.subsets import drop_empty, select_images, split_images
 
@@ -112,7 +112,7 @@ def test_box_over_the_border_by_a_rounding_is_clipped_silently(document, write, 
 
 
 def test_rare_box_faults_of_a_large_set_are_warnings(document, write, pictures, monkeypatch, caplog):
-    monkeypatch.setattr(objects, "TOLERATED_SHARE", 1 / 14)  # as if the 14 boxes were 100,000
+    monkeypatch.setattr(check_objects, "TOLERATED_SHARE", 1 / 14)  # as if the 14 boxes were 100,000
     first(document)["bbox"] = [1, 2, 3, 0]
     assert len(read_annotations(write(document), pictures).boxes) == 13
     assert "box_without_area (1)" in caplog.text

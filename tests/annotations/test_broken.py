@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from broken import FAULTS, WARNINGS, clean, write, write_pictures
 
-from fpn_det.annotations.image_files import look_at
+from fpn_det.annotations.image_inspection import inspect_images
 from fpn_det.annotations.reading import read_annotations
 from fpn_det.evaluation.coco import DetectionTable, EvaluationSettings, score
 from fpn_det.structures import Annotations
@@ -21,7 +21,9 @@ def folder(tmp_path) -> Path:
 
 
 def read(folder: Path, document: dict, on_error: str) -> Annotations:
-    return read_annotations(write(document, folder.parent / "train.json"), folder, on_error=on_error, looker=look_at)  # type: ignore[arg-type]
+    return read_annotations(
+        write(document, folder.parent / "train.json"), folder, on_error=on_error, inspect=inspect_images
+    )  # type: ignore[arg-type]
 
 
 def perfect_detections(folder: Path) -> dict[str, list[tuple]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fpn_det.annotations.image_files import look_at
+from fpn_det.annotations.image_inspection import inspect_images
 from fpn_det.annotations.reading import format_of, read_annotations
 from fpn_det.structures import Annotations
 
@@ -77,7 +77,7 @@ def source_of(kind: str, root: Path) -> Path:
 
 
 def read(kind: str, root: Path, on_error: str = "fail") -> Annotations:
-    return read_annotations(source_of(kind, root), on_error=on_error, looker=look_at)  # type: ignore[arg-type]
+    return read_annotations(source_of(kind, root), on_error=on_error, inspect=inspect_images)  # type: ignore[arg-type]
 
 
 def assert_is_the_set(found: Annotations) -> None:

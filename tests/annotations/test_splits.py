@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from broken import clean, write, write_pictures
 
-from fpn_det.annotations.overlap import find_shared
 from fpn_det.annotations.reading import read_annotations
+from fpn_det.annotations.split_overlap import find_overlap
 from fpn_det.composition import compose
 from fpn_det.data.config import DataConfig, SplitConfig
 from fpn_det.structures import Annotations
@@ -150,8 +150,8 @@ def test_a_picture_in_two_splits_is_named_and_leaves_training(root, defaults):
 def test_the_same_folder_in_two_splits_is_named_and_the_same_file_twice_is_meant(root, defaults):
     data = data_of(root, defaults)
     data = replace(data, val=replace(data.val, images=data.train.images))
-    train, val = (data.examine(split, None) for split in ("train", "val"))
-    assert {finding.kind for finding in find_shared(train, val, "val").values()} == {"image_in_two_splits"}
+    train, val = (data.check_split(split, None) for split in ("train", "val"))
+    assert {finding.kind for finding in find_overlap(train, val, "val").values()} == {"image_in_two_splits"}
     with pytest.raises(ValueError, match="got 6 that are in data.val"):
         both_parts(data, 0)
     assert len(both_parts(replace(data, val=data.train), 0)[1]) == 6

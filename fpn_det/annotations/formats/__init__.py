@@ -1,1 +1,1 @@
-"""Readers: from the files of each format to `Tables`."""
+"""Readers: from the files of each format to `RawDataset`."""

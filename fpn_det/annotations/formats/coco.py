@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fpn_det.annotations.tables import Record, Tables
+from fpn_det.annotations.raw import RawDataset, Record
 
 TABLES = ("images", "annotations", "categories")
 
 
-def load(source: Path, folder: Path | None) -> Tables:
+def load(source: Path, folder: Path | None) -> RawDataset:
     """Masks are dropped while parsing: nobody reads them, and they are most of the memory.
 
     Raises:
@@ -35,4 +35,4 @@ def load(source: Path, folder: Path | None) -> Tables:
             raise ValueError(
                 f"{source}: expected COCO's tables images, annotations and categories, got no table {table!r} (found: {found})."
             )
-    return Tables(source, folder, *(document[table] for table in TABLES))
+    return RawDataset(source, folder, *(document[table] for table in TABLES))

@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 
 from fpn_det.annotations.findings import Finding
-from fpn_det.annotations.tables import Record, Tables, read_text, real
+from fpn_det.annotations.raw import RawDataset, Record, parse_number, read_text
 from fpn_det.image_io import image_size
 
 # How tools name the columns; the first is ours.
@@ -23,7 +23,7 @@ COLUMNS = {
 OPTIONAL = ("width", "height")  # else the picture says
 
 
-def load(source: Path, folder: Path | None) -> Tables:
+def load(source: Path, folder: Path | None) -> RawDataset:
     """A picture without objects has one line, empty from x1 on. The classes are those that occur, by name.
 
     Raises:
@@ -41,7 +41,7 @@ def load(source: Path, folder: Path | None) -> Tables:
             f"{source}: expected the columns {', '.join(COLUMNS)}, got none named {', '.join(missing)}. "
             f"Its first line is: {header[:80]!r}."
         )
-    tables = Tables(source, folder, [], [], [], states_classes=False)
+    tables = RawDataset(source, folder, [], [], [], states_classes=False)
     image_of: dict[str, Record] = {}
     category_of: dict[str, int] = {}
     rows = []
@@ -55,7 +55,7 @@ def load(source: Path, folder: Path | None) -> Tables:
     for line, row in rows:
         where = f"{source.name} line {line}"
         image = image_of.get(row["file"])
-        size = {side: real(row[side]) for side in OPTIONAL if row.get(side)}
+        size = {side: parse_number(row[side]) for side in OPTIONAL if row.get(side)}
         if image is None:
             image = {"id": len(image_of) + 1, "file_name": row["file"], **size}
             if len(size) < 2 and folder is not None:
@@ -69,6 +69,9 @@ def load(source: Path, folder: Path | None) -> Tables:
             )
         if row["class"] or row["x1"]:
             tables.add_box(
-                image, category_of.get(row["class"]), [real(row[side]) for side in ("x1", "y1", "x2", "y2")], where
+                image,
+                category_of.get(row["class"]),
+                [parse_number(row[side]) for side in ("x1", "y1", "x2", "y2")],
+                where,
             )
     return tables

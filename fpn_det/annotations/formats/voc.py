@@ -11,13 +11,13 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from fpn_det.annotations.findings import Finding, near_matches
-from fpn_det.annotations.tables import Tables, count, names_of, read_text, real
+from fpn_det.annotations.raw import RawDataset, parse_number, parse_pixels, read_text, split_aliases
 from fpn_det.image_io import image_size
 
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
-def load(source: Path, folder: Path | None, split: str, pixel_offset: int | None = None) -> Tables:
+def load(source: Path, folder: Path | None, split: str, pixel_offset: int | None = None) -> RawDataset:
     """The pictures of a split. The classes are those of all XML files beside each other, by name, so that all splits agree.
 
     Args:
@@ -31,11 +31,11 @@ def load(source: Path, folder: Path | None, split: str, pixel_offset: int | None
         ValueError: there is no XML file, or no such list.
     """
     root = source.parents[2] if source.is_file() and len(source.parents) > 2 else source
-    root = next((inner for name in names_of(split) if any((inner := root / name).glob("*.xml"))), root)
+    root = next((inner for name in split_aliases(split) if any((inner := root / name).glob("*.xml"))), root)
     files_in = root / "Annotations" if (root / "Annotations").is_dir() else root if source.is_dir() else source.parent
     pictures = files_in.parent / "JPEGImages"
     folder = folder or (pictures if pictures.is_dir() else files_in)
-    tables = Tables(source, folder, [], [], [], states_classes=False)
+    tables = RawDataset(source, folder, [], [], [], states_classes=False)
     parsed: dict[str, ElementTree.Element | None] = {
         path.stem: _parse(path, tables) for path in sorted(files_in.glob("*.xml"))
     }
@@ -55,19 +55,19 @@ def load(source: Path, folder: Path | None, split: str, pixel_offset: int | None
                 )
             continue
         name = _picture(element, stem, folder)
-        size = [count(element.findtext(f"size/{side}", "").strip()) for side in ("height", "width")]
+        size = [parse_pixels(element.findtext(f"size/{side}", "").strip()) for side in ("height", "width")]
         height, width = size if all(size) else image_size(folder / name) or size
         image = {"id": len(tables.images) + 1, "file_name": name, "height": height, "width": width}
         tables.images.append(image)
         for number, item in enumerate(element.iter("object"), start=1):
             category_id = category_of.get((item.findtext("name") or "").strip())
-            corners = [real((item.findtext(f"bndbox/{side}") or "").strip()) for side in SIDES]
+            corners = [parse_number((item.findtext(f"bndbox/{side}") or "").strip()) for side in SIDES]
             difficult = (item.findtext("difficult") or "").strip() == "1"
             tables.add_box(image, category_id, corners, f"{path.name} object {number}", offset, int(difficult))
     return tables
 
 
-def _parse(path: Path, tables: Tables) -> ElementTree.Element | None:
+def _parse(path: Path, tables: RawDataset) -> ElementTree.Element | None:
     try:
         return ElementTree.fromstring(path.read_bytes())
     except (OSError, ElementTree.ParseError, ValueError) as error:
@@ -79,7 +79,7 @@ def _parse(path: Path, tables: Tables) -> ElementTree.Element | None:
         return None
 
 
-def _categories(parsed: dict[str, ElementTree.Element | None], tables: Tables) -> dict[str, int]:
+def _categories(parsed: dict[str, ElementTree.Element | None], tables: RawDataset) -> dict[str, int]:
     elements = [element for element in parsed.values() if element is not None]
     names = sorted(
         {(name.text or "").strip() for element in elements for name in element.iterfind("object/name")} - {""}
@@ -91,7 +91,7 @@ def _categories(parsed: dict[str, ElementTree.Element | None], tables: Tables) -
 def _pixel_offset(parsed: dict[str, ElementTree.Element | None]) -> int:
     elements = [element for element in parsed.values() if element is not None]
     starts = [
-        real((start.text or "").strip())
+        parse_number((start.text or "").strip())
         for element in elements
         for side in SIDES[:2]
         for start in element.iterfind(f"object/bndbox/{side}")

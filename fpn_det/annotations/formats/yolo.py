@@ -8,11 +8,11 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from fpn_det.annotations.findings import Finding, near_matches
-from fpn_det.annotations.tables import PICTURE_SUFFIXES, Tables, names_of, read_text, real
+from fpn_det.annotations.raw import PICTURE_SUFFIXES, RawDataset, parse_number, read_text, split_aliases
 from fpn_det.image_io import image_size
 
 
-def load(source: Path, folder: Path | None, split: str) -> Tables:
+def load(source: Path, folder: Path | None, split: str) -> RawDataset:
     """The pictures of a split and their labels, found under the same path with `labels` for `images`, or beside them.
 
     A picture without a file of labels has no objects.
@@ -36,7 +36,7 @@ def load(source: Path, folder: Path | None, split: str) -> Tables:
             f"{described}: expected pictures of the split {split}, got none in {folder or described.parent}. Set data.{split}.images."
         )
     base = folder or _common(files)
-    tables = Tables(described, base, [], [], [{"id": number, "name": name} for number, name in enumerate(names)])
+    tables = RawDataset(described, base, [], [], [{"id": number, "name": name} for number, name in enumerate(names)])
     for file in files:
         height, width = image_size(file) or (0, 0)
         image = {
@@ -50,7 +50,7 @@ def load(source: Path, folder: Path | None, split: str) -> Tables:
         for number, line in enumerate(read_text(labels).splitlines() if labels.is_file() else [], start=1):
             where = f"{labels.name} line {number}"
             place: dict[str, Any] = {"image_id": image["id"], "file_name": file.name, "where": where}
-            values = [real(word) for word in line.split()]
+            values = [parse_number(word) for word in line.split()]
             if not values:
                 continue
             if len(values) == 6:
@@ -121,7 +121,7 @@ def _names(described: Path, content: dict[str, Any]) -> list[str]:
 def _pictures(described: Path, content: dict[str, Any], folder: Path | None, split: str) -> list[Path]:
     if folder is not None:
         return _under(folder)
-    aliases = names_of(split)
+    aliases = split_aliases(split)
     stated = next((content[name] for name in aliases if content.get(name)), None)
     if stated is None:
         tried = [described.parent / inner for name in aliases for inner in (f"images/{name}", f"{name}/images")]
@@ -179,7 +179,7 @@ def _extent(polygon: list[float]) -> list[float]:
     return [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
 
 
-def _report_lonely_labels(files: list[Path], tables: Tables) -> None:
+def _report_lonely_labels(files: list[Path], tables: RawDataset) -> None:
     """Labels whose picture is not there, in the folders of the labels that were looked for."""
     known = {_labels_of(file) for file in files}
     for folder in sorted({path.parent for path in known}):

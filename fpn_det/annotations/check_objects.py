@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fpn_det.annotations.box_layout import corners, detect_layout, to_file_frame
+from fpn_det.annotations.check_images import ImageTable, OnError
 from fpn_det.annotations.classes import LEFT_OUT, UNKNOWN, Classes
 from fpn_det.annotations.findings import Finding, Severity
-from fpn_det.annotations.frames import carry_over, corners, layout_of
-from fpn_det.annotations.image_records import Pictures, Policy
+from fpn_det.annotations.raw import Record, parse_id, parse_number
 from fpn_det.annotations.subsets import offsets_of
-from fpn_det.annotations.tables import Record, real, whole
 from fpn_det.structures import Annotations
 
 BORDER_TOLERANCE = 1.0  # px
@@ -31,8 +31,8 @@ TOLERATED_SHARE = 1e-5
 TINY_SIDE = 2.0  # px
 
 
-def read_objects(
-    records: list[Record], pictures: Pictures, classes: Classes, policy: Policy, findings: list[Finding]
+def check_objects(
+    records: list[Record], pictures: ImageTable, classes: Classes, policy: OnError, findings: list[Finding]
 ) -> Annotations:
     """The data set without what cannot be used; what was wrong goes to `findings`.
 
@@ -40,7 +40,7 @@ def read_objects(
     """
     found = _Objects(records, pictures, findings)
     labels = np.array(
-        [classes.labels.get(whole(record.get("category_id")), UNKNOWN) for record in records], dtype=np.int64
+        [classes.labels.get(parse_id(record.get("category_id")), UNKNOWN) for record in records], dtype=np.int64
     )
     wanted = np.array([image_id not in pictures.left_out for image_id in found.image_ids], dtype=bool) & (
         labels != LEFT_OUT
@@ -109,17 +109,17 @@ def read_objects(
 class _Objects:
     """The records as columns, and where each of them is."""
 
-    def __init__(self, records: list[Record], pictures: Pictures, findings: list[Finding]) -> None:
+    def __init__(self, records: list[Record], pictures: ImageTable, findings: list[Finding]) -> None:
         self.records = records
         self.pictures = pictures
         self.findings = findings
         self.boxes: np.ndarray | None = None  # xyxy, once they are known
-        self.ids = [whole(record.get("id")) for record in records]
-        self.image_ids = [whole(record.get("image_id")) for record in records]
+        self.ids = [parse_id(record.get("id")) for record in records]
+        self.image_ids = [parse_id(record.get("image_id")) for record in records]
         self.rows = np.array([pictures.row_of.get(image_id, -1) for image_id in self.image_ids], dtype=np.int64)
 
     def column(self, key: str) -> np.ndarray:
-        return np.array([real(record.get(key)) for record in self.records], dtype=np.float64)
+        return np.array([parse_number(record.get(key)) for record in self.records], dtype=np.float64)
 
     def is_text(self, key: str) -> np.ndarray:
         return np.array([isinstance(record.get(key), str) for record in self.records], dtype=bool)
@@ -153,17 +153,17 @@ class _Objects:
         self.findings.append(Finding(kind, message, severity, *place, box))
 
 
-def _boxes(found: _Objects, keep: np.ndarray, policy: Policy) -> tuple[np.ndarray, np.ndarray]:
+def _boxes(found: _Objects, keep: np.ndarray, policy: OnError) -> tuple[np.ndarray, np.ndarray]:
     """Boxes xyxy [T, 4] within their images, and which objects are still kept."""
     pictures = found.pictures
     written = [_four(record.get("bbox")) for record in found.records]
-    numbers = np.array([list(map(real, four)) for four in written], dtype=np.float64).reshape(-1, 4)
+    numbers = np.array([list(map(parse_number, four)) for four in written], dtype=np.float64).reshape(-1, 4)
     is_text = np.array([any(isinstance(value, str) for value in four) for four in written], dtype=bool)
     finite = np.isfinite(numbers).all(axis=1)
     found.report("box_is_text", keep & is_text & finite, "expected four numbers", "bbox")
 
     stated = np.array([*pictures.stated_sizes, (0, 0)], dtype=np.int64)[found.rows]  # row -1 is the last
-    layout = layout_of(numbers[keep], stated[keep])
+    layout = detect_layout(numbers[keep], stated[keep])
     if layout != "xywh":
         first = int(np.flatnonzero(keep)[0])
         such = f"in all {keep.sum()} boxes, such as {numbers[first].tolist()}"
@@ -177,7 +177,7 @@ def _boxes(found: _Objects, keep: np.ndarray, policy: Policy) -> tuple[np.ndarra
         else:
             message = f"expected px, got fractions of the sides {such}. Multiply them by width and height"
             found.add("boxes_are_fractions", message, "fatal", first)
-    boxes, carried = carry_over(corners(numbers, layout), found.rows, pictures)
+    boxes, carried = to_file_frame(corners(numbers, layout), found.rows, pictures)
     found.findings.extend(carried)
     found.boxes = boxes
 

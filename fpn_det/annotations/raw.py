@@ -20,7 +20,7 @@ OTHER_NAMES = {"train": ("training",), "val": ("valid", "validation"), "test": (
 
 
 @dataclass
-class Tables:
+class RawDataset:
     """What a reader found. Annotations may say `where` they stand, if their id is not in a file."""
 
     source: Path
@@ -74,15 +74,15 @@ class Tables:
     @property
     def class_names(self) -> list[str]:
         """By category id, as far as the file makes sense."""
-        numbered = [record for record in self.categories if isinstance(whole(record.get("id")), int)]
+        numbered = [record for record in self.categories if isinstance(parse_id(record.get("id")), int)]
         return list(
             dict.fromkeys(
-                str(record.get("name")) for record in sorted(numbered, key=lambda record: whole(record["id"]) or 0)
+                str(record.get("name")) for record in sorted(numbered, key=lambda record: parse_id(record["id"]) or 0)
             )
         )
 
 
-def whole(value: Any) -> int | str | None:
+def parse_id(value: Any) -> int | str | None:
     """An id as JSON may write it: 7 or 7.0; "7" too, as in `is_text`. Other text stays text, the rest is None."""
     if isinstance(value, str):
         try:
@@ -93,13 +93,13 @@ def whole(value: Any) -> int | str | None:
     return number if type(number) is int and abs(number) < 2**63 else None
 
 
-def count(value: Any) -> int:
+def parse_pixels(value: Any) -> int:
     """A number of pixels, or 0 for what is none."""
-    number = whole(value)
+    number = parse_id(value)
     return max(number, 0) if isinstance(number, int) else 0
 
 
-def real(value: Any) -> float:
+def parse_number(value: Any) -> float:
     """A number as JSON may write it, as text too; NaN for what is none, and for numbers beyond all reason."""
     if isinstance(value, str):
         try:
@@ -109,7 +109,7 @@ def real(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) and abs(value) < 1e100 else math.nan
 
 
-def names_of(split: str) -> tuple[str, ...]:
+def split_aliases(split: str) -> tuple[str, ...]:
     """What the folder of a split may be called."""
     return (split, *OTHER_NAMES.get(split, ()))
 

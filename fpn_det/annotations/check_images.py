@@ -6,22 +6,22 @@ import os
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import count as numbers_from
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
 from fpn_det.annotations.findings import SHOWN_PER_KIND, Finding, near_matches
-from fpn_det.annotations.image_files import Look, is_mislabeled
-from fpn_det.annotations.tables import Record, Tables, count, whole
+from fpn_det.annotations.image_inspection import ImageInfo, is_mislabeled
+from fpn_det.annotations.raw import RawDataset, Record, parse_id, parse_pixels
 from fpn_det.image_io import image_size
 
-Policy = Literal["fail", "fix", "skip"]
-Looker = Callable[[Iterable[str], Path], Mapping[str, Look]]
+OnError = Literal["fail", "fix", "skip"]
+ImageInspector = Callable[[Iterable[str], Path], Mapping[str, ImageInfo]]
 Size = tuple[int, int]  # (h, w)
 
 
 @dataclass
-class Pictures:
+class ImageTable:
     """The usable images, a row each; and the ids of those that are not: nobody misses their annotations."""
 
     image_ids: list[int] = field(default_factory=list)
@@ -37,27 +37,27 @@ class Pictures:
     left_out: set[int | str | None] = field(default_factory=set)
 
 
-def find_pictures(tables: Tables, policy: Policy, looker: Looker | None, findings: list[Finding]) -> Pictures:
+def check_images(
+    tables: RawDataset, policy: OnError, inspect: ImageInspector | None, findings: list[Finding]
+) -> ImageTable:
     """Every image that can be used, once; what is wrong with the others goes to `findings`.
 
     Args:
         tables: where the records are and the folder that their names start from.
         policy: under `skip`, images whose size is missing or wrong are left out.
-        looker: looks into the files; None trusts the records.
+        inspect: looks into the files; None trusts the records.
     """
     folder = tables.folder
-    keys = [whole(record.get("id")) for record in tables.images]
+    keys = [parse_id(record.get("id")) for record in tables.images]
     files_of: dict[int | str | None, set[str]] = {}
     for key, record in zip(keys, tables.images, strict=True):
         files_of.setdefault(key, set()).add(str(record.get("file_name")))
-    free = numbers_from(
-        1 + max((key for key in keys if isinstance(key, int)), default=0)
-    )  # for ids that are no numbers
+    free = count(1 + max((key for key in keys if isinstance(key, int)), default=0))  # for ids that are no numbers
     listings = _Listings()
     paths = [_path(folder, record.get("file_name")) for record in tables.images]
     found = [path if folder is None or listings.has(path) else listings.meant(path, folder) for path in paths]
-    looks = looker((path for path in found if path), folder) if looker and folder else {}
-    pictures = Pictures(left_out=set(files_of))
+    looks = inspect((path for path in found if path), folder) if inspect and folder else {}
+    pictures = ImageTable(left_out=set(files_of))
     row_of_path: dict[str, int] = {}
     missing = 0
     for record, key, wanted, path in zip(tables.images, keys, paths, found, strict=True):
@@ -93,13 +93,13 @@ def find_pictures(tables: Tables, policy: Policy, looker: Looker | None, finding
             size = _size(record, path, looks.get(path), folder is not None, policy, report)
             if size is None:
                 continue
-            look = looks.get(path, Look())
+            look = looks.get(path, ImageInfo())
             row_of_path[path] = pictures.row_of[key] = len(pictures.paths)
             pictures.image_ids.append(key if isinstance(key, int) else next(free))
             pictures.file_names.append(name)
             pictures.paths.append(path)
             pictures.sizes.append(size)
-            stated = count(record.get("height")), count(record.get("width"))
+            stated = parse_pixels(record.get("height")), parse_pixels(record.get("width"))
             pictures.stated_sizes.append(stated if min(stated) else size)
             pictures.orientations.append(look.orientation)
             pictures.digests.append(look.digest)
@@ -108,7 +108,7 @@ def find_pictures(tables: Tables, policy: Policy, looker: Looker | None, finding
 
 
 def _size(
-    record: Record, path: str, look: Look | None, has_files: bool, policy: Policy, report: Callable[..., None]
+    record: Record, path: str, look: ImageInfo | None, has_files: bool, policy: OnError, report: Callable[..., None]
 ) -> Size | None:
     """(h, w) of an image: of its file if somebody looked, else of its record. None leaves the image out."""
     if look is not None and look.fault:
@@ -116,7 +116,7 @@ def _size(
         return None
     if look is not None and is_mislabeled(path, look):
         report("image_mislabeled", f"{path}: a {look.kind} by its content; it is read all the same", "warning")
-    height, width = count(record.get("height")), count(record.get("width"))
+    height, width = parse_pixels(record.get("height")), parse_pixels(record.get("width"))
     if not height or not width:
         report("image_size_missing", f"width {record.get('width')!r}, height {record.get('height')!r}")
         if policy == "skip" or not has_files:

@@ -1,4 +1,4 @@
-"""Pictures that are in two parts of a data set: what was trained on scores too well."""
+"""ImageTable that are in two parts of a data set: what was trained on scores too well."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import torch
 
+from fpn_det.annotations.check_images import OnError
 from fpn_det.annotations.findings import Finding, describe_findings
-from fpn_det.annotations.image_records import Policy
-from fpn_det.annotations.reading import Examined
+from fpn_det.annotations.reading import CheckedDataset
 from fpn_det.annotations.subsets import select_images
 
 # Some sets have a few copies under other names, and nobody takes them out: up to this share they are only a warning.
@@ -19,7 +19,7 @@ TOLERATED_COPIES = 1e-3
 logger = logging.getLogger(__name__)
 
 
-def find_shared(one: Examined, other: Examined, name: str) -> dict[int, Finding]:
+def find_overlap(one: CheckedDataset, other: CheckedDataset, name: str) -> dict[int, Finding]:
     """Rows of `one` whose file, or a copy of it to the byte, is also in `other`, the part called `name`."""
     paths, digests = _keys(one), one.digests
     files = dict(zip(_keys(other), range(len(other.annotations)), strict=True))
@@ -45,13 +45,13 @@ def find_shared(one: Examined, other: Examined, name: str) -> dict[int, Finding]
     return found
 
 
-def without_shared(train: Examined, val: Examined, on_error: Policy) -> Examined:
+def drop_overlap(train: CheckedDataset, val: CheckedDataset, on_error: OnError) -> CheckedDataset:
     """The training set without pictures that it will be evaluated on.
 
     Raises:
         ValueError: there are such pictures, under `fail`.
     """
-    shared = find_shared(train, val, "val")
+    shared = find_overlap(train, val, "val")
     if not shared:
         return train
     described = describe_findings(list(shared.values()))
@@ -64,12 +64,12 @@ def without_shared(train: Examined, val: Examined, on_error: Policy) -> Examined
     if on_error == "fail":
         return train
     rows = [row for row in range(len(train.annotations)) if row not in shared]
-    return Examined(
+    return CheckedDataset(
         select_images(train.annotations, torch.tensor(rows, dtype=torch.int64)),
         train.findings,
         [train.digests[row] for row in rows],
     )
 
 
-def _keys(part: Examined) -> list[str]:
+def _keys(part: CheckedDataset) -> list[str]:
     return [os.path.normpath(part.annotations.path(row).absolute()) for row in range(len(part.annotations))]

@@ -31,7 +31,7 @@ SEEN_WITH = f"1 {cv2.__version__} {PIL.__version__}"  # another decoder may see 
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageInfo:
     """What a picture file showed."""
 
     height: int = 0  # as a person sees it
@@ -46,7 +46,7 @@ class Look:
         return self.orientation >= 5
 
 
-def look_at(paths: Iterable[str], folder: Path) -> dict[str, Look]:
+def inspect_images(paths: Iterable[str], folder: Path) -> dict[str, ImageInfo]:
     """A look at each of these files, from memory where nothing has changed since. Files that are not there are left out.
 
     Args:
@@ -73,20 +73,20 @@ def look_at(paths: Iterable[str], folder: Path) -> dict[str, Look]:
     return {path: seen[path][1] for path in stamps}
 
 
-def is_mislabeled(path: str, look: Look) -> bool:
+def is_mislabeled(path: str, look: ImageInfo) -> bool:
     """Whether the ending of the file's name promises another format. It decodes all the same."""
     promised = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
     return bool(promised and look.kind) and promised != look.kind and {promised, look.kind} != {"JPEG", "MPO"}
 
 
-def _look(path: str) -> Look:
+def _look(path: str) -> ImageInfo:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        return Look(fault=f"cannot be read: {error.strerror}")
+        return ImageInfo(fault=f"cannot be read: {error.strerror}")
     digest = hashlib.blake2b(content, digest_size=16).hexdigest()
     if not content:
-        return Look(digest=digest, fault="the file is empty (0 bytes)")
+        return ImageInfo(digest=digest, fault="the file is empty (0 bytes)")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large pictures
@@ -103,8 +103,8 @@ def _look(path: str) -> Look:
         elif orientation >= 5:
             height, width = width, height
     except (ValueError, cv2.error, MemoryError) as error:
-        return Look(kind=kind, digest=digest, fault=str(error).removeprefix(f"{path}: "))
-    return Look(height, width, orientation, kind, digest)
+        return ImageInfo(kind=kind, digest=digest, fault=str(error).removeprefix(f"{path}: "))
+    return ImageInfo(height, width, orientation, kind, digest)
 
 
 def _stamp(path: str) -> list[int] | None:
@@ -125,17 +125,17 @@ def _memory_of(folder: Path) -> Path:
     )
 
 
-def _recall(memory: Path) -> dict[str, tuple[list[int], Look]]:
+def _recall(memory: Path) -> dict[str, tuple[list[int], ImageInfo]]:
     try:
         content = json.loads(memory.read_bytes())
         if content["seen_with"] != SEEN_WITH:
             return {}
-        return {path: (stamp, Look(**look)) for path, (stamp, look) in content["looks"].items()}
+        return {path: (stamp, ImageInfo(**look)) for path, (stamp, look) in content["looks"].items()}
     except (OSError, ValueError, KeyError, TypeError):  # none yet, or half of one
         return {}
 
 
-def _remember(memory: Path, seen: Mapping[str, tuple[list[int], Look]]) -> None:
+def _remember(memory: Path, seen: Mapping[str, tuple[list[int], ImageInfo]]) -> None:
     """Where the folder cannot be written, the next run looks again."""
     content = {"seen_with": SEEN_WITH, "looks": {path: (stamp, asdict(look)) for path, (stamp, look) in seen.items()}}
     unfinished = memory.with_suffix(f".{os.getpid()}")

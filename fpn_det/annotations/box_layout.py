@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
+from fpn_det.annotations.check_images import ImageTable
 from fpn_det.annotations.findings import Finding
-from fpn_det.annotations.image_records import Pictures
 
 Layout = Literal["xywh", "xyxy", "fractions"]
 
@@ -15,7 +15,7 @@ MARGIN = 1.0  # px that a box may pass a border for having been rounded
 ENOUGH = 3  # boxes from which a whole file can be judged
 
 
-def layout_of(numbers: np.ndarray, sizes: np.ndarray) -> Layout:
+def detect_layout(numbers: np.ndarray, sizes: np.ndarray) -> Layout:
     """How the four numbers of a file's boxes are meant.
 
     They are corners if all make boxes within their images as corners, but a fifth does not as x, y, width, height;
@@ -41,7 +41,7 @@ def corners(numbers: np.ndarray, layout: Layout) -> np.ndarray:
     return numbers if layout == "xyxy" else np.concatenate([numbers[:, :2], numbers[:, :2] + numbers[:, 2:]], axis=1)
 
 
-def carry_over(boxes: np.ndarray, rows: np.ndarray, pictures: Pictures) -> tuple[np.ndarray, list[Finding]]:
+def to_file_frame(boxes: np.ndarray, rows: np.ndarray, pictures: ImageTable) -> tuple[np.ndarray, list[Finding]]:
     """Boxes [T, 4] in the frames of their files, where they were drawn in the frames that the records state.
 
     That has to be shown: among the images whose size differs in the same way, a box leaves the file's frame and lies in
