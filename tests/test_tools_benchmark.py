@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from compare import assert_close
 
 from fpn_det.benchmark.config import BenchmarkConfig
 from fpn_det.benchmark.contestants import Ours, Torchvision, make_contestants
@@ -62,26 +63,17 @@ def test_contestants_compute_the_same_maps_and_scores(contestants):
         images, _ = peer.transform(contestants[1].images)
         features = list(peer.backbone(images.tensors).values())
         for level, feature in zip(levels, features, strict=True):
-            torch.testing.assert_close(level, feature, rtol=1e-4, atol=1e-4)
+            assert_close(level, feature, 1e-4)
         logits, deltas = ours.rpn.head(levels)
         peer_logits, peer_deltas = peer.rpn.head(features)
         # [B, A, H, W] -> [B, H*W*A]
-        torch.testing.assert_close(
-            logits, torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in peer_logits], 1), rtol=1e-4, atol=1e-3
-        )
-        torch.testing.assert_close(
-            deltas.flatten(1),
-            torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in peer_deltas], 1),
-            rtol=1e-4,
-            atol=1e-3,
-        )
+        assert_close(logits, torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in peer_logits], 1), 1e-4)
+        assert_close(deltas.flatten(1), torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in peer_deltas], 1), 1e-4)
         pooled = torch.rand(4, 256, 7, 7)
         logits, deltas = ours.roi_head.predictor(ours.roi_head.box_head(pooled))
         peer_logits, peer_deltas = peer.roi_heads.box_predictor(peer.roi_heads.box_head(pooled))
-        torch.testing.assert_close(
-            logits.roll(1, dims=1), peer_logits, rtol=1e-4, atol=1e-3
-        )  # background is theirs first
-        torch.testing.assert_close(deltas.flatten(1), peer_deltas[:, 4:], rtol=1e-4, atol=1e-3)
+        assert_close(logits.roll(1, dims=1), peer_logits, 1e-4)  # background is theirs first
+        assert_close(deltas.flatten(1), peer_deltas[:, 4:], 1e-4)
 
 
 def test_contestants_have_as_much_to_do(contestants):

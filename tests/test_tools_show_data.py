@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compare import assert_close
 from PIL import Image
 from tiny import TINY
 
@@ -47,6 +48,6 @@ def test_anchors_are_those_that_the_loss_would_sample(shown):
         assert torch.equal(found.boxes, output.anchors[match.positive[row]]) and len(found.boxes)
         # anchors of level l have the size that the settings give it: 16, 32, ...
         sides = (found.boxes[:, 2:] - found.boxes[:, :2]).prod(dim=1).sqrt()
-        torch.testing.assert_close(sides, 16 * 2.0**found.levels)
+        assert_close(sides, 16 * 2.0**found.levels, 1e-5)
         ious = box_iou(batch.targets.boxes[row][batch.targets.valid[row]], found.boxes)
         assert torch.equal(ious.argmax(dim=0), found.objects)

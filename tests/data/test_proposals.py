@@ -7,6 +7,7 @@ import albumentations
 import numpy as np
 import pytest
 import torch
+from compare import assert_close
 from PIL import Image
 
 from fpn_det.data.collation import collate
@@ -71,10 +72,8 @@ def test_proposals_go_through_the_transforms_and_into_the_batch(annotations, tmp
     assert batch.proposals.valid.sum(dim=1).tolist() == [1, 0, 3]
     assert batch.proposals.boxes.shape == (3, 4, 4) and (batch.proposals.boxes[~batch.proposals.valid] == 0).all()
     # x goes to 20 - x
-    assert torch.allclose(
-        batch.proposals.boxes[2, :3], torch.tensor([[8.0, 6, 15, 14], [12, 2, 18, 8], [16, 2, 19, 6]])
-    )
-    assert torch.allclose(batch.targets.boxes[2, 0], torch.tensor([15.0, 1, 19, 9]))
+    assert_close(batch.proposals.boxes[2, :3], torch.tensor([[8.0, 6, 15, 14], [12, 2, 18, 8], [16, 2, 19, 6]]), 1e-5)
+    assert_close(batch.targets.boxes[2, 0], torch.tensor([15.0, 1, 19, 9]), 1e-5)
     assert batch.targets.valid.sum(dim=1).tolist() == [0, 0, 1] and batch.targets.labels[2, 0] == 1
     last = batch.select(slice(2, 3)).to("cpu")
     assert last.proposals is not None and torch.equal(last.proposals.boxes[0], batch.proposals.boxes[2])

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from compare import assert_close
 from PIL import Image
 from torchvision.models.detection.transform import _resize_image_and_masks
 
@@ -120,7 +121,7 @@ def test_resizing_in_float_is_what_torchvision_does(side: int):
     pipeline = Pipeline([ResizeShortestSide([side], 133, "floor", "torch_float")])
     pixels, _, _ = pipeline(PIXELS, *NO_BOXES, (0,))
     assert pixels.dtype == np.float32
-    assert torch.allclose(torch.from_numpy(pixels).permute(2, 0, 1), expected, atol=1e-4)
+    assert_close(torch.from_numpy(pixels).permute(2, 0, 1), expected, 1e-5)
     batch = collate(
         [Example(pixels, Plan(pixels.shape[:2]), np.zeros((0, 4), np.float32), np.zeros(0, np.int64), (48, 64), 0)],
         32,

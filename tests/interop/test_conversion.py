@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import torchvision
+from compare import assert_close
 from torch import Tensor
 
 from fpn_det.interop.conversion import convert, recognize
@@ -141,7 +142,7 @@ def test_variances_without_epsilon_are_shifted(ours: dict[str, Tensor]):
     state = convert(ours, "fpn_det", "torchvision").state
     shifted = convert(state, "torchvision", "fpn_det", norm_eps=0.0).state
     variance = ours["backbone.layer2.0.bn1.running_var"]
-    assert torch.allclose(shifted["backbone.layer2.0.bn1.running_var"] + 1e-5, variance, rtol=0, atol=1e-7)
+    assert_close(shifted["backbone.layer2.0.bn1.running_var"] + 1e-5, variance, 1e-7)
     assert torch.equal(shifted["backbone.bn1.bias"], ours["backbone.bn1.bias"])
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from compare import assert_close
 from torchvision.models._utils import IntermediateLayerGetter
 
 from fpn_det.models.backbone import ResNet
@@ -24,7 +25,7 @@ def test_resnet_equals_torchvision(depth: int, norm: str):
     for mode in (True, False):
         maps = mine.train(mode)(images)
         for got, expected in zip(maps, oracle.train(mode)(images).values(), strict=True):
-            assert torch.allclose(got, expected, atol=1e-4, rtol=1e-4)
+            assert_close(got, expected, 1e-5)
         assert tuple(m.shape[1] for m in maps) == mine.channels
         assert tuple(64 // m.shape[2] for m in maps) == mine.strides
 
@@ -103,5 +104,5 @@ def test_a_backbone_that_ends_early_takes_the_weights_of_the_whole(tmp_path: Pat
     assert not any(parameter.requires_grad for parameter in model.parameters())
     expected = whole.eval()(images := torch.randn(1, 3, 64, 64))
     for mine, theirs in zip(model.train()(images), expected[:3], strict=True):
-        assert torch.allclose(mine, theirs, atol=1e-4)
+        assert_close(mine, theirs, 1e-5)
     assert "layer4" not in "".join(model.state_dict())

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from compare import assert_close
 from test_detector import gradients, make_batch, spread_out
 
 from fpn_det.models.backbone import ResNet
@@ -35,7 +36,8 @@ def test_conv5_head_is_the_mean_of_torchvisions_last_stage(depth: int):
     head.layer4.load_state_dict(theirs.layer4.state_dict())
     pooled = torch.randn(3, channels, 14, 14)
     expected = theirs.avgpool(theirs.layer4(pooled)).flatten(1)
-    assert torch.allclose(head(pooled), expected, atol=1e-4) and head.width == expected.shape[1]
+    assert_close(head(pooled), expected, 1e-5)
+    assert head.width == expected.shape[1]
 
 
 def test_backbone_and_head_share_one_file_of_weights(tmp_path: Path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
+from compare import assert_close
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from fpn_det.models.necks.fpn import FPN
@@ -18,7 +19,7 @@ def test_fpn_equals_torchvision(norm: str | None):
     maps = [torch.randn(2, 8, 17, 22), torch.randn(2, 16, 9, 11), torch.randn(2, 32, 5, 6)]
     expected = theirs({str(i): m for i, m in enumerate(maps)})
     for got, want in zip(mine(maps), expected.values(), strict=True):
-        assert torch.allclose(got, want, atol=1e-5)
+        assert_close(got, want, 1e-5)
     assert mine.strides == (4, 8, 16, 32) and mine.channels == 12
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from compare import assert_close
 from torch import Tensor, nn
 
 from fpn_det import api
@@ -96,8 +97,8 @@ def assert_same_detections(ours: Detections, theirs: list[dict[str, Tensor]], le
     for (boxes, scores, labels), expected in zip(ours.images(), theirs, strict=True):
         assert len(boxes) == len(expected["boxes"]) >= least
         assert torch.equal(labels + 1, expected["labels"])
-        assert (boxes - expected["boxes"]).abs().max() < 1e-3
-        assert (scores - expected["scores"]).abs().max() < 1e-5
+        assert_close(boxes, expected["boxes"], 5e-6)
+        assert_close(scores, expected["scores"], 1e-5)
 
 
 def detect_both(name: str, images: list[Tensor]) -> tuple[Detections, list[dict[str, Tensor]]]:
@@ -136,8 +137,8 @@ def test_predictions_from_files_equal_those_of_torchvision(tmp_path: Path):
             (expected,) = theirs([image / 255])
         assert len(found.boxes) == len(expected["boxes"]) >= 50
         assert torch.equal(found.labels + 1, expected["labels"])
-        assert (found.boxes - expected["boxes"]).abs().max() < 1e-3
-        assert (found.scores - expected["scores"]).abs().max() < 1e-5
+        assert_close(found.boxes, expected["boxes"], 5e-6)
+        assert_close(found.scores, expected["scores"], 1e-5)
 
 
 def drawn(*counts: int) -> list[dict[str, Tensor]]:
@@ -182,6 +183,4 @@ def test_losses_and_gradients_equal_those_of_torchvision(name: str):
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     converted = convert(theirs.state_dict() | gradients, "torchvision", "fpn_det").state
     for name, parameter in ours.named_parameters():
-        expected_gradient = converted[name]
-        difference = (parameter.grad - expected_gradient).abs().max()
-        assert difference <= 1e-4 * expected_gradient.abs().max(), name
+        assert_close(parameter.grad, converted[name], 1e-4, name)

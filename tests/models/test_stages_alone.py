@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from compare import assert_close
 from test_detector import gradients, make_batch, make_model, spread_out
 
 from fpn_det.boxes import box_iou
@@ -106,7 +107,7 @@ def test_a_view_carries_the_proposals_of_a_batch():
     batch = with_proposals(make_batch())
     view = look(batch, 0.5, True, 32)
     x1, y1, x2, y2 = batch.proposals.boxes.unbind(2)
-    assert torch.allclose(view.proposals.boxes, torch.stack([64 - x2 / 2, y1 / 2, 64 - x1 / 2, y2 / 2], dim=2))
+    assert_close(view.proposals.boxes, torch.stack([64 - x2 / 2, y1 / 2, 64 - x1 / 2, y2 / 2], dim=2), 1e-5)
     assert make_second_stage().detect(batch, Views((1.0, 0.5), flip=True)).boxes.shape == (2, 100, 4)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import assert_close
 from test_detector import make_batch, make_model, spread_out
 
 from fpn_det.models.nms import nms_keep
@@ -35,7 +36,7 @@ def test_a_view_shows_each_image_resized_within_its_own_size(scale: float, mirro
         image = batch.pixels[row : row + 1, :, :height, :width].float()
         expected = F.interpolate(image, size, mode="bilinear", antialias=True)[0]
         shown = view.pixels[row, :, : size[0], : size[1]]
-        torch.testing.assert_close(shown, expected.flip(2) if mirrored else expected, atol=0.01, rtol=0)
+        assert_close(shown, expected.flip(2) if mirrored else expected, 4e-5)
         assert not view.pixels[row, :, size[0] :].any() and not view.pixels[row, :, :, size[1] :].any()
 
 
@@ -98,7 +99,7 @@ def test_views_of_an_equivariant_detector_agree(views: Views):
     )
     merged, alone = views.merge(bright_box, batch, stride=32), bright_box(batch)
     assert merged.boxes.shape == (2, len(views.scales) * (1 + views.flip), 1, 4)
-    torch.testing.assert_close(merged.boxes, alone.boxes.expand_as(merged.boxes), atol=1e-4, rtol=0)
+    assert_close(merged.boxes, alone.boxes.expand_as(merged.boxes), 1e-6)
     keep = nms_keep(merged.boxes[:, :, 0], merged.scores[:, :, 0], merged.valid, 0.5)
     assert keep.sum(dim=1).tolist() == [1, 1]  # after suppression, what one view says
 

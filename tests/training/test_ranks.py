@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
+from compare import assert_close
 from parts import TinyDetector, TinyLoader, make_annotations, make_batch, make_optimization, snapshot
 
 from fpn_det.data.sampling import micro_batches
@@ -188,11 +189,12 @@ def two_ranks(ranks_folder) -> list[dict]:
 
 def test_two_ranks_train_as_one(two_ranks, tmp_path):
     one = train(Ranks(), tmp_path)
+    # the gradient of a bias in front of a batch norm is zero up to rounding, so the largest momentum is the magnitude
+    momentum = max(tensor.abs().max().item() for name, tensor in one.items() if name.endswith("momentum_buffer"))
     for result in two_ranks:
         for name, tensor in result["train"].items():
-            torch.testing.assert_close(
-                tensor, one[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
-            )
+            magnitude = momentum if name.endswith("momentum_buffer") else None
+            assert_close(tensor, one[name], 1e-4, name, magnitude)
 
 
 def test_a_detector_learns_the_same_on_two_ranks_of_which_one_has_no_objects(two_ranks, tmp_path):
