@@ -33,7 +33,17 @@ from fpn_det.safe_yaml import load_yaml
 from fpn_det.schema import check_names, complete, did_you_mean, fit, listed, missing_names
 from fpn_det.training.config import TrainConfig
 
-PACKAGES = ("fpn_det", "albumentations", "torch.optim")  # whose classes a `_target_` may name
+# Modules and packages whose classes a `_target_` may name: parts of detectors and recipes, which have no effects outside.
+PACKAGES = (
+    "fpn_det.models",
+    "fpn_det.interop",
+    "fpn_det.data.transforms",
+    "fpn_det.data.mixing",
+    "fpn_det.training.optimizers",
+    "fpn_det.training.schedule",
+    "albumentations",
+    "torch.optim",
+)
 COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)  # raised while settings are composed
 
 C = TypeVar("C", bound=DetectorConfig)
@@ -135,6 +145,8 @@ def read_saved(text: str, where: str = "config") -> Saved:
     Raises:
         ValueError: it is not a mapping of settings.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: expected settings as text, got {type(text).__name__}.")
     tree = load_yaml(text, where)
     if not isinstance(tree, dict):
         raise ValueError(f"{where}: expected settings by name, got {type(tree).__name__}.")

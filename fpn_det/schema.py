@@ -15,7 +15,7 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fpn_det.errors import is_for_people
@@ -75,7 +75,7 @@ def fit(value: Any, hint: Any, where: str, packages: Sequence[str]) -> Any:
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if isinstance(value, Mapping) and "_target_" in value:
-        return _fit_node(value, where, packages)
+        return _fit_node(value, hint, where, packages)
     if origin is Annotated:
         fitted, limits = fit(value, arguments[0], where, packages), arguments[1]
         if fitted not in limits:
@@ -83,7 +83,7 @@ def fit(value: Any, hint: Any, where: str, packages: Sequence[str]) -> Any:
         return fitted
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _fit_record(value, hint, where, packages)
-    if origin in (Union, types.UnionType):
+    if is_union(hint):
         return _fit_union(value, hint, where, packages)
     if origin is Literal:
         if value not in arguments:
@@ -136,9 +136,30 @@ def _has_default(field: dataclasses.Field) -> bool:
     return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
-def _fit_node(node: Mapping[str, Any], where: str, packages: Sequence[str]) -> dict[str, Any]:
+def _check_kind(node: Mapping[str, Any], target: type, hint: Any, where: str) -> None:
+    """Refuse a node that makes another kind of object than `hint` asks for: an instance, or a class with arguments."""
+    partial = node.get("_partial_", False)
+    if not isinstance(partial, bool):
+        raise ValueError(f"{join(where, '_partial_')}: expected true or false, got {partial!r}.")
+    options = [option for option in (get_args(hint) if is_union(hint) else (hint,)) if option is not type(None)]
+    makers = [option for option in options if get_origin(option) is Callable]
+    kinds = [get_args(option)[1] for option in makers] or options
+    if makers and not partial:
+        raise ValueError(f"{join(where, '_partial_')}: expected true: other arguments follow from other settings.")
+    classes = [kind for kind in kinds if inspect.isclass(kind) and get_origin(kind) is None and kind is not object]
+    if len(classes) < len(kinds) or any(getattr(kind, "_is_protocol", False) for kind in classes):
+        return
+    if not makers and partial:
+        raise ValueError(f"{join(where, '_partial_')}: expected false, got true. Leave it out.")
+    if not issubclass(target, tuple(classes)):
+        names = listed(kind.__name__ for kind in classes)
+        raise ValueError(f"{join(where, '_target_')}: expected a class of {names}, got {target.__name__!r}.")
+
+
+def _fit_node(node: Mapping[str, Any], hint: Any, where: str, packages: Sequence[str]) -> dict[str, Any]:
     """The node with its arguments fitted to the signature of the class that it names, and the defaults of the others."""
     target = locate(node["_target_"], join(where, "_target_"), packages)
+    _check_kind(node, target, hint, where)
     parameters = _parameters(target)
     given = {name: item for name, item in node.items() if name not in NODE_KEYS}
     required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
@@ -320,6 +341,11 @@ def locate(name: Any, where: str, packages: Sequence[str]) -> type:
     if not inspect.isclass(target) or not _belongs(f"{target.__module__}.", packages):
         raise ValueError(f"{where}: expected a class of {listed(packages)}, got {name!r}.")
     return target
+
+
+def is_union(hint: Any) -> bool:
+    """True for `A | B` and `Optional[A]`."""
+    return get_origin(hint) in (Union, types.UnionType)
 
 
 def _belongs(name: str, packages: Sequence[str]) -> bool:
