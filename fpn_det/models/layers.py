@@ -36,31 +36,68 @@ class FixedBatchNorm2d(FrozenBatchNorm2d):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
-class SyncBatchNorm2d(nn.BatchNorm2d):
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm that refuses a batch with a single value per channel, which has no variance."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            check_has_variance(input.numel() // max(input.shape[1], 1))
+        return super().forward(input)
+
+
+def check_has_variance(count: int) -> None:
+    """Refuse batch statistics of a single value per channel.
+
+    Raises:
+        ValueError: there is one value only.
+    """
+    if count == 1:
+        raise ValueError(
+            "norm: expected at least 2 values per channel for batch statistics, got 1. Use larger images, a larger "
+            "trainer.batch_size, or norm=frozen, fixed_statistics or group."
+        )
+
+
+class SyncBatchNorm2d(BatchNorm2d):
     """Batch norm over the images of all ranks; on any device, unlike torch's.
 
-    One all-reduce carries sum, sum of squares and count, so ranks may hold different numbers of pixels.
+    One all-reduce exchanges mean, sum of squared deviations and count of each rank, which are then combined (Chan et al.
+    1979). Ranks may hold different numbers of pixels. A difference of squares, E[x^2] - E[x]^2, would lose all digits
+    where the mean is large compared with the deviation.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or current_ranks().world_size == 1:
+        ranks = current_ranks()
+        if not self.training or ranks.world_size == 1:
             return super().forward(input)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         values = input.float()
-        count = values.new_full((1,), values.numel() / values.shape[1])
-        sums = torch.cat([values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), count])
-        totals = all_reduce_sum(sums)
-        count = totals[-1].detach()
-        mean, mean_square = (totals[:-1] / count).view(2, -1)
-        variance = (mean_square - mean.square()).clamp(min=0)
+        local_count = values.numel() // values.shape[1]
+        # a float32 mean is not exact enough: deviations are taken from it, and its own error is part of the exchange
+        pivot = values.detach().sum((0, 2, 3)) / max(local_count, 1)
+        deviations = values - pivot[:, None, None]
+        error = deviations.sum((0, 2, 3)) / max(local_count, 1)
+        squares = deviations.square().sum((0, 2, 3)) - local_count * error.square()
+        moments = torch.stack(
+            [pivot.double() + error, squares.double(), torch.full_like(squares, local_count).double()]
+        )
+        # each rank fills its own row, so that the sum over ranks is a gather with a gradient
+        rows = [torch.zeros_like(moments)] * ranks.world_size
+        rows[ranks.rank] = moments
+        means, squares, counts = all_reduce_sum(torch.stack(rows)).unbind(1)  # f64 [ranks, C] each
+        counts = counts.detach()
+        count = counts.sum(0)
+        mean = (counts * means).sum(0) / count.clamp(min=1)
+        total = squares.sum(0) + (counts * (means - mean).square()).sum(0)
         with torch.no_grad():
             momentum = self.momentum if self.momentum is not None else 0.1
-            self.running_mean.lerp_(mean, momentum)
-            self.running_var.lerp_(variance * count / (count - 1), momentum)
+            weight = torch.where(count > 0, momentum, 0.0).float()  # without a value the statistics stay
+            self.running_mean.lerp_(mean.float(), weight)
+            self.running_var.lerp_((total / (count - 1).clamp(min=1)).float(), weight)
             self.num_batches_tracked += 1
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        shift = self.bias - mean * scale
-        return (values * scale[:, None, None] + shift[:, None, None]).to(input.dtype)
+        scale = self.weight * torch.rsqrt((total / count.clamp(min=1)).float() + self.eps)
+        shift = self.bias - (mean - pivot).float() * scale
+        return (deviations * scale[:, None, None] + shift[:, None, None]).to(input.dtype)
 
 
 def _group_norm(channels: int, eps: float) -> nn.GroupNorm:
@@ -71,7 +108,7 @@ Norm = Literal["frozen", "fixed_statistics", "batch", "sync", "group"]
 NORMS: dict[Norm, Callable[..., nn.Module]] = {
     "frozen": FixedBatchNorm2d,
     "fixed_statistics": FixedStatisticsBatchNorm2d,
-    "batch": nn.BatchNorm2d,
+    "batch": BatchNorm2d,
     "sync": SyncBatchNorm2d,
     "group": _group_norm,
 }

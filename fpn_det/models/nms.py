@@ -5,6 +5,7 @@ Its answer depends on the data, so it comes out as a mask, and here alone the ho
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Literal, get_args
 
 import torch
@@ -13,8 +14,12 @@ from torch import Tensor
 
 from fpn_det.boxes import box_iou
 
-SUPPRESSION_BYTES = 1 << 30  # bool matrices held at a time by the batched method
-IOU_BYTES = 1 << 27  # float32 IoU values held at a time while they are made
+PAIR_BYTES = (
+    1 << 27
+)  # float32 IoU values in memory at a time; the temporaries beside them take about three times as much
+MIN_BLOCK = 32  # boxes of a group that are decided together at least
+MAX_TRITON_BOXES = 1 << 18  # per group
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 Method = Literal["auto", "torchvision", "batched", "shifted", "torchvision_batched"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
@@ -50,8 +55,7 @@ def nms_keep(
     if method in ("shifted", "torchvision_batched"):
         labels = torch.zeros_like(valid, dtype=torch.int64) if labels is None else labels
         return _as_peers(boxes, scores, valid, iou_threshold, labels, method)
-    suppress = _per_group if method == "torchvision" else _batched
-    return suppress(boxes, scores.masked_fill(~valid, -torch.inf), valid, iou_threshold, labels) & valid
+    return _suppress(boxes, scores, valid, labels, iou_threshold, method == "batched")
 
 
 def nms_keep_levels(
@@ -66,13 +70,33 @@ def nms_keep_levels(
     return keep.view_as(valid)
 
 
+@torch.library.custom_op("fpn_det::suppress", mutates_args=())
+def _suppress(
+    boxes: Tensor, scores: Tensor, valid: Tensor, labels: Tensor | None, iou_threshold: float, batched: bool
+) -> Tensor:
+    """An operator of its own, so that a compiled graph contains it without a break."""
+    if not valid.numel():
+        return torch.zeros_like(valid)
+    suppress = _batched if batched else _per_group
+    return suppress(boxes, scores.masked_fill(~valid, -torch.inf), valid, iou_threshold, labels) & valid
+
+
+@_suppress.register_fake
+def _(boxes, scores, valid, labels, iou_threshold, batched):
+    return torch.empty_like(valid)
+
+
 def _per_group(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, labels: Tensor | None) -> Tensor:
+    """Greedy suppression by torchvision's operator, group by group."""
     if labels is not None:
-        # each label on an island of its own; in float64 the shift costs no precision
+        # Shift every label beyond the boxes of the label before; in float64 the shift costs no precision. A box that is
+        # not finite must not set the distance: it overlaps nothing, and the others still suppress each other.
         boxes = boxes.double()
-        boxes = boxes + (labels * (boxes.amax() + 1))[..., None]
-    # invalid boxes all lie on one spot outside, where the first of them suppresses the rest at once
-    boxes = torch.where(valid[..., None], boxes, boxes.new_tensor([-2.0, -2.0, -1.0, -1.0]))
+        extent = torch.where(boxes.isfinite(), boxes, 0.0).amax() + 1
+        boxes = boxes + (labels * extent)[..., None]
+    # move boxes that are not valid to one place outside the image, where the first of them suppresses the others at once
+    unused = torch.tensor([-2.0, -2.0, -1.0, -1.0], dtype=boxes.dtype)
+    boxes = torch.where(valid[..., None], boxes, unused.to(boxes.device))
     keep = torch.zeros_like(valid)
     for group, group_boxes, group_scores in zip(keep, boxes, scores, strict=True):
         group[torchvision.ops.nms(group_boxes, group_scores.to(group_boxes.dtype), iou_threshold)] = True
@@ -98,41 +122,57 @@ def _as_peers(
 
 
 def _batched(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, labels: Tensor | None) -> Tensor:
-    """Greedy suppression as the fixed point of keep = valid & ~any(better & overlapping & keep)."""
+    """Greedy suppression of all groups at once: on a GPU with Triton without a host read, otherwise in plain torch."""
     order = scores.argsort(dim=1, descending=True, stable=True)
     boxes = boxes.gather(1, order[..., None].expand_as(boxes))
     labels = None if labels is None else labels.gather(1, order)
     sorted_valid = valid.gather(1, order)
-    size = boxes.shape[1]
-    at_once = max(1, SUPPRESSION_BYTES // max(1, size * size))
-    kept = [
-        _fixed_point(
-            _suppressors(boxes[part], iou_threshold, None if labels is None else labels[part]), sorted_valid[part]
-        )
-        for part in torch.arange(len(boxes), device="cpu").split(at_once)
-    ]
-    return torch.zeros_like(valid).scatter(1, order, torch.cat(kept))
+    if boxes.device.type == "cuda" and HAS_TRITON and boxes.shape[1] <= MAX_TRITON_BOXES:
+        from fpn_det.models.nms_triton import greedy_mask
+
+        keep = greedy_mask(boxes, sorted_valid, iou_threshold, labels)
+    else:
+        groups_at_once = max(1, PAIR_BYTES // (4 * MIN_BLOCK * boxes.shape[1]))
+        keep = torch.empty_like(sorted_valid)
+        for start in range(0, len(boxes), groups_at_once):
+            part = slice(start, start + groups_at_once)
+            part_labels = None if labels is None else labels[part]
+            keep[part] = _greedy_mask(boxes[part], sorted_valid[part], part_labels, iou_threshold)
+    return torch.zeros_like(valid).scatter(1, order, keep)
 
 
-def _suppressors(boxes: Tensor, iou_threshold: float, labels: Tensor | None) -> Tensor:
-    """Bool [P, K, K]: entry (i, j) says that i, if it stays, removes j. Boxes are sorted, best first."""
-    num_groups, size = boxes.shape[:2]
-    matrix = torch.empty(num_groups, size, size, dtype=torch.bool, device=boxes.device)
-    at_once = max(1, IOU_BYTES // max(1, 4 * size * size))
-    for start in range(0, num_groups, at_once):
-        part = slice(start, start + at_once)
-        matrix[part] = box_iou(boxes[part], boxes[part]) > iou_threshold
+def _greedy_mask(boxes: Tensor, valid: Tensor, labels: Tensor | None, iou_threshold: float) -> Tensor:
+    """Mask [P, K] of the boxes [P, K, 4], sorted from the best on, that survive.
+
+    Boxes are decided block by block. A block is compared with itself and with all later boxes, so memory is proportional
+    to its size times K, and the block is as large as PAIR_BYTES allow.
+    """
+    num_groups, num_boxes = valid.shape
+    size = max(MIN_BLOCK, PAIR_BYTES // (4 * num_groups * num_boxes))
+    remaining = valid.clone()  # valid boxes that no better box has suppressed so far
+    for start in range(0, num_boxes, size):
+        stop = min(start + size, num_boxes)
+        suppresses = box_iou(boxes[:, start:stop], boxes[:, start:]) > iou_threshold  # [P, stop - start, K - start]
         if labels is not None:
-            matrix[part] &= labels[part, :, None] == labels[part, None, :]
-    return matrix.triu_(diagonal=1)
+            suppresses &= labels[:, start:stop, None] == labels[:, None, start:]
+        within = suppresses[:, :, : stop - start].triu(diagonal=1)
+        kept = _fixed_point(within, remaining[:, start:stop])
+        remaining[:, start:stop] = kept
+        if stop < num_boxes:
+            remaining[:, stop:] &= ~(suppresses[:, :, stop - start :] & kept[:, :, None]).any(dim=1)
+    return remaining
 
 
-def _fixed_point(suppressors: Tensor, valid: Tensor) -> Tensor:
+def _fixed_point(suppresses: Tensor, valid: Tensor) -> Tensor:
+    """The mask keep [P, N] with keep = valid & ~any(suppresses & keep), for [P, N, N] strictly upper triangular.
+
+    Each round decides at least one more box for good, and usually all of them are decided after a few.
+    """
     keep, rounds = valid, 8
     while True:
         for _ in range(rounds):
             previous = keep
-            keep = valid & ~(suppressors & previous[:, :, None]).any(dim=1)
+            keep = valid & ~(suppresses & previous[:, :, None]).any(dim=1)
         if not (keep != previous).any():  # the host read
             return keep
         rounds *= 2

@@ -65,3 +65,13 @@ def test_conv_block_has_a_bias_only_without_norm():
 def test_make_norm_refuses_unknown_names():
     with pytest.raises(ValueError, match=f"expected one of {', '.join(NORMS)}, got 'layer'"):
         make_norm("layer", 3)
+
+
+@pytest.mark.parametrize("name", ["batch", "sync"])
+def test_batch_norm_refuses_a_single_value_per_channel(name: str):
+    norm = make_norm(name, 4)
+    with pytest.raises(
+        ValueError, match="expected at least 2 values per channel for batch statistics, got 1. Use larger"
+    ):
+        norm(torch.randn(1, 4, 1, 1))
+    assert norm.eval()(torch.randn(1, 4, 1, 1)).shape == (1, 4, 1, 1)

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torchvision
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpn_det.models import nms
 from fpn_det.models.nms import nms_keep
@@ -59,12 +65,104 @@ def test_nms_batched_reaches_the_end_of_long_chains():
     assert keep[0].tolist() == [i % 2 == 0 for i in range(100)]
 
 
-def test_nms_batched_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("pair_bytes", [4 * 50 * 50, 4 * 32 * 50 * 2, 1])
+def test_nms_batched_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch, pair_bytes: int):
     boxes, scores, valid = crowded_boxes(5, 50, 3)
-    whole = nms_keep(boxes, scores, valid, 0.4, method="batched")
-    monkeypatch.setattr(nms, "SUPPRESSION_BYTES", 2 * 50 * 50)
-    monkeypatch.setattr(nms, "IOU_BYTES", 4 * 50 * 50)
-    assert torch.equal(whole, nms_keep(boxes, scores, valid, 0.4, method="batched"))
+    labels = torch.randint(0, 2, (5, 50), generator=torch.Generator().manual_seed(0))
+    whole = [nms_keep(boxes, scores, valid, 0.4, each, "batched") for each in (None, labels)]
+    monkeypatch.setattr(nms, "PAIR_BYTES", pair_bytes)
+    for expected, each in zip(whole, (None, labels), strict=True):
+        assert torch.equal(expected, nms_keep(boxes, scores, valid, 0.4, each, "batched"))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor that an operator returns."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.nbytes = max(self.nbytes, result.numel() * result.element_size())
+        return result
+
+
+def test_nms_batched_of_one_large_group_needs_bounded_memory():
+    size = 20_000  # all pairs would be 1.5 GiB of float32
+    boxes, scores, valid = crowded_boxes(1, size, 0)
+    with LargestTensor() as largest:
+        keep = nms._batched(boxes, scores, valid, 0.5, None) & valid
+    assert largest.nbytes <= 1 << 27
+    (rows,) = torch.where(valid[0])
+    expected = rows[torchvision.ops.nms(boxes[0][rows], scores[0][rows], 0.5)]
+    assert set(keep[0].nonzero().flatten().tolist()) == set(expected.tolist())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nms_of_labels_with_a_box_that_is_not_finite(method: str):
+    boxes, scores, valid = crowded_boxes(2, 50, 4)
+    labels = torch.randint(0, 3, (2, 50), generator=torch.Generator().manual_seed(0))
+    valid[0, 0] = True
+    without = valid.clone()
+    without[0, 0] = False
+    expected = nms_keep(boxes, scores, without, 0.3, labels, method)
+    assert expected.sum() < without.sum()
+    boxes[0, 0, 2] = torch.nan
+    keep = nms_keep(boxes, scores, valid, 0.3, labels, method)
+    keep[0, 0] = False
+    assert torch.equal(keep, expected)
+
+
+TRITON_PROGRAM = """
+import sys
+import torch
+from fpn_det.models import nms_triton
+
+boxes, valid, labels, expected = torch.load(sys.argv[1])
+for threshold_labels, keep in zip((None, labels), expected, strict=True):
+    assert torch.equal(nms_triton.greedy_mask(boxes, valid, 0.4, threshold_labels) & valid, keep)
+nms_triton.BITMASK_BYTES = 1  # 32 rows at a time
+assert torch.equal(nms_triton.greedy_mask(boxes, valid, 0.4, labels) & valid, expected[1])
+"""
+
+
+@pytest.mark.skipif(not nms.HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize("size", [1, 32, 150])
+def test_nms_in_triton_equals_the_others_in_the_interpreter(tmp_path: Path, size: int):
+    boxes, _, valid = crowded_boxes(3, size, 5)
+    valid[0, 0] = True
+    boxes[0, 0, 1] = torch.nan
+    labels = torch.randint(0, 2, (3, size), generator=torch.Generator().manual_seed(0))
+    scores = -torch.arange(float(size)).expand(3, -1)
+    expected = [nms_keep(boxes, scores, valid, 0.4, each, "torchvision") for each in (None, labels)]
+    torch.save((boxes, valid, labels, expected), tmp_path / "example.pt")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when triton is imported
+    command = [sys.executable, "-c", TRITON_PROGRAM, str(tmp_path / "example.pt")]
+    subprocess.run(command, check=True, env=environment)
+
+
+@pytest.mark.skipif(not nms.HAS_TRITON, reason="needs triton")
+def test_nms_in_triton_compiles_for_a_gpu():
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fpn_det.models import nms_triton
+
+    numbers = {"first_row": "i32", "num_rows": "i32", "num_words": "i32"}
+    pack = {"boxes": "*fp32", "areas": "*fp32", "labels": "*i64", "bits": "*i32", "iou_threshold": "fp32"}
+    pack |= numbers | {"num_boxes": "i32", "has_labels": "constexpr", "block_rows": "constexpr"}
+    collect = {"bits": "*i32", "removed": "*i32", "kept": "*i32"} | numbers
+    collect |= {"padded_words": "constexpr", "tile_rows": "constexpr"}
+    for kernel, signature, constants in (
+        (nms_triton._pack_overlaps, pack, {"has_labels": True, "block_rows": nms_triton.ROWS_PER_PROGRAM}),
+        (nms_triton._collect, collect, {"padded_words": 64, "tile_rows": 32}),
+        (nms_triton._collect, collect, {"padded_words": 4096, "tile_rows": 1}),
+    ):
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        compiled = triton.compile(source, GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False})
+        # a fused multiply-add would round differently from `box_iou`
+        assert "fma" not in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -38,6 +38,52 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def offset_images() -> torch.Tensor:
+    """Values whose mean is a thousand times their deviation."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(6, 5, 8, 8, generator=generator, dtype=torch.float64) * 0.1 + 100
+
+
+def work_on_extremes(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    results = {}
+    images = offset_images().float()
+    parts = {
+        "offset": images[:2] if rank == 0 else images[2:],
+        "one rank without values": images if rank == 1 else images[:0],
+        "a single value": torch.full((1 - rank, 5, 1, 1), 3.0),
+        "no value": torch.zeros(0, 5, 1, 1),
+    }
+    for name, part in parts.items():
+        norm = SyncBatchNorm2d(5)
+        part = part.clone().requires_grad_()
+        output = norm(part)
+        output.square().sum().backward()
+        results[name] = (output.detach(), part.grad, norm.running_mean, norm.running_var)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_sync_norm_is_exact_where_the_mean_is_large_and_finite_where_values_are_few(tmp_path: Path):
+    mp.spawn(work_on_extremes, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    norm = torch.nn.BatchNorm2d(5).double()
+    expected = norm(offset_images().float().double()).detach()
+    for name in ("offset", "one rank without values"):
+        output = torch.cat([results[name][0] for results in ranks])
+        assert (output - expected).abs().max() < 1e-5 * expected.abs().max()
+        for _, _, mean, variance in (results[name] for results in ranks):
+            assert torch.allclose(mean.double(), norm.running_mean, rtol=1e-5, atol=0)
+            assert torch.allclose(variance.double(), norm.running_var, rtol=1e-5, atol=0)
+    for name in ("a single value", "no value"):
+        for tensors in (results[name] for results in ranks):
+            assert all(tensor.isfinite().all() for tensor in tensors)
+        mean, variance = ranks[0][name][2:]
+        assert torch.allclose(mean, torch.full((5,), 0.3 if name == "a single value" else 0.0))
+        assert torch.allclose(variance, torch.full((5,), 0.9 if name == "a single value" else 1.0))
+
+
 def test_sync_norm_on_two_ranks_is_batch_norm_of_the_whole_batch(tmp_path: Path):
     mp.spawn(work, (str(tmp_path),), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
