@@ -55,7 +55,10 @@ def nms_keep(
     if method in ("shifted", "torchvision_batched"):
         labels = torch.zeros_like(valid, dtype=torch.int64) if labels is None else labels
         return _as_peers(boxes, scores, valid, iou_threshold, labels, method)
-    return _suppress(boxes, scores, valid, labels, iou_threshold, method == "batched")
+    arguments = boxes, scores, valid, labels, iou_threshold, method == "batched"
+    if torch.compiler.is_compiling() or (method == "batched" and _uses_triton(boxes)):
+        return _suppress_operator(*arguments)
+    return _suppress(*arguments)
 
 
 def nms_keep_levels(
@@ -70,20 +73,26 @@ def nms_keep_levels(
     return keep.view_as(valid)
 
 
-@torch.library.custom_op("fpn_det::suppress", mutates_args=())
 def _suppress(
     boxes: Tensor, scores: Tensor, valid: Tensor, labels: Tensor | None, iou_threshold: float, batched: bool
 ) -> Tensor:
-    """An operator of its own, so that a compiled graph contains it without a break."""
     if not valid.numel():
         return torch.zeros_like(valid)
     suppress = _batched if batched else _per_group
     return suppress(boxes, scores.masked_fill(~valid, -torch.inf), valid, iou_threshold, labels) & valid
 
 
-@_suppress.register_fake
+# As one operator, which a compiled graph contains without a break, and which has a fake implementation for tracing.
+_suppress_operator = torch.library.custom_op("fpn_det::suppress", _suppress, mutates_args=())
+
+
+@_suppress_operator.register_fake
 def _(boxes, scores, valid, labels, iou_threshold, batched):
     return torch.empty_like(valid)
+
+
+def _uses_triton(boxes: Tensor) -> bool:
+    return boxes.device.type == "cuda" and HAS_TRITON and boxes.shape[1] <= MAX_TRITON_BOXES
 
 
 def _per_group(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, labels: Tensor | None) -> Tensor:
@@ -127,7 +136,7 @@ def _batched(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float,
     boxes = boxes.gather(1, order[..., None].expand_as(boxes))
     labels = None if labels is None else labels.gather(1, order)
     sorted_valid = valid.gather(1, order)
-    if boxes.device.type == "cuda" and HAS_TRITON and boxes.shape[1] <= MAX_TRITON_BOXES:
+    if _uses_triton(boxes):
         from fpn_det.models.nms_triton import greedy_mask
 
         keep = greedy_mask(boxes, sorted_valid, iou_threshold, labels)
