@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fpn_det.composition import compose
 from fpn_det.config import PRECISIONS, EvalConfig
-from fpn_det.errors import explained
+from fpn_det.errors import translate_system_errors
 from fpn_det.evaluation.coco import Evaluation
 from fpn_det.evaluation.evaluate import evaluate as evaluate_model
 from fpn_det.evaluation.evaluate import write_evaluation
@@ -50,7 +50,7 @@ def train(config: TrainConfig | Sequence[str], overrides: Sequence[str] = ()) ->
     with process_group(config.device, config.trainer.timeout_minutes) as (ranks, device):
         trainer = Trainer(config, ranks, device)
         folder = choose_folder(config.experiment, config.run_dir, config.resume, config.set_aside)
-        with folder.held(), explained(folder.rescue), RunLog(folder.path, ranks) as log:
+        with folder.held(), translate_system_errors(folder.rescue), RunLog(folder.path, ranks) as log:
             trainer.prepare(folder, log, overrides)
             with profiled(config.profile, log):
                 exit_code = trainer.train()

@@ -1,6 +1,7 @@
-"""Where the program runs: device, precision, ranks and seeds. The only file that knows torch.distributed.
+"""Devices, seeds and distributed communication. The only module that imports torch.distributed.
 
-One process is the same code as many: without a launcher there is one rank, 0 of 1, and every collective is the identity.
+A single process runs the same code as many: without a launcher there is one rank, 0 of 1, and every collective returns its
+input. Collectives whose name starts with `host` run over gloo on the CPU and do not synchronize the device.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
-PATIENCE = datetime.timedelta(days=1)  # with a rank that is alive; the death of one is noticed at once
+# Host collectives wait this long for a rank that is busy. The end of a process closes its connections and is noticed at once.
+HOST_TIMEOUT = datetime.timedelta(days=1)
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device that `name` asks for; `auto` takes the best that is there.
+    """Return the device called `name`; `auto` prefers cuda, then mps, then cpu.
 
     Raises:
-        ValueError: the device is unknown or absent, with what is available.
+        ValueError: the device is unknown or not available; the message lists the available ones.
     """
     present = ["cpu"]
     if torch.cuda.is_available():
@@ -51,21 +53,27 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed every generator that a library could draw from. Our own draws take their seeds as arguments."""
+    """Seed the global generators of random, numpy and torch. The package's own random draws take seeds as arguments."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Let whatever draws from a global generator (dropout, a user's layer) depend on the step, not on the past."""
+    """Seed the global generators for one step, so that dropout and custom layers are reproducible after a resume."""
     (state,) = np.random.SeedSequence((seed, step, rank)).generate_state(1)
     seed_everything(int(state))
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among all: `rank` of `world_size`, `local_rank` on its machine."""
+    """Rank of this process, as in torch.distributed.
+
+    Attributes:
+        rank: in [0, world_size).
+        world_size: number of processes.
+        local_rank: rank among the processes of this machine.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -76,35 +84,35 @@ class Ranks:
         return self.rank == 0
 
 
-_is_alone = False
+_is_single_process = False
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Within this context each process works for itself, as if there were no other."""
-    global _is_alone
-    _is_alone = True
+def single_process() -> Iterator[None]:
+    """Disable all collectives within this context: every process has rank 0 of 1."""
+    global _is_single_process
+    _is_single_process = True
     try:
         yield
     finally:
-        _is_alone = False
+        _is_single_process = False
 
 
 def current_ranks() -> Ranks:
-    """The place of this process in the group that is open now; 0 of 1 without one."""
-    if _is_alone or not dist.is_initialized():
+    """Return the rank of this process in the current process group; 0 of 1 without a group."""
+    if _is_single_process or not dist.is_initialized():
         return Ranks()
     return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
 
 
 @contextmanager
 def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Ranks, torch.device]]:
-    """Join the job that `torchrun` (or a cluster's launcher with the same variables) started, and leave it at the end.
+    """Initialize the process group of a job started by `torchrun`, or by a launcher that sets the same variables.
 
     Args:
-        device: see `pick_device`.
-        timeout_minutes: how long one rank waits for another in the middle of a step. Where one rank works for all
-            (it scores, it saves), the others wait for as long as it lives.
+        device: see `pick_device`. With cuda, each process takes the GPU of its local rank.
+        timeout_minutes: timeout of collectives on the device. Host collectives, which wait while rank 0 scores or saves, wait
+            until a process ends.
 
     Raises:
         ValueError: only some of the launcher's variables are set.
@@ -123,11 +131,11 @@ def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Ranks, 
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(chosen)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",  # what is on the host is exchanged there
+        "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",  # CPU tensors over gloo
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
     global _host_group
-    _host_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+    _host_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
     try:
         yield current_ranks(), chosen
     finally:
@@ -135,36 +143,35 @@ def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Ranks, 
         dist.destroy_process_group()
 
 
-# Exchanges between hosts, by which ranks wait for one another's work.
+# Group of the host collectives.
 _host_group: dist.ProcessGroup | None = None
 
 
-def tells_of_lost_rank(error: Exception) -> bool:
-    """Whether this says that another rank has ended, or cannot be reached, while this one waited for it."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(
-        error
-    )  # gloo's errors have no class of their own
+def is_lost_rank_error(error: Exception) -> bool:
+    """Return whether a collective failed because another rank ended or cannot be reached."""
+    # gloo raises RuntimeError, so its message is inspected
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
-def wrap_for_ranks(model: nn.Module) -> nn.Module:
-    """The module whose backward averages gradients over the ranks: DDP with more than one, else the model itself.
+def wrap_in_ddp(model: nn.Module) -> nn.Module:
+    """Wrap the model in DistributedDataParallel, which averages gradients over ranks; a single process keeps the bare model.
 
-    Buffers are not broadcast in training, which reads none: see `share_buffers`.
+    DDP does not broadcast buffers here, because the training step does not read them: see `broadcast_buffers`.
     """
     if current_ranks().world_size == 1:
         return model
-    # newer versions of torch warn about the old name of the same setting
+    # newer versions of torch warn about the former name of this argument
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {name: False, "gradient_as_bucket_view": True}
     return DistributedDataParallel(model, **options)
 
 
-def share_buffers(module: nn.Module) -> None:
-    """Give every rank the buffers of rank 0.
+def broadcast_buffers(module: nn.Module) -> None:
+    """Copy the buffers of rank 0 to all ranks.
 
-    Norms that are not synchronized gather running statistics on each rank for itself, and a checkpoint holds those of
-    rank 0: so all ranks must evaluate with them.
+    Norms that are not synchronized accumulate different running statistics on each rank. Checkpoints store those of rank 0, so
+    all ranks must evaluate with the same ones.
     """
     if current_ranks().world_size > 1:
         for buffer in module.buffers():
@@ -172,16 +179,16 @@ def share_buffers(module: nn.Module) -> None:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
+    """Return the value of rank 0 on every rank."""
     if current_ranks().world_size == 1:
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=_host_group)
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=_host_group)
+    return values[0]
 
 
 def gather_objects(value: Any) -> list[Any] | None:
-    """The values of all ranks, in their order, on rank 0; None on the others. Plain arrays only, please."""
+    """Return the values of all ranks, ordered by rank, on rank 0, and None elsewhere. Values are pickled: pass plain arrays."""
     ranks = current_ranks()
     if ranks.world_size == 1:
         return [value]
@@ -190,17 +197,30 @@ def gather_objects(value: Any) -> list[Any] | None:
     return gathered
 
 
-def agree_on_max(value: int) -> int:
-    """The largest value of all ranks, without touching the device."""
+def host_all_reduce_max(value: int) -> int:
+    """Return the largest value of all ranks."""
+    return _host_all_reduce(value, dist.ReduceOp.MAX)
+
+
+def host_all_reduce_min(value: int) -> int:
+    """Return the smallest value of all ranks."""
+    return _host_all_reduce(value, dist.ReduceOp.MIN)
+
+
+def _host_all_reduce(value: int, operation: dist.ReduceOp.RedOpType) -> int:
     if current_ranks().world_size == 1:
         return value
-    box = torch.tensor(value)
-    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=_host_group)
-    return int(box)
+    reduced = torch.tensor(value)
+    dist.all_reduce(reduced, op=operation, group=_host_group)
+    return int(reduced)
 
 
-def on_main(work: Callable[[], T]) -> T:
-    """What `work` returns or raises on rank 0, on all ranks; for work that one rank does for all."""
+def run_on_main(work: Callable[[], T]) -> T:
+    """Call `work` on rank 0 only; its return value or exception is broadcast to all ranks.
+
+    Raises:
+        ValueError, OSError, FloatingPointError: raised by `work`; on all ranks.
+    """
     result: T | None = None
     failure: Exception | None = None
     if current_ranks().is_main:
@@ -211,23 +231,23 @@ def on_main(work: Callable[[], T]) -> T:
     result, failure = broadcast_object((result, failure))
     if failure is not None:
         if not current_ranks().is_main:
-            mark_as_echo(failure)
+            mark_reported_by_main(failure)
         raise failure
     return result
 
 
-def mark_as_echo(error: BaseException) -> None:
-    """Note that rank 0 raises this too, so that it need not be told twice."""
-    error.__dict__["is_echo"] = True
+def mark_reported_by_main(error: BaseException) -> None:
+    """Mark an exception that rank 0 raises too, so that it is reported once."""
+    error.__dict__["is_reported_by_main"] = True
 
 
-def is_echo(error: BaseException) -> bool:
-    """Whether rank 0 raises this too."""
-    return "is_echo" in error.__dict__
+def is_reported_by_main(error: BaseException) -> bool:
+    """Return whether rank 0 raises this exception too."""
+    return "is_reported_by_main" in error.__dict__
 
 
 def all_reduce_mean(value: Tensor) -> Tensor:
-    """The mean of a tensor over the ranks, without gradient, as a new tensor."""
+    """Return the mean of a tensor over ranks, as a new tensor without gradient."""
     ranks = current_ranks()
     if ranks.world_size == 1:
         return value
@@ -251,5 +271,5 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """The sum of a tensor over the ranks; differentiable, and its gradient is summed over the ranks too."""
+    """Return the sum of a tensor over ranks. Differentiable: the gradient is summed over ranks too."""
     return _AllReduceSum.apply(value) if current_ranks().world_size > 1 else value

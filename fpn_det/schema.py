@@ -18,7 +18,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from fpn_det.errors import is_for_people
+from fpn_det.errors import is_user_facing
 
 SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", type(None): "null"}
 NODE_KEYS = ("_target_", "_partial_")
@@ -281,7 +281,7 @@ def build(node: Any, where: str) -> Any:
         return target(**arguments)
     except Exception as error:
         reason = PYDANTIC.sub("", " ".join(str(error).split()))
-        if isinstance(error, ValueError) and is_for_people(error):
+        if isinstance(error, ValueError) and is_user_facing(error):
             raise ValueError(_placed(reason, where)) from None
         raise ValueError(f"{where}: {node['_target_']} refuses its arguments: {reason}.") from None
 

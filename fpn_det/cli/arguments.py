@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from fpn_det.cli.launch import FOR_PEOPLE, end_with
 from fpn_det.composition import parse_words
-from fpn_det.errors import explained
+from fpn_det.errors import translate_system_errors
 from fpn_det.schema import check_names, fit
 
 S = TypeVar("S")
@@ -30,7 +30,7 @@ def run_command(command: Callable[[S], object], schema: type[S], positional: str
         positional: name of the option that a word without `=` sets.
     """
     try:
-        with explained():
+        with translate_system_errors():
             command(fit_words(sys.argv[1:], schema, positional))
     except FOR_PEOPLE as error:
         end_with(error)

@@ -28,13 +28,13 @@ from fpn_det.composition import (
     parse_words,
     read_saved,
 )
-from fpn_det.errors import Fault, explained, is_for_people
+from fpn_det.errors import SystemFault, is_user_facing, translate_system_errors
 from fpn_det.runs.log import PLAIN_WIDTH
 from fpn_det.runs.overview import compare, find_runs, runs_table, write_results
-from fpn_det.runtime import is_echo
+from fpn_det.runtime import is_reported_by_main
 from fpn_det.training.config import TrainConfig
 
-FOR_PEOPLE = (ValueError, FloatingPointError, Fault)  # wrong input, diverged training, failures of the system
+FOR_PEOPLE = (ValueError, FloatingPointError, SystemFault)  # wrong input, diverged training, failures of the system
 FAILED, WRONG_COMMAND_LINE = 1, 2  # exit codes
 
 # A command: gets its config and the words of the command line.
@@ -72,7 +72,7 @@ def launch(command: Command, schema: type[C], config_name: str, saved: Callable[
         elif options:
             raise ValueError(f"command line: expected name=value, got '{options[0]}'. --help shows the settings.")
         else:
-            with explained():
+            with translate_system_errors():
                 command(compose_as(schema, config_name, words, earlier), words)
     except COMPOSING as error:
         end_with(ValueError(describe_refusal(error)))
@@ -83,9 +83,9 @@ def launch(command: Command, schema: type[C], config_name: str, saved: Callable[
 def end_with(error: Exception) -> None:
     """End the process with one sentence; an unexpected error keeps its traceback."""
     rank = os.environ.get("RANK", "0")
-    if not is_for_people(error):
+    if not is_user_facing(error):
         raise error
-    if not is_echo(error):
+    if not is_reported_by_main(error):
         print(str(error) if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)
     sys.exit(WRONG_COMMAND_LINE if isinstance(error, ValueError) else FAILED)
 
@@ -102,7 +102,7 @@ def _sweep(command: Command, schema: type[C], config_name: str, words: Sequence[
         config = compose_as(schema, config_name, job_words, saved)
         if isinstance(config, TrainConfig) and config.run_dir is None and config.resume in (None, "auto"):
             config = replace(config, run_dir=job.runtime.output_dir, set_aside=False)
-        with explained():
+        with translate_system_errors():
             command(config, job_words)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's short message would advise to write +name=value

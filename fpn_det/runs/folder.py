@@ -22,7 +22,7 @@ import torch
 
 from fpn_det.runs.checkpoint import CheckpointFolder
 from fpn_det.runs.log import shown_path
-from fpn_det.runtime import current_ranks, on_main
+from fpn_det.runtime import current_ranks, run_on_main
 
 LOCK = ".lock"
 NAN_DUMP = "nan_dump"  # what a step that was not finite leaves, see `training.nonfinite`
@@ -58,7 +58,7 @@ class RunFolder:
                 assert file is not None, "rank 0 takes it for all"
                 _take(file, self.path)
 
-            on_main(take)
+            run_on_main(take)
             yield
 
     def rescue(self) -> str:
@@ -136,7 +136,7 @@ def choose_folder(
         (folder.path / ".writable").unlink()
         return folder
 
-    return on_main(choose)
+    return run_on_main(choose)
 
 
 def write_settings(folder: Path, config: str, overrides: Sequence[str]) -> None:

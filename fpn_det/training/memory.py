@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fpn_det.errors import Fault
+from fpn_det.errors import SystemFault
 from fpn_det.runs.meters import memory_mib
 from fpn_det.structures import Batch
 from fpn_det.training.optimization import Optimization
@@ -33,7 +33,7 @@ def explained(batch: Batch) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         reason = (str(error).splitlines() or ["MemoryError"])[0]
-        raise Fault(f"memory: expected room for {describe(batch)}, got: {reason} {KNOBS}") from None
+        raise SystemFault(f"memory: expected room for {describe(batch)}, got: {reason} {KNOBS}") from None
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def explained_evaluation(batch_size: int) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         reason = (str(error).splitlines() or ["MemoryError"])[0]
-        raise Fault(
+        raise SystemFault(
             f"memory: expected room to evaluate {batch_size} image(s) at a time, got: {reason} "
             "Lower data.eval_batch_size, or make images smaller (data.eval_transforms.resize.sides and max_side)."
         ) from None
@@ -92,7 +92,7 @@ def probe(optimization: Optimization, batch: Batch, accumulate: int) -> str:
     """Go through a whole step with `batch` as each of its micro-batches, change nothing, and say what it took.
 
     Raises:
-        Fault: there is not enough memory.
+        SystemFault: there is not enough memory.
     """
     with explained(batch):
         optimization.rehearse([batch] * accumulate)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fpn_det.models.detector import Detector
 from fpn_det.runs.checkpoint import load_checkpoint, save_checkpoint
-from fpn_det.runtime import Ranks, agree_on_max, broadcast_object, gather_objects, on_main, seed_step
+from fpn_det.runtime import Ranks, broadcast_object, gather_objects, host_all_reduce_min, run_on_main, seed_step
 from fpn_det.structures import Annotations, Batch, Proposals, Targets
 from fpn_det.training.optimization import Optimization
 
@@ -52,7 +52,7 @@ class Examination:
 def first_bad_step(optimization: Optimization) -> int:
     """The first step with an alarm on any rank; all ranks ask together."""
     step = int(optimization.alarm)
-    return -agree_on_max(-(NEVER if step < 0 else step))
+    return host_all_reduce_min(NEVER if step < 0 else step)
 
 
 def examine(
@@ -106,7 +106,7 @@ def explain(
     """
     weights = dict(optimization.model.named_parameters())
     bad_weights = [f"weight {name}" for name, weight in weights.items() if not torch.isfinite(weight).all()]
-    unsaved = _try_to_save(lambda: on_main(lambda: _start(folder, ranks.world_size, state())))
+    unsaved = _try_to_save(lambda: run_on_main(lambda: _start(folder, ranks.world_size, state())))
 
     scale = float(optimization.scale.value)
     seed_step(seed, step, ranks.rank)

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from fpn_det.config import PRECISIONS
 from fpn_det.models.detector import Detector
-from fpn_det.runtime import wrap_for_ranks
+from fpn_det.runtime import wrap_in_ddp
 from fpn_det.structures import Batch, Losses
 from fpn_det.training.ema import EMA
 from fpn_det.training.schedule import Schedule
@@ -116,7 +116,7 @@ class Optimization:
         self.lr = 0.0
         self._grad_norm = torch.tensor(0.0, device=self.device)
         self._statistics = NormStatistics(model)
-        self._forward = wrap_for_ranks(model)
+        self._forward = wrap_in_ddp(model)
 
     @property
     def model_to_evaluate(self) -> Detector:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
 from typing import TypeVar
 
-from fpn_det.runtime import agree_on_max
+from fpn_det.runtime import host_all_reduce_max
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ class StopRequest:
 
     def agreed(self) -> int:
         """The signal that some rank got, 0 if none did; the same on all ranks, which all ask after the same step."""
-        return agree_on_max(self._look())
+        return host_all_reduce_max(self._look())
 
     def until_stopped(self, batches: Iterable[T]) -> Iterator[T]:
         """Hand out this rank's batches, of which other ranks may have more or fewer. All ranks go through theirs together.
@@ -64,7 +64,7 @@ class StopRequest:
         remaining = iter(batches)
         while True:
             batch = next(remaining, None)
-            answer = agree_on_max(2 * self._look() + (batch is not None))  # one question for both
+            answer = host_all_reduce_max(2 * self._look() + (batch is not None))  # one question for both
             if answer > 1:
                 raise Stopped
             if batch is not None:

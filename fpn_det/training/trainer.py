@@ -22,7 +22,16 @@ from fpn_det.runs.folder import NAN_DUMP, RunFolder, versions, write_settings
 from fpn_det.runs.log import RunLog, shown_path
 from fpn_det.runs.meters import Meters, Pace, memory_mib
 from fpn_det.runs.settings_diff import changes_table, read_settings
-from fpn_det.runtime import Ranks, agree_on_max, alone, mark_as_echo, on_main, seed_everything, seed_step, share_buffers
+from fpn_det.runtime import (
+    Ranks,
+    broadcast_buffers,
+    host_all_reduce_min,
+    mark_reported_by_main,
+    run_on_main,
+    seed_everything,
+    seed_step,
+    single_process,
+)
 from fpn_det.training import memory, nonfinite
 from fpn_det.training.config import TrainConfig
 from fpn_det.training.optimization import Optimization
@@ -135,7 +144,7 @@ class Trainer:
         if resumes and saved.is_file():
             batch_size = read_settings(saved.read_text())["trainer.batch_size"]
         else:
-            with alone():
+            with single_process():
                 loader = self.config.train_loader(
                     self.train_annotations, self.model.stride, self.ranks, self.device, batch_size=per_image
                 )
@@ -148,7 +157,7 @@ class Trainer:
                 fitting = memory.largest_that_fits(
                     lambda count: memory.fits(optimization, loader.largest(count)), limit
                 )
-            fitting = -agree_on_max(-fitting)
+            fitting = host_all_reduce_min(fitting)
             if not fitting:
                 raise ValueError(
                     f"trainer.batch_size: expected room for one image on {self.device}, got none. {memory.KNOBS}"
@@ -317,7 +326,7 @@ class Trainer:
         if is_saved or is_over or received:
             self._save(step, is_best)
         elif is_best:
-            on_main(lambda: self.checkpoints.save_best(self._state(step)))
+            run_on_main(lambda: self.checkpoints.save_best(self._state(step)))
         return received or stop.agreed(), is_over
 
     def _score(self, step: int, stop: StopRequest) -> bool:
@@ -328,7 +337,7 @@ class Trainer:
         """
         config = self.config
         model = self.optimization.model_to_evaluate
-        share_buffers(model)
+        broadcast_buffers(model)
         batches = stop.until_stopped(self.log.track(self.val_loader, "evaluating"))
         self.evaluation = evaluation = evaluate(
             model,
@@ -340,7 +349,9 @@ class Trainer:
         )
         weights: Literal["ema", "raw"] = "raw" if self.optimization.ema is None else "ema"
         checkpoint = f"step_{step:08d}.pt"
-        on_main(lambda: write_evaluation(self.folder.path, evaluation, self.val_annotations, step, checkpoint, weights))
+        run_on_main(
+            lambda: write_evaluation(self.folder.path, evaluation, self.val_annotations, step, checkpoint, weights)
+        )
         self.log.evaluation(step, evaluation)
         if self.ranks.is_main:
             try:
@@ -368,7 +379,7 @@ class Trainer:
 
     def _save(self, step: int, is_best: bool = False) -> None:
         """Write a checkpoint of the state after `step`. Rank 0 writes, all ranks call."""
-        on_main(lambda: self.checkpoints.save(self._state(step), step, is_best, self._is_over(step)))
+        run_on_main(lambda: self.checkpoints.save(self._state(step), step, is_best, self._is_over(step)))
 
     def _state(self, step: int) -> State:
         return {
@@ -399,7 +410,7 @@ class Trainer:
             "If the images are right, lower optimizer.lr or set trainer.clip_norm."
         )
         if not self.ranks.is_main:
-            mark_as_echo(error)
+            mark_reported_by_main(error)
         return error
 
 

@@ -12,7 +12,7 @@ import torch
 from test_trainer import log_of, make_run
 from torch.utils.data import DataLoader
 
-from fpn_det.errors import Fault, explained
+from fpn_det.errors import SystemFault, translate_system_errors
 from fpn_det.runs.checkpoint import load_checkpoint
 from fpn_det.runs.folder import RunFolder
 from fpn_det.runs.log import RunLog
@@ -38,10 +38,10 @@ def test_full_disk_ends_the_run_in_one_sentence_and_leaves_what_was_saved(tmp_pa
 
     run.checkpoints.save = save_on_a_full_disk
     with pytest.raises(
-        Fault,
+        SystemFault,
         match=r"^system: expected to write .*step_00000009.pt, got: File too large. .* Last good checkpoint: .*last.pt",
     ):
-        with explained(RunFolder(tmp_path / "run").rescue):
+        with translate_system_errors(RunFolder(tmp_path / "run").rescue):
             run.train()
     assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["progress"]["step"] == 6
     assert not (tmp_path / "run/checkpoints/unfinished.tmp").exists()
@@ -50,7 +50,10 @@ def test_full_disk_ends_the_run_in_one_sentence_and_leaves_what_was_saved(tmp_pa
 @pytest.mark.parametrize("write", ["info", "scalars"])
 def test_full_disk_is_noticed_by_the_log(tmp_path, file_limit, write, capsys):
     size = 2000
-    with pytest.raises(Fault, match="expected to write the files of the run, got: File too large"), explained():
+    with (
+        pytest.raises(SystemFault, match="expected to write the files of the run, got: File too large"),
+        translate_system_errors(),
+    ):
         with RunLog(tmp_path, Ranks()) as log:
             log.begin(make_pace())
             file_limit(size)
@@ -72,16 +75,16 @@ def test_read_only_folder_is_refused(tmp_path, monkeypatch):
     refused = OSError(errno.EROFS, os.strerror(errno.EROFS), "runs/x/metrics.json")
     with (
         pytest.raises(
-            Fault, match=r"expected to write runs/x/metrics.json, got: Read-only file system\. Choose a folder"
+            SystemFault, match=r"expected to write runs/x/metrics.json, got: Read-only file system\. Choose a folder"
         ),
-        explained(),
+        translate_system_errors(),
     ):
         raise refused
 
 
 def test_bugs_keep_their_trace():
     for bug in (FileNotFoundError(errno.ENOENT, "no such file"), RuntimeError("shapes differ"), OSError("no number")):
-        with pytest.raises(type(bug)) as caught, explained():
+        with pytest.raises(type(bug)) as caught, translate_system_errors():
             raise bug
         assert caught.value is bug
 
@@ -95,9 +98,10 @@ class Sleepy(torch.utils.data.Dataset):
 def test_killed_worker_is_named():
     loader = DataLoader(Sleepy(), sampler=range(2), batch_size=None, num_workers=1)
     with pytest.raises(
-        Fault, match=r"data: expected the workers to live, got: DataLoader worker .* Killed.* lower data.num_workers"
+        SystemFault,
+        match=r"data: expected the data loader workers to keep running, got: DataLoader worker .* Killed.* lower data.num_workers",
     ):
-        with explained():
+        with translate_system_errors():
             batches = iter(loader)
             worker = batches._workers[0]
             threading.Timer(0.2, lambda: os.kill(worker.pid, signal.SIGKILL)).start()
@@ -106,6 +110,6 @@ def test_killed_worker_is_named():
 
 def test_log_keeps_the_trace_of_a_fault(tmp_path):
     run = make_run(tmp_path / "run")
-    with pytest.raises(Fault), explained(), run.log:
+    with pytest.raises(SystemFault), translate_system_errors(), run.log:
         raise OSError(errno.ENOSPC, "No space left on device")
     assert "Traceback" in log_of(run)

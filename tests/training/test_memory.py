@@ -4,7 +4,7 @@ import pytest
 import torch
 from parts import TinyDetector, differences, make_batch, make_optimization, snapshot
 
-from fpn_det.errors import Fault
+from fpn_det.errors import SystemFault
 from fpn_det.training.memory import explained, is_out_of_memory, largest_that_fits
 
 
@@ -31,7 +31,7 @@ def test_out_of_memory_is_known_on_any_device():
 def test_other_errors_are_left_as_they_are():
     with pytest.raises(RuntimeError, match="shapes differ"), explained(make_batch([0])):
         raise RuntimeError("shapes differ")
-    with pytest.raises(Fault, match="memory: expected room for 1 images of 8 x 8 px"), explained(make_batch([0])):
+    with pytest.raises(SystemFault, match="memory: expected room for 1 images of 8 x 8 px"), explained(make_batch([0])):
         raise MemoryError
 
 

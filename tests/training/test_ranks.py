@@ -17,13 +17,13 @@ from compare import assert_close
 from parts import TinyDetector, TinyLoader, make_annotations, make_batch, make_optimization, snapshot
 
 from fpn_det.data.sampling import micro_batches
-from fpn_det.errors import Fault, explained
+from fpn_det.errors import SystemFault, translate_system_errors
 from fpn_det.models.backbone import ResNet
 from fpn_det.models.detector import Detector
 from fpn_det.models.layers import SyncBatchNorm2d
 from fpn_det.models.necks.fpn import FPN
 from fpn_det.models.roi_head import ROIHead, TwoLayerHead
-from fpn_det.runtime import Ranks, all_reduce_mean, broadcast_object, current_ranks, on_main, process_group
+from fpn_det.runtime import Ranks, all_reduce_mean, broadcast_object, current_ranks, process_group, run_on_main
 from fpn_det.structures import Batch, Targets
 from fpn_det.training.nonfinite import explain, first_bad_step, load_dump
 from fpn_det.training.optimizers import SGD
@@ -151,8 +151,8 @@ def failing_choice(ranks: Ranks, folder: Path) -> dict:
         raise ValueError("only rank 0 knows")
 
     with pytest.raises(ValueError, match="only rank 0 knows"):
-        on_main(choose)
-    return {"same": on_main(lambda: f"chosen by {current_ranks().rank}")}
+        run_on_main(choose)
+    return {"same": run_on_main(lambda: f"chosen by {current_ranks().rank}")}
 
 
 def everything(ranks: Ranks, folder: Path) -> dict:
@@ -170,7 +170,7 @@ def lost_rank(ranks: Ranks, folder: Path) -> dict:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which the launcher follows
     said = []
     for exchange in (lambda: all_reduce_mean(torch.ones(1)), lambda: broadcast_object(1)):
-        with pytest.raises(Fault) as caught, explained(lambda: "Rescue."):
+        with pytest.raises(SystemFault) as caught, translate_system_errors(lambda: "Rescue."):
             exchange()
         said.append(str(caught.value))
     torch.save(said, folder / "0.pt")
@@ -240,12 +240,12 @@ def test_loss_of_a_rank_is_told_at_once(tmp_path):
     with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
         spawn(lost_rank, tmp_path)
     for text in torch.load(tmp_path / "0.pt"):
-        assert text.startswith("distributed: expected to hear from the other ranks, but one has ended or hangs (")
-        assert text.endswith("look at the memory. Rescue.")
+        assert text.startswith("distributed: expected all ranks to respond, but one has exited or hangs (")
+        assert text.endswith("check the memory. Rescue.")
 
 
 def slow_main(ranks: Ranks, folder: Path) -> dict:
-    on_main(lambda: time.sleep(8))
+    run_on_main(lambda: time.sleep(8))
     return {"done": True}
 
 

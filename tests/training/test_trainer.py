@@ -13,7 +13,7 @@ import torch
 from parts import TinyConfig, TinyData, TinyLoader, TinyTrainer, Watched, differences, make_batch, snapshot
 from rich.console import Console
 
-from fpn_det.errors import Fault
+from fpn_det.errors import SystemFault
 from fpn_det.runs.folder import choose_folder
 from fpn_det.runs.log import RunLog
 from fpn_det.runtime import Ranks
@@ -329,7 +329,7 @@ def test_probe_changes_nothing(tmp_path, options):
 def test_too_little_memory_ends_in_one_sentence(tmp_path, error):
     run = make_run(tmp_path / "run")
     run.model.forward = lambda batch, step: (_ for _ in ()).throw(error)
-    with pytest.raises(Fault) as fault:
+    with pytest.raises(SystemFault) as fault:
         run.train()
     assert str(fault.value).startswith(
         "memory: expected room for 4 images of 8 x 8 px (h x w) with up to 1 objects, got: "
