@@ -12,7 +12,9 @@ SOURCES = sorted([*(ROOT / "fpn_det").rglob("*.py"), *(ROOT / "tools").rglob("*.
 
 RANKS = {
     "": 0,
-    **dict.fromkeys(["structures", "boxes", "runtime", "image_io", "migration", "safe_yaml", "locations"], 0),
+    **dict.fromkeys(
+        ["structures", "boxes", "runtime", "image_io", "migration", "safe_yaml", "locations", "terminal"], 0
+    ),
     "errors": 1,
     "schema": 2,
     "annotations": 3,

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from fpn_det.benchmark.benchmark import describe, measure
@@ -23,6 +22,7 @@ from fpn_det.benchmark.config import BenchmarkConfig
 from fpn_det.benchmark.loader_memory import FEW, MANY, NUM_WORKERS, loader_growth_mib
 from fpn_det.cli.arguments import run_command
 from fpn_det.runtime import pick_device
+from fpn_det.terminal import SafeConsole
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def benchmark(config: BenchmarkConfig) -> None:
     title = f"batch {config.batch_size}, {height}x{width}, {config.precision}"
     table = Table("measure", "ours", "torchvision", "ours / torchvision", title=title)
     results: dict[str, dict[str, float]] = {}
-    console = Console()
+    console = SafeConsole()
     with console.status("measuring"):
         for name, (ours, peer) in measure(config):
             results[name] = {"ours": ours, "torchvision": peer, "ratio": ours / peer}

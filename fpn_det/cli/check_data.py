@@ -17,14 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from fpn_det.cli.launch import launch
 from fpn_det.data_report.anchor_coverage import measure_coverage
 from fpn_det.data_report.page import write_page
 from fpn_det.data_report.report import inspect_data
 from fpn_det.data_report.tables import print_report
 from fpn_det.runs.log import PLAIN_WIDTH, shown_path
+from fpn_det.terminal import SafeConsole
 from fpn_det.training.config import TrainConfig
 
 
@@ -53,7 +52,7 @@ def check_data(config: CheckDataConfig, words: Sequence[str]) -> None:
     (folder / "data_report.json").write_text(json.dumps(report.as_json(), indent=1, default=str), encoding="utf-8")
     write_page(folder / "data_report.html", report, coverage)
 
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console = SafeConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     print_report(report, console)
     if coverage is not None:
         console.print(

@@ -14,7 +14,6 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
-from rich.console import Console
 
 from fpn_det.composition import (
     COMPOSING,
@@ -32,6 +31,7 @@ from fpn_det.errors import SystemFault, is_user_facing, translate_system_errors
 from fpn_det.runs.log import PLAIN_WIDTH
 from fpn_det.runs.overview import compare, find_runs, runs_table, write_results
 from fpn_det.runtime import is_reported_by_main
+from fpn_det.terminal import SafeConsole, printable
 from fpn_det.training.config import TrainConfig
 
 FOR_PEOPLE = (ValueError, FloatingPointError, SystemFault)  # wrong input, diverged training, failures of the system
@@ -86,7 +86,8 @@ def end_with(error: Exception) -> None:
     if not is_user_facing(error):
         raise error
     if not is_reported_by_main(error):
-        print(str(error) if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)
+        text = printable(str(error))
+        print(text if rank == "0" else f"rank {rank}: {text}", file=sys.stderr)
     sys.exit(WRONG_COMMAND_LINE if isinstance(error, ValueError) else FAILED)
 
 
@@ -147,5 +148,5 @@ class SweepResults(Callback):
         if runs := find_runs(folder):
             names, rows = compare(runs, folder)
             write_results(folder, names, rows)
-            Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(runs_table(names, rows))
+            SafeConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(runs_table(names, rows))
             print(f"{folder / 'results.md'} and results.csv")

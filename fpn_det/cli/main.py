@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import sys
 
 from fpn_det.cli.help import COMMANDS, command_help, overview
@@ -29,6 +30,9 @@ def main() -> None:
 
 def run(command: str) -> None:
     """Run a command with the words of the command line, or print its help."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows ? for what it lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     if any(word in HELP[:2] for word in sys.argv[1:]):
         print(command_help(command))
         return

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -27,6 +26,7 @@ from fpn_det.runs.checkpoint import fill_model
 from fpn_det.runs.log import PLAIN_WIDTH
 from fpn_det.runtime import seed_step
 from fpn_det.schema import CountOrZero
+from fpn_det.terminal import SafeConsole
 from fpn_det.training.nonfinite import examine, load_dump
 
 DEPTH = 3  # leading parts of a parameter's name by which gradient norms are grouped
@@ -62,7 +62,7 @@ def replay(config: ReplayConfig) -> None:
         lambda: torch.autocast("cpu", dtype, enabled=dtype is not None),
     )
 
-    screen = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    screen = SafeConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     screen.print(
         f"step {share['step'] + 1}, rank {rank} of {share['world_size']}, {share['precision']}, "
         f"lr {share['lr']:g}, loss scale {share['loss_scale']:g}"

@@ -11,11 +11,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from fpn_det.cli.arguments import run_command
 from fpn_det.runs.log import PLAIN_WIDTH
 from fpn_det.runs.overview import compare, find_runs, runs_table
+from fpn_det.terminal import SafeConsole
 
 
 @dataclass(frozen=True)
@@ -40,4 +39,8 @@ def list_runs(config: RunsConfig) -> None:
     runs = find_runs(root)
     if not runs:
         raise ValueError(f"root: expected a folder with runs in it, got {root}, which has none.")
-    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(runs_table(*compare(runs, root)))
+    console = SafeConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console.print(runs_table(*compare(runs, root)))
+    for run in runs:
+        if run.error:
+            console.print(f"unreadable: {run.error}", markup=False, soft_wrap=True)

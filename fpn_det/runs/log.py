@@ -32,6 +32,7 @@ from fpn_det.evaluation.coco import Evaluation
 from fpn_det.runs.bad_files import listed
 from fpn_det.runs.meters import Pace
 from fpn_det.runtime import Ranks
+from fpn_det.terminal import SafeConsole, printable, replace_unencodable
 
 T = TypeVar("T")
 
@@ -53,11 +54,13 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         name = "log.txt" if ranks.is_main else f"rank{ranks.rank}.log"
-        self._file = (folder / name).open("a", encoding="utf-8", buffering=1)
-        self._plain = Console(file=self._file, width=PLAIN_WIDTH, color_system=None, force_terminal=False)
+        self._file = (folder / name).open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        self._plain = SafeConsole(file=self._file, width=PLAIN_WIDTH, color_system=None, force_terminal=False)
         # bound to the stream of now: whoever redirects sys.stdout for a while does not catch the progress bar
         width = None if sys.stdout.isatty() else PLAIN_WIDTH
-        self._screen = (screen or Console(file=sys.stdout, width=width)) if ranks.is_main else None
+        self._screen = (screen or SafeConsole(file=sys.stdout, width=width)) if ranks.is_main else None
+        if self._screen is not None:
+            replace_unencodable(self._screen.file)
         self._writer: SummaryWriter | None = None
         columns = (
             TextColumn("{task.description}"),
@@ -80,7 +83,7 @@ class RunLog:
         self._bar.stop()
         with suppress(OSError) if error is not None else nullcontext():  # on a full disk: it has been noticed
             if error is not None:
-                self._file.write("".join(traceback.format_exception(kind, error, trace)))
+                self._file.write(printable("".join(traceback.format_exception(kind, error, trace))))
             if self._writer is not None:
                 self._writer.close()
             self._file.close()

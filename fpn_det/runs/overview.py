@@ -1,51 +1,68 @@
-"""Many runs at a glance: how each went, and in which settings they differ."""
+"""A table of runs: state, best metric, and the settings in which they differ."""
 
 from __future__ import annotations
 
 import csv
+import html
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from fpn_det.runs.best import Best
 from fpn_det.runs.folder import LOCK, NAN_DUMP, RunFolder
 from fpn_det.runs.settings_diff import ABSENT, Flat, differing, is_harmless, read_settings
+from fpn_det.terminal import printable
 
 MAX_COLUMNS = 8  # of settings on the screen; files have them all
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How a run went, as its folder tells."""
+    """State and best metric of a run."""
 
     path: Path
-    status: str  # running, finished, stopped, diverged
+    status: str  # running, finished, stopped, diverged, unreadable
     step: int  # of the last evaluation or checkpoint
     best: Best
     settings: Flat
+    error: str | None = None  # of an unreadable run
 
 
 def find_runs(root: Path) -> list[RunSummary]:
-    """All runs below `root`, in the order of their names."""
+    """All runs below `root`, in the order of their names. A run that cannot be read is listed with the reason."""
     return [summarize(file.parent) for file in sorted(root.rglob("config.yaml"))]
 
 
 def summarize(path: Path) -> RunSummary:
-    """What the folder of a run tells."""
-    settings = read_settings((path / "config.yaml").read_text())
+    """Read state and best metric from the folder of a run."""
+    try:
+        return _summarize(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        return RunSummary(
+            path, "unreadable", 0, Best("AP"), {}, f"{path}: {reason}".replace(f"{path}: {path}", str(path))
+        )
+
+
+def _summarize(path: Path) -> RunSummary:
+    settings = read_settings(_read_text(path / "config.yaml"), str(path / "config.yaml"))
     history = path / "metrics.jsonl"
-    records = [json.loads(line) for line in history.read_text().splitlines()] if history.is_file() else []
-    best = Best(settings.get("trainer.best_metric", "AP"))
+    records = read_records(_read_text(history)) if history.is_file() else []
+    best = Best(str(settings.get("trainer.best_metric", "AP")))
     for record in records:
-        best.update(record["step"], {best.metric: record.get(best.metric)})
+        value = record.get(best.metric)
+        best.update(record["step"], {best.metric: value if isinstance(value, float | int) else None})
     checkpoints = RunFolder(path).checkpoints()
-    saved = [int(file.stem.removeprefix("step_")) for file in checkpoints.files() if file.name.startswith("step_")]
-    step = max([0, *saved, *(record["step"] for record in records)])
+    names = [file.stem.removeprefix("step_") for file in checkpoints.files() if file.name.startswith("step_")]
+    step = max([0, *(int(name) for name in names if name.isdigit()), *(record["step"] for record in records)])
     if is_held(path):
         status = "running"
     elif checkpoints.is_finished():
@@ -55,21 +72,42 @@ def summarize(path: Path) -> RunSummary:
     return RunSummary(path, status, step, best, settings)
 
 
-def is_held(path: Path) -> bool:
-    """Whether another process writes in this folder."""
-    if not (path / LOCK).is_file():
-        return False
-    with (path / LOCK).open("r+") as file:
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected UTF-8 text, got other bytes ({error.reason}).") from None
+
+
+def read_records(text: str) -> list[dict[str, Any]]:
+    """The evaluations in the text of metrics.jsonl. A line that a killed run left incomplete is skipped."""
+    records = []
+    for line in text.splitlines():
         try:
-            os.lockf(file.fileno(), os.F_TEST, 0)
-        except OSError:
-            return True
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def is_held(path: Path) -> bool:
+    """True while another process writes in this folder. False where locks cannot be tested, as on a read-only disk."""
+    try:
+        with (path / LOCK).open("r+") as file:
+            try:
+                os.lockf(file.fileno(), os.F_TEST, 0)
+            except OSError:
+                return True
+    except OSError:
+        return False
     return False
 
 
 def compare(runs: Sequence[RunSummary], root: Path) -> tuple[list[str], list[list[str]]]:
     """A table of runs: the names of its columns, and a row per run. Settings that differ come last."""
-    names = [name for name in differing([run.settings for run in runs]) if not is_harmless(name)]
+    names = [name for name in differing([run.settings for run in runs if run.error is None]) if not is_harmless(name)]
     metrics = list(dict.fromkeys(run.best.metric for run in runs))
     rows = []
     for run in runs:
@@ -85,22 +123,30 @@ def compare(runs: Sequence[RunSummary], root: Path) -> tuple[list[str], list[lis
 
 
 def runs_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """The same for the screen, as far as it is wide."""
+    """The table for the screen, with at most MAX_COLUMNS settings."""
     fixed = names.index("at step") + 1
     shown = fixed + MAX_COLUMNS
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for name in names[:shown]:
-        table.add_column(name, overflow="fold")
+        table.add_column(Text(name), overflow="fold")
     for row in rows:
-        table.add_row(*row[:shown])
+        table.add_row(*map(Text, row[:shown]))
     if len(names) > shown:
         table.caption = f"and {len(names) - shown} more settings differ"
     return table
 
 
 def write_results(folder: Path, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Leave the table as `results.csv` and `results.md`."""
-    with (folder / "results.csv").open("w", newline="") as file:
+    """Write the table as `results.csv` and `results.md`."""
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         csv.writer(file).writerows([names, *rows])
     lines = [names, ["---"] * len(names), *rows]
-    (folder / "results.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    (folder / "results.md").write_text(
+        "".join(f"| {' | '.join(map(_markdown_cell, line))} |\n" for line in lines), encoding="utf-8"
+    )
+
+
+def _markdown_cell(text: str) -> str:
+    """`text` so that Markdown shows it literally within a cell."""
+    escaped = html.escape(printable(text), quote=False).replace("\n", " ")
+    return re.sub(r"([\\|`*\[\]])", r"\\\1", escaped)

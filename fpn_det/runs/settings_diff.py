@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+from rich.markup import escape
 from rich.table import Table
+
+from fpn_det.safe_yaml import load_yaml
 
 # Settings, or sections of them, that change neither weights nor metrics.
 HARMLESS = (
@@ -29,9 +31,18 @@ def flatten(tree: Any, where: str = "") -> Flat:
     return leaves
 
 
-def read_settings(text: str) -> Flat:
-    """The settings of a saved `config.yaml`."""
-    return flatten(yaml.safe_load(text) or {})
+def read_settings(text: str, where: str = "config.yaml") -> Flat:
+    """The settings of a saved `config.yaml`, by dotted names.
+
+    Raises:
+        ValueError: the text is not a mapping in plain YAML.
+    """
+    tree = load_yaml(text, where)
+    if tree is None:
+        return flatten({})
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{where}: expected settings by name, got {type(tree).__name__}.")
+    return flatten(tree)
 
 
 def is_harmless(name: str) -> bool:
@@ -52,6 +63,6 @@ def changes_table(before: Flat, now: Flat) -> Table | None:
         return None
     table = Table("setting", "was", "is now", "changes the numbers", box=None, padding=(0, 2, 0, 2))
     for name in names:
-        values = [str(one.get(name, ABSENT)) for one in (before, now)]
-        table.add_row(name, *values, "no" if is_harmless(name) else "yes")
+        values = [escape(str(one.get(name, ABSENT))) for one in (before, now)]
+        table.add_row(escape(name), *values, "no" if is_harmless(name) else "yes")
     return table

@@ -1,0 +1,73 @@
+"""Text of strangers on the screen and in the log."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tiny import TINY
+
+from fpn_det.runs.log import RunLog
+from fpn_det.runtime import Ranks
+from fpn_det.terminal import SafeConsole, printable
+
+ATTACK = "\x1b]0;title\x07\x1b[2J\x9b31m\r\u202etxt\ud800"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, Größe 猫 é\n\t", "plain, Größe 猫 é\n\t"),
+        ("\x1b[2J", r"\x1b[2J"),
+        ("\x9b31m\r", r"\x9b31m\r"),
+        ("a\ud800b", r"a\ud800b"),
+        ("\u202egnp.exe", r"\u202egnp.exe"),
+        ("\ufeffcat\u200b", r"\ufeffcat\u200b"),
+        ("\x00\x7f", r"\x00\x7f"),
+    ],
+)
+def test_printable_escapes_what_a_terminal_would_obey(text, shown):
+    assert printable(text) == shown
+    printable(text).encode("utf-8")
+
+
+def test_console_prints_tables_and_colors_without_foreign_escapes():
+    file = io.StringIO()
+    console = SafeConsole(file=file, force_terminal=True, color_system="standard", width=200)
+    table = Table("class")
+    table.add_row(Text(ATTACK, style="red"))
+    console.print(table)
+    text = file.getvalue()
+    assert "\x1b[31m" in text  # the console's own
+    assert "\x1b]0" not in text and "\x1b[2J" not in text and "\x9b" not in text and r"\x1b]0" in text
+
+
+def test_log_and_screen_of_a_run_hold_no_escapes_and_end_with_no_encoding(tmp_path):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    with pytest.raises(KeyError), RunLog(tmp_path, Ranks(), Console(file=stream, width=100)) as log:
+        log.info(f"class 猫 {ATTACK}")
+        raise KeyError(ATTACK)
+    written = (tmp_path / "log.txt").read_bytes().decode("utf-8")
+    assert "猫" in written and "\x1b" not in written and "\x9b" not in written
+
+
+def test_class_names_with_escapes_reach_no_output_of_a_run(run_tool, shapes_dataset, tmp_path):
+    data = shutil.copytree(shapes_dataset, tmp_path / "data")
+    for split in ("train", "val"):
+        path = data / "annotations" / f"instances_{split}2017.json"
+        document = json.loads(path.read_text())
+        document["categories"][0]["name"] = "\x1b[2Jcat\u202e|[/red]"
+        path.write_text(json.dumps(document))
+    settings = ["experiment=demo", *TINY[1:], f"data.root={data}", "data.classes=null"]
+    checked = run_tool("check_data.py", *settings)
+    assert "Traceback" not in checked.stderr and "\x1b" not in checked.stdout + checked.stderr
+    trained = run_tool("train.py", *settings, "run_dir=run", "trainer.max_steps=1")
+    assert "Traceback" not in trained.stderr
+    assert "\x1b" not in trained.stdout + trained.stderr
+    if trained.returncode == 0:
+        assert "\x1b" not in (tmp_path / "run" / "log.txt").read_text()
