@@ -6,17 +6,17 @@ Values come from `composition` (YAML files and the command line) or from Python.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
 import yaml  # type: ignore[import-untyped]
 
+from fpn_det.data.bad_images import OnBadImage
 from fpn_det.data.config import DataConfig, SplitName
-from fpn_det.data.loading import EvalLoader
+from fpn_det.data.loaders import EvalLoader
 from fpn_det.evaluation.coco import EvaluationSettings as EvaluationConfig
-from fpn_det.image_io import BadImage
 from fpn_det.inference.predictor import Predictor
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
@@ -24,7 +24,6 @@ from fpn_det.runtime import Ranks
 from fpn_det.schema import CountOrZero, Node, Positive, build
 from fpn_det.structures import Annotations
 
-OnBadImage = Callable[[BadImage], None]
 Precision = Literal["fp32", "bf16", "fp16"]
 # dtype of autocast; None computes in float32
 PRECISIONS: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -17,23 +17,25 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset
-from fpn_det.data.loading import TrainLoader
+from fpn_det.data.loaders import TrainLoader
 from fpn_det.data.sampling import GlobalBatches
 from fpn_det.data.transforms import Pipeline
+from fpn_det.data.workers import StartMethod, Workers
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Annotations
 
 FEW, MANY = 100, 100_000  # images
 OBJECTS = 7  # of each, as in COCO
 BATCHES = 200  # of 8 images, read before the measurement
-METHODS = ("fork", "spawn")
+METHODS: tuple[StartMethod, ...] = ("fork", "spawn")
 NUM_WORKERS = 4
 
 
 def loader_growth_mib(few: int = FEW, many: int = MANY) -> dict[str, float]:
     """MiB that `many` instead of `few` images add, by start method of the workers (`none` = without workers)."""
-    kinds: list[tuple[str, int, str | None]] = [
+    kinds: list[tuple[str, int, StartMethod | None]] = [
         ("none", 0, None),
         *((method, NUM_WORKERS, method) for method in METHODS),
     ]
@@ -43,12 +45,12 @@ def loader_growth_mib(few: int = FEW, many: int = MANY) -> dict[str, float]:
     }
 
 
-def _in_a_process(num_images: int, num_workers: int, start_method: str | None) -> float:
+def _in_a_process(num_images: int, num_workers: int, start_method: StartMethod | None) -> float:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_measure, num_images, num_workers, start_method).result()
 
 
-def _measure(num_images: int, num_workers: int, start_method: str | None) -> float:
+def _measure(num_images: int, num_workers: int, start_method: StartMethod | None) -> float:
     """MiB of this process and its descendants while they load."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
@@ -57,9 +59,8 @@ def _measure(num_images: int, num_workers: int, start_method: str | None) -> flo
         Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(file)
         dataset = DetectionDataset(_annotations(num_images, str(file)).share_memory(), Pipeline([]), seed=0)
         order = GlobalBatches(dataset.annotations.sizes, 8, seed=0)
-        loader = TrainLoader(
-            dataset, order, Ranks(), 1, num_workers, 32, "batch", torch.device("cpu"), start_method=start_method
-        )
+        workers = Workers(num_workers, start_method)
+        loader = TrainLoader(dataset, order, Ranks(), 1, Collator(32), workers, torch.device("cpu"))
         batches = loader.iterate(0)
         for _ in islice(batches, BATCHES):
             pass

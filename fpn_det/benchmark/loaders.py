@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from fpn_det.benchmark.config import BenchmarkConfig
 from fpn_det.benchmark.contestants import NUM_CLASSES, make_batch
 from fpn_det.boxes import xyxy_to_xywh
-from fpn_det.data.collation import Parcel
+from fpn_det.data.collation import PackedBatch
 from fpn_det.runtime import Ranks
 from fpn_det.training.config import TrainConfig
 
@@ -58,9 +58,9 @@ def _ours(settings: TrainConfig, device: torch.device, decoded: bool = False) ->
     loader = settings.train_loader(annotations, stride, Ranks(), device)
     if decoded:
         return lambda: (
-            len(parcel.indices)
-            for parcel in islice(loader.parcels(0), loader.steps_per_epoch)
-            if isinstance(parcel, Parcel)
+            len(packed.indices)
+            for packed in islice(loader.packed_batches(0), loader.steps_per_epoch)
+            if isinstance(packed, PackedBatch)
         )
     return lambda: map(len, islice(loader.iterate(0), loader.steps_per_epoch))
 

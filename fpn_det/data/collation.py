@@ -1,9 +1,10 @@
-"""Many images as one batch, and how it travels from a worker to the main process.
+"""Collation: examples become a batch, on a common canvas and in shared memory.
 
-A batch is packed in a worker and unpacked where it is used. Either the worker lays the images on their canvas, or it
-sends them as they are and the device does. Pixels travel in a few buffers that the worker shares with the main process
-and uses in turn: fresh shared memory for each batch, which is what torch's loader does, takes longer than decoding the
-images, because the system has to provide and clear every page. The rest is small and pickled.
+A worker packs a batch and the main process unpacks it. Either the worker applies the deferred flip and resize and writes
+the images into the canvas, or it sends the decoded pixels and the device does so. Pixels are sent in a few buffers that
+each worker shares with the main process and uses in turn. Fresh shared memory for every batch, as torch's loader uses
+it, takes longer than decoding the images, because the system has to provide and clear every page. The other fields are
+small and pickled.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fpn_det.data.dataset import Example
-from fpn_det.data.resizing import Plan, Size
+from fpn_det.data.flip_resize import FlipResize, Size
 from fpn_det.image_io import BadImage
 from fpn_det.structures import Batch, Proposals, Targets
 
@@ -26,130 +27,139 @@ ResizeOn = Literal["worker", "device"]
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """A batch before it is put together. `slot` names the shared buffer of its pixels, if they lie in one."""
+class PackedBatch:
+    """A batch as a worker sends it to the main process."""
 
-    pixels: Tensor  # u8 or f32 [B, H, W, 3]; with plans still to be done, all images one after another [values]
+    pixels: Tensor  # u8 or f32 [B, H, W, 3]; if flip and resize are left to the device, all decoded images flattened
     canvas: Size
-    plans: list[Plan]
-    given_sizes: list[Size]  # of the images that plans are still to be done to; else empty
+    flip_resizes: list[FlipResize]
+    decoded_sizes: list[Size]  # if flip and resize are left to the device; else empty
     original_sizes: list[Size]
     boxes: list[np.ndarray]
     labels: list[np.ndarray]
     indices: list[int]
-    bad: list[BadImage]  # images that were to be here and cannot be used
-    proposals: list[np.ndarray]  # empty if there are none
-    slot: tuple[int, int] | None = None  # (worker, number)
+    bad_images: list[BadImage]  # images that were replaced or left out
+    proposals: list[np.ndarray]  # empty without precomputed proposals
+    buffer: tuple[int, int] | None = None  # (worker, number) of the shared buffer that holds `pixels`
 
     def unpack(self) -> Batch:
-        """The batch, with its pixels as they travel."""
+        """Return the batch with pixels as they were sent."""
         return Batch(
             pixels=self.pixels,
-            sizes=torch.tensor([plan.size for plan in self.plans]),
+            sizes=torch.tensor([step.size for step in self.flip_resizes]),
             original_sizes=torch.tensor(self.original_sizes),
-            targets=Targets.pad(list(map(torch.from_numpy, self.boxes)), list(map(torch.from_numpy, self.labels))),
+            targets=Targets.pad(
+                [torch.from_numpy(each) for each in self.boxes], list(map(torch.from_numpy, self.labels))
+            ),
             indices=torch.tensor(self.indices),
             proposals=Proposals.stack(list(map(torch.from_numpy, self.proposals))) if self.proposals else None,
         )
 
     def finish(self, batch: Batch) -> Batch:
-        """The unpacked batch with pixels [B, 3, H, W], on the device that it is on: channels stay last in memory, as files have them."""
-        pixels = self._lay(batch.pixels) if self.given_sizes else batch.pixels
+        """Turn the pixels of the unpacked batch into [B, 3, H, W] on the device they are on.
+
+        Channels stay last in memory, as files have them.
+        """
+        pixels = self._flip_and_resize(batch.pixels) if self.decoded_sizes else batch.pixels
         return replace(batch, pixels=pixels.permute(0, 3, 1, 2))  # [B, H, W, 3] -> [B, 3, H, W]
 
-    def _lay(self, values: Tensor) -> Tensor:
-        """The canvas [B, H, W, 3]. On a CPU this is what a worker would have done, to the bit."""
-        on_cpu = values.device.type == "cpu"
-        kind = torch.float32 if self.plans[0].gives_float else values.dtype
-        canvas = torch.zeros(len(self.plans), *self.canvas, 3, dtype=kind, device=values.device)
-        images = values.split([3 * height * width for height, width in self.given_sizes])
-        for out, plan, image, size in zip(canvas, self.plans, images, self.given_sizes, strict=True):
-            given, place = image.view(*size, 3), out[: plan.size[0], : plan.size[1]]
-            if on_cpu:
-                plan.lay(given.numpy(), place.numpy())
+    def _flip_and_resize(self, values: Tensor) -> Tensor:
+        """Return the canvas [B, H, W, 3]. On a CPU it is bit-identical to that of a worker."""
+        dtype = torch.float32 if self.flip_resizes[0].returns_float else values.dtype
+        canvas = torch.zeros(len(self.flip_resizes), *self.canvas, 3, dtype=dtype, device=values.device)
+        images = values.split([3 * height * width for height, width in self.decoded_sizes])
+        for out, step, image, size in zip(canvas, self.flip_resizes, images, self.decoded_sizes, strict=True):
+            decoded, target = image.view(*size, 3), out[: step.size[0], : step.size[1]]
+            if values.device.type == "cpu":
+                step.apply(decoded.numpy(), target.numpy())
             else:
-                plan.lay_on_device(given, place)
+                step.apply_on_device(decoded, target)
         return canvas
 
 
-def _private_memory(*shape: int) -> Tensor:
+def _allocate(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.uint8)
 
 
-def check_canvas(canvas: Canvas, stride: int) -> None:
-    """Refuse a fixed canvas whose sides the model's stride does not divide."""
-    if canvas != "batch" and (canvas[0] % stride or canvas[1] % stride):
-        raise ValueError(f"data.canvas: expected sides that the model's stride {stride} divides, got {list(canvas)}.")
-
-
-def canvas_size(sizes: Sequence[Size], stride: int, canvas: Canvas) -> Size:
-    """The (H, W) on which images of `sizes` are laid: the canvas given, or the least that the stride divides.
+@dataclass(frozen=True)
+class Collator:
+    """Makes batches of examples.
 
     Raises:
-        ValueError: an image is larger than the canvas given.
+        ValueError: the stride does not divide the sides of a fixed canvas.
     """
-    height, width = (max(sides) for sides in zip(*sizes, strict=True))
-    if canvas == "batch":
-        return -(-height // stride) * stride, -(-width // stride) * stride
-    if height > canvas[0] or width > canvas[1]:
-        raise ValueError(
-            f"data.canvas: expected images of at most {canvas[0]} x {canvas[1]} px (h x w), got {height} x {width}. "
-            f"Enlarge the canvas, or resize to less."
+
+    stride: int  # the sides of the canvas are multiples of it
+    canvas: Canvas = "batch"
+    resize_on: ResizeOn = "worker"  # or device: send decoded pixels
+
+    def __post_init__(self) -> None:
+        if self.canvas != "batch" and (self.canvas[0] % self.stride or self.canvas[1] % self.stride):
+            raise ValueError(
+                f"data.canvas: expected sides that the model's stride {self.stride} divides, got {list(self.canvas)}."
+            )
+
+    def canvas_size(self, sizes: Sequence[Size]) -> Size:
+        """Return the (H, W) of the canvas for images of these (h, w).
+
+        Raises:
+            ValueError: an image exceeds the fixed canvas.
+        """
+        height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
+        if self.canvas == "batch":
+            return -(-height // self.stride) * self.stride, -(-width // self.stride) * self.stride
+        if height > self.canvas[0] or width > self.canvas[1]:
+            raise ValueError(
+                f"data.canvas: expected images of at most {self.canvas[0]} x {self.canvas[1]} px (h x w), got {height} x {width}. "
+                f"Enlarge the canvas or resize the images to a smaller size."
+            )
+        return self.canvas
+
+    def pack(
+        self,
+        examples: Sequence[Example],
+        bad_images: Sequence[BadImage] = (),
+        allocate: Callable[..., Tensor] = _allocate,
+    ) -> PackedBatch:
+        """Write the pixels of the examples to one tensor: on a canvas padded with zeros, or flattened for the device.
+
+        Args:
+            examples: may be empty; the batch then only reports `bad_images`.
+            bad_images: images that were left out.
+            allocate: returns a u8 tensor of a given shape for the pixels.
+        """
+        if not examples:
+            return PackedBatch(allocate(0), (0, 0), [], [], [], [], [], [], list(bad_images), [])
+        steps = [example.flip_resize for example in examples]
+        height, width = self.canvas_size([step.size for step in steps])
+        dtype = getattr(torch, examples[0].pixels.dtype.name)
+        if self.resize_on == "worker":
+            dtype = torch.float32 if steps[0].returns_float else dtype
+            pixels = allocate(len(examples), height, width, 3 * dtype.itemsize).view(dtype)
+            for image, example, step in zip(pixels.numpy(), examples, steps, strict=True):
+                h, w = step.size
+                step.apply(example.pixels, image[:h, :w])
+                image[:h, w:] = 0
+                image[h:] = 0
+        else:
+            counts = [example.pixels.size for example in examples]
+            pixels = allocate(sum(counts) * dtype.itemsize).view(dtype)
+            for target, example in zip(pixels.split(counts), examples, strict=True):
+                target.numpy().reshape(example.pixels.shape)[:] = example.pixels
+        return PackedBatch(
+            pixels,
+            (height, width),
+            steps,
+            [example.pixels.shape[:2] for example in examples] if self.resize_on == "device" else [],
+            [example.original_size for example in examples],
+            [example.boxes for example in examples],
+            [example.labels for example in examples],
+            [example.index for example in examples],
+            [*bad_images, *(bad for example in examples for bad in example.replaced)],
+            [example.proposals for example in examples if example.proposals is not None],
         )
-    return canvas
 
-
-def pack(
-    examples: Sequence[Example],
-    stride: int,
-    canvas: Canvas,
-    resize_on: ResizeOn = "worker",
-    bad: Sequence[BadImage] = (),
-    memory: Callable[..., Tensor] = _private_memory,
-) -> Parcel:
-    """Lay the images on one canvas, padded with zeros right and bottom, or one after another for the device to do so.
-
-    The pixels are put in bytes from `memory(*shape)`. A batch without images tells of the `bad` ones only.
-    """
-    if not examples:
-        return Parcel(memory(0), (0, 0), [], [], [], [], [], [], list(bad), [])
-    plans = [example.plan for example in examples]
-    height, width = canvas_size([plan.size for plan in plans], stride, canvas)
-    kind = getattr(torch, examples[0].pixels.dtype.name)
-    if resize_on == "worker":
-        kind = torch.float32 if plans[0].gives_float else kind
-        pixels = memory(len(examples), height, width, 3 * kind.itemsize).view(kind)
-        for image, example, plan in zip(pixels.numpy(), examples, plans, strict=True):
-            h, w = plan.size
-            plan.lay(example.pixels, image[:h, :w])
-            image[:h, w:] = 0
-            image[h:] = 0
-    else:
-        counts = [example.pixels.size for example in examples]
-        pixels = memory(sum(counts) * kind.itemsize).view(kind)
-        for place, example in zip(pixels.split(counts), examples, strict=True):
-            place.numpy().reshape(example.pixels.shape)[:] = example.pixels
-    return Parcel(
-        pixels,
-        (height, width),
-        plans,
-        [example.pixels.shape[:2] for example in examples] if resize_on == "device" else [],
-        [example.original_size for example in examples],
-        [example.boxes for example in examples],
-        [example.labels for example in examples],
-        [example.index for example in examples],
-        [*bad, *(row for example in examples for row in example.replaced)],
-        [example.proposals for example in examples if example.proposals is not None],
-    )
-
-
-def collate(
-    examples: Sequence[Example],
-    stride: int,
-    canvas: Canvas,
-    resize_on: ResizeOn = "worker",
-    device: torch.device | str = "cpu",
-) -> Batch:
-    """The images as a batch, here and now."""
-    parcel = pack(examples, stride, canvas, resize_on)
-    return parcel.finish(parcel.unpack().to(device))
+    def collate(self, examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
+        """Return the examples as a batch on `device`, without a worker."""
+        packed = self.pack(examples)
+        return packed.finish(packed.unpack().to(device))

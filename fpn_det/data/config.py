@@ -1,8 +1,8 @@
-"""Settings of the data, from files to batches."""
+"""Settings of the data, and the objects that they describe: annotations, transforms and loaders."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -14,14 +14,15 @@ from fpn_det.annotations.image_inspection import ImageInfo, inspect_images
 from fpn_det.annotations.reading import CheckedDataset, Format, check_raw, load_raw, raise_for_faults
 from fpn_det.annotations.split_overlap import drop_overlap
 from fpn_det.annotations.subsets import drop_empty, select_images, split_images
-from fpn_det.data.collation import ResizeOn, check_canvas
+from fpn_det.data.bad_images import OnBadImage
+from fpn_det.data.collation import Collator, ResizeOn
 from fpn_det.data.dataset import DetectionDataset
-from fpn_det.data.image_cache import PictureCache
-from fpn_det.data.loading import EvalLoader, TrainLoader
+from fpn_det.data.image_cache import ImageCache
+from fpn_det.data.loaders import EvalLoader, TrainLoader
 from fpn_det.data.proposals import SavedProposals, read_proposals
 from fpn_det.data.sampling import GlobalBatches, repeat_factors
 from fpn_det.data.transforms import Pipeline
-from fpn_det.image_io import BadImage
+from fpn_det.data.workers import StartMethod, Workers
 from fpn_det.runtime import Ranks, broadcast_object, current_ranks
 from fpn_det.schema import Amount, Count, CountOrZero, Fraction, Node, Positive, Share, build
 from fpn_det.structures import Annotations
@@ -42,13 +43,13 @@ class SplitConfig:
 
 @dataclass(frozen=True)
 class ProposalsConfig:
-    """Proposals of a model without an RPN: boxes in the COCO results format."""
+    """Files of precomputed proposals in the COCO results format, for a model without an RPN."""
 
-    train: str  # file
-    val: str  # file
-    test: str | None = None  # file, for the evaluation of the test split
-    train_limit: Count = 2000  # the best of an image that are used
-    eval_limit: Count = 1000
+    train: str  # path
+    val: str  # path
+    test: str | None = None  # path; needed to evaluate the test split only
+    train_limit: Count = 2000  # proposals per image in training, the best ones
+    eval_limit: Count = 1000  # proposals per image in evaluation
 
 
 @dataclass(frozen=True)
@@ -64,31 +65,37 @@ class TrainData:
 class DataConfig:
     """Images and annotations, and how they become batches."""
 
-    root: str = "datasets/coco"  # sets all paths, in COCO's layout
+    root: str = "datasets/coco"  # folder of the data set; the paths of train, val and test derive from it
     train: SplitConfig = field(default_factory=SplitConfig)
     val: SplitConfig = field(default_factory=SplitConfig)
-    test: SplitConfig = field(default_factory=SplitConfig)  # evaluated on request only
-    val_fraction: Share | None = None  # take this part of the training images instead of `val`
-    max_images: Count | None = None  # only the first of each part, for trials
-    classes: list[str] | None = None  # a subset by name; null = all
-    on_error: Literal["fail", "fix", "skip"] = "fail"  # what to do about broken annotations and files
-    max_bad_fraction: Fraction = 0.1  # of images that may turn out to be unusable during training, under on_error=skip
-    check: bool = True  # look into every image file first; the result is cached until the file changes
+    test: SplitConfig = field(default_factory=SplitConfig)  # read by evaluation with split=test only
+    val_fraction: Share | None = None  # hold out this fraction of the training images instead of reading val
+    max_images: Count | None = None  # use only the first images of each split, for trials
+    classes: list[str] | None = None  # names of the classes to use; null = all
+    on_error: Literal["fail", "fix", "skip"] = (
+        "fail"  # for broken annotations and images; see annotations and bad_images
+    )
+    max_bad_fraction: Fraction = 0.1  # under on_error=skip, end the run if more of the images turn out to be bad
+    check: bool = True  # decode every image once before the run; the result is cached until the file changes
     keep_empty: bool = False  # train on images without objects too
-    num_workers: CountOrZero = 4  # processes that read and transform
-    start_method: Literal["fork", "spawn", "forkserver"] | None = None  # of these processes; null = the platform's own
-    resize_on: ResizeOn = "worker"  # where the last flip and resize are done
-    reduced_decoding: Literal["never", "train", "always"] = "never"  # of JPEG files at 1/2, 1/4 or 1/8, if enough
-    cache: str | None = None  # folder for decoded images; about 3 bytes a pixel
-    canvas: Literal["batch"] | tuple[Count, Count] = "batch"  # size of a batch: its largest image's, or [H, W] always
-    group_by_aspect: bool = True  # batches of landscape or of portrait images
-    repeat_threshold: Positive | None = None  # repeat images of classes that are in less than this share of them
+    num_workers: CountOrZero = 4  # processes that read and transform images; 0 uses the main process
+    start_method: StartMethod | None = None  # of the workers; null = the platform's default
+    resize_on: ResizeOn = "worker"  # or device: workers only decode, the last flip and resize run on the device
+    reduced_decoding: Literal["never", "train", "always"] = (
+        "never"  # decode JPEG at 1/2, 1/4 or 1/8 if still large enough
+    )
+    cache: str | None = None  # folder for decoded images, 3 bytes per pixel: about 100 GB for COCO
+    canvas: Literal["batch"] | tuple[Count, Count] = (
+        "batch"  # padded size: of the batch's largest image, or fixed [H, W]
+    )
+    group_by_aspect: bool = True  # batch landscape and portrait images separately
+    repeat_threshold: Positive | None = None  # repeat images of classes found in less than this fraction of the images
     eval_batch_size: Count = 1  # images per rank
-    min_visibility: Fraction = 0.0  # drop a box of which a transform leaves less than this
-    min_area: Amount = 1.0  # drop a box smaller than this in the input frame, px^2
-    train_transforms: dict[str, Node | None] = field(default_factory=dict)  # in this order; null leaves one out
-    eval_transforms: dict[str, Node | None] = field(default_factory=dict)
-    proposals: ProposalsConfig | None = None
+    min_visibility: Fraction = 0.0  # drop a box if transforms leave less than this fraction of its area
+    min_area: Amount = 1.0  # drop a box that is smaller than this in the input frame, px^2
+    train_transforms: dict[str, Node | None] = field(default_factory=dict)  # in order; null removes one
+    eval_transforms: dict[str, Node | None] = field(default_factory=dict)  # in order; null removes one
+    proposals: ProposalsConfig | None = None  # for a model without an RPN
 
     def __post_init__(self) -> None:
         for name in ("train", "val") if self.val_fraction is None else ("train",):
@@ -102,22 +109,24 @@ class DataConfig:
             raise ValueError(f"data.classes: expected names, each once, got {self.classes}. null takes all.")
 
     def validate(self, stride: int) -> None:
-        """Refuse what can be refused before anything is read.
+        """Check the settings that can be checked before data is read.
 
         Args:
-            stride: of the model's coarsest map, which must divide a fixed canvas.
+            stride: of the model's coarsest feature map.
 
         Raises:
-            ValueError: a transform refuses its arguments, the canvas does not fit, or a file of proposals is missing.
+            ValueError: the arguments of a transform are invalid, `stride` does not divide the canvas, or a file of
+                proposals is missing.
         """
         self.transforms(train=True)
         self.transforms(train=False)
-        check_canvas(self.canvas, stride)
-        for split in ("train", "val") if self.proposals else ():
-            self.proposal_file(split)
+        self._collator(stride)
+        if self.proposals is not None:
+            self.proposal_file("train")
+            self.proposal_file("val")
 
     def transforms(self, train: bool) -> Pipeline:
-        """The transforms of training or of evaluation, in their order."""
+        """Build the transforms of training or evaluation."""
         name = "train_transforms" if train else "eval_transforms"
         nodes: dict[str, Node | None] = getattr(self, name)
         chain = [build(node, f"data.{name}.{key}") for key, node in nodes.items() if node is not None]
@@ -167,7 +176,7 @@ class DataConfig:
             )
         tables = load_raw(source.annotations, source.images, source.format, split)
         return check_raw(
-            tables, class_names, self.classes is not None, self.on_error, _look_once if self.check else None
+            tables, class_names, self.classes is not None, self.on_error, _inspect_once if self.check else None
         )
 
     def _limited(self, annotations: Annotations) -> Annotations:
@@ -185,19 +194,34 @@ class DataConfig:
         stride: int,
         ranks: Ranks,
         device: torch.device,
-        on_bad_image: Callable[[BadImage], None] | None = None,
+        on_bad_image: OnBadImage | None = None,
     ) -> TrainLoader:
-        """This rank's share of the training batches; with `on_bad_image`, unusable images are replaced."""
-        reduce, replace_bad = self.reduced_decoding != "never", on_bad_image is not None
-        proposals = self._proposals("train", annotations, train=True)
+        """Build the loader of this rank's share of the training batches.
+
+        Args:
+            annotations: of the training set.
+            batch_size: images per step, over all ranks and micro-batches.
+            accumulate: micro-batches per step.
+            seed: of the order of the images and of the transforms.
+            stride: of the model's coarsest feature map.
+            ranks: this rank and their number.
+            device: that batches are copied to.
+            on_bad_image: called for each bad image, which is replaced; None makes bad images an error.
+        """
         dataset = DetectionDataset(
-            annotations, self.transforms(train=True), seed, reduce, replace_bad, proposals, self._image_cache()
+            annotations,
+            self.transforms(train=True),
+            seed,
+            reduced_decoding=self.reduced_decoding != "never",
+            replace_bad=on_bad_image is not None,
+            proposals=self._proposals("train", annotations, train=True),
+            image_cache=self._image_cache(),
         )
         repeats = repeat_factors(annotations, self.repeat_threshold)[0] if self.repeat_threshold else None
         parts = ranks.world_size * accumulate
         batches = GlobalBatches(annotations.sizes, batch_size, seed, parts, self.group_by_aspect, repeats)
-        options = (stride, self.canvas, device, self.resize_on, self.start_method, on_bad_image)
-        return TrainLoader(dataset, batches, ranks, accumulate, self.num_workers, *options)
+        collator, workers = self._collator(stride), Workers(self.num_workers, self.start_method)
+        return TrainLoader(dataset, batches, ranks, accumulate, collator, workers, device, on_bad_image)
 
     def eval_loader(
         self,
@@ -207,52 +231,67 @@ class DataConfig:
         stride: int,
         ranks: Ranks,
         device: torch.device,
-        on_bad_image: Callable[[BadImage], None] | None = None,
+        on_bad_image: OnBadImage | None = None,
         split: SplitName = "val",
     ) -> EvalLoader:
-        """This rank's images of a split; with `on_bad_image`, unusable images are left out."""
-        proposals = self._proposals(split, annotations, train=False)
+        """Build the loader of this rank's images of a split.
+
+        Args:
+            annotations: of the split.
+            seed: of random transforms, if there are any.
+            stride: of the model's coarsest feature map.
+            ranks: this rank and their number.
+            device: that batches are copied to.
+            on_bad_image: called for each bad image, which is left out; None makes bad images an error.
+            split: whose file of precomputed proposals is used.
+        """
         dataset = DetectionDataset(
             annotations,
             self.transforms(train=False),
             seed,
-            self.reduced_decoding == "always",
-            proposals=proposals,
-            cache=self._image_cache(),
+            reduced_decoding=self.reduced_decoding == "always",
+            proposals=self._proposals(split, annotations, train=False),
+            image_cache=self._image_cache(),
         )
-        options = (stride, self.canvas, device, self.resize_on, self.start_method, on_bad_image)
-        return EvalLoader(dataset, self.eval_batch_size, ranks, self.num_workers, *options)
+        collator, workers = self._collator(stride), Workers(self.num_workers, self.start_method)
+        return EvalLoader(dataset, self.eval_batch_size, ranks, collator, workers, device, on_bad_image)
 
     def single_images(
         self, annotations: Annotations, rows: Sequence[int], *, seed: int, stride: int, device: torch.device
     ) -> EvalLoader:
-        """The images of some rows as the model gets them, one by one; `Batch.indices` count within `rows`."""
+        """Build a loader of the images of some rows, in batches of one. `Batch.indices` count within `rows`."""
         single = replace(self, eval_batch_size=1, num_workers=0)
         chosen = select_images(annotations, torch.tensor(rows, dtype=torch.int64))
         return single.eval_loader(chosen, seed=seed, stride=stride, ranks=Ranks(), device=device)
 
     def proposal_file(self, split: SplitName) -> Path:
-        """The file with the saved proposals of a split."""
+        """Return the file of precomputed proposals of a split.
+
+        Raises:
+            ValueError: there is none.
+        """
         file: str | None = getattr(self.proposals, split)
         if file is None or not Path(file).is_file():
             found = "none" if file is None else f"{file}, which does not exist"
             raise ValueError(
                 f"data.proposals.{split}: expected a file in the COCO results format, got {found}. "
-                "evaluation=proposals writes one."
+                "Write one with evaluation=proposals."
             )
         return Path(file)
 
     def _proposals(self, split: SplitName, annotations: Annotations, train: bool) -> SavedProposals | None:
-        files = self.proposals
-        if files is None:
+        if self.proposals is None:
             return None
-        limit = files.train_limit if train else files.eval_limit
+        limit = self.proposals.train_limit if train else self.proposals.eval_limit
         return read_proposals(self.proposal_file(split), annotations, limit)
 
-    def _image_cache(self) -> PictureCache | None:
-        return PictureCache(Path(self.cache)) if self.cache else None
+    def _collator(self, stride: int) -> Collator:
+        return Collator(stride, self.canvas, self.resize_on)
+
+    def _image_cache(self) -> ImageCache | None:
+        return ImageCache(Path(self.cache)) if self.cache else None
 
 
-def _look_once(paths: Iterable[str], folder: Path) -> Mapping[str, ImageInfo]:
-    """Rank 0 looks for all."""
+def _inspect_once(paths: Iterable[str], folder: Path) -> Mapping[str, ImageInfo]:
+    """Inspect the image files on rank 0 and send the result to all ranks."""
     return broadcast_object(inspect_images(paths, folder) if current_ranks().is_main else None)

@@ -1,49 +1,50 @@
-"""One image after its transforms."""
+"""The data set: reads the image and objects of a row, and transforms them into an `Example`."""
 
 from __future__ import annotations
 
-import dataclasses
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
-from fpn_det.data.image_cache import PictureCache
+from fpn_det.data.bad_images import Key, load_or_replace
+from fpn_det.data.flip_resize import FlipResize, Size
+from fpn_det.data.image_cache import ImageCache
+from fpn_det.data.mixing import Scene
 from fpn_det.data.proposals import SavedProposals
-from fpn_det.data.resizing import Plan, Size
-from fpn_det.data.transforms import Original, Pipeline
+from fpn_det.data.transforms import Pipeline
 from fpn_det.image_io import BadImage, read_image, reduction_to
 from fpn_det.structures import Annotations
 
-Key = tuple[int, int]  # (row of Annotations, epoch); see GlobalBatches.showings
-
-SHOWN_IDS = 8  # of annotations in a message
-MOST_IN_A_ROW = 10  # images that one image is replaced by, one after another
+MAX_IDS_IN_MESSAGE = 8
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image on its way to the model, and what is drawn on it; crowd regions are not."""
+    """One transformed image and its objects, without crowd regions."""
 
-    pixels: np.ndarray  # u8 (or f32) [h, w, 3] RGB, to which `plan` is still to be done
-    plan: Plan
-    boxes: np.ndarray  # f32 [G, 4], input frame
+    pixels: np.ndarray  # u8 or f32 [h, w, 3] RGB, before `flip_resize`
+    flip_resize: FlipResize  # still to be applied to the pixels; the boxes are already moved
+    boxes: np.ndarray  # f32 [G, 4] xyxy, input frame
     labels: np.ndarray  # i64 [G]
-    original_size: Size  # in the original frame
+    original_size: Size  # (h, w) in the original frame
     index: int  # row of Annotations
-    replaced: tuple[BadImage, ...] = ()  # images that were to be here and cannot be used
-    proposals: np.ndarray | None = None  # f32 [R, 4], input frame, best first; rows of zeros where there are no more
+    replaced: tuple[BadImage, ...] = ()  # bad images in whose place this one is
+    proposals: np.ndarray | None = None  # f32 [R, 4], input frame, best first, padded with rows of zeros
 
 
 class DetectionDataset:
-    """Reads and transforms images. What comes out follows from (seed, epoch, index), wherever and whenever it is made.
+    """Reads and transforms images. An example is a pure function of (seed, epoch, row).
 
     Args:
-        reduce: decode JPEG files at a fraction of their size where the transforms are only a flip and a resize to less.
-        replace: let another image, drawn by (seed, epoch, index) too, take the place of one that cannot be used.
-        proposals: of these images, to go with them.
-        cache: keeps decoded pictures.
+        annotations: images and their objects.
+        transform: from the original frame to the input frame.
+        seed: of the random transforms.
+        reduced_decoding: decode JPEG files at 1/2, 1/4 or 1/8 of their size if the transforms only flip and shrink.
+        replace_bad: replace bad images by others instead of raising BadImage, see `bad_images`.
+        proposals: precomputed proposals, which become part of the examples.
+        image_cache: cache of decoded images.
     """
 
     def __init__(
@@ -51,96 +52,92 @@ class DetectionDataset:
         annotations: Annotations,
         transform: Pipeline,
         seed: int,
-        reduce: bool = False,
-        replace: bool = False,
+        reduced_decoding: bool = False,
+        replace_bad: bool = False,
         proposals: SavedProposals | None = None,
-        cache: PictureCache | None = None,
+        image_cache: ImageCache | None = None,
     ) -> None:
         self.annotations = annotations
         self.transform = transform
         self.seed = seed
-        self.reduce = reduce
-        self.replace = replace
+        self.reduced_decoding = reduced_decoding
+        self.replace_bad = replace_bad
         self.proposals = proposals
-        self.cache = cache
+        self.image_cache = image_cache
 
     def __len__(self) -> int:
         return len(self.annotations)
 
     def __getitem__(self, key: Key) -> Example:
-        """The image of row `key[0]` as epoch `key[1]` sees it.
+        """Load the image of row `key[0]` with the random transforms of epoch `key[1]`.
 
         Raises:
-            BadImage: it cannot be read, or has not the size that the annotations give.
-            ValueError: a box or label of it is none, or a transform fails on it.
+            BadImage: it cannot be read, or has not the annotated size.
+            ValueError: a box or label is invalid, or a transform fails.
         """
-        index, epoch = key
-        if not self.replace:
-            return self._example(index, epoch)
-        bad: list[BadImage] = []
-        while True:
-            try:
-                return dataclasses.replace(self._example(index, epoch), replaced=tuple(bad))
-            except BadImage as error:
-                bad.append(error)
-                if len(bad) > MOST_IN_A_ROW:
-                    raise ValueError(
-                        f"{error} It is the last of {len(bad)} images, drawn at random, none of which can be used."
-                    ) from None
-                index = int(np.random.default_rng((self.seed, epoch, key[0], len(bad))).integers(len(self)))
+        if not self.replace_bad:
+            return self._load(*key)
+        example, bad = load_or_replace(self._load, key, len(self), self.seed)
+        return replace(example, replaced=tuple(bad))
 
-    def _example(self, index: int, epoch: int) -> Example:
-        original = self.original(index)
+    def _load(self, index: int, epoch: int) -> Example:
+        size, boxes, labels = self._objects(index)
+        read = partial(self._read, index, size)
         try:
-            prepared = self.transform.prepare(original, (self.seed, epoch, index))
+            pixels, boxes, labels, flip_resize = self.transform.prepare(
+                size, boxes, labels, read, (self.seed, epoch, index), self._draw_scene
+            )
         except BadImage:
             raise
-        except Exception as error:  # whatever a transform raises, it has to say at which image
+        except Exception as error:  # transforms may raise anything; add the file and image id
             place = f"{self.annotations.path(index)} ({self._describe(index)})"
             raise ValueError(f"{place}: a transform failed: {type(error).__name__}: {error}") from error
-        boxes, labels, proposals = prepared.boxes, prepared.labels, None
+        proposals = None
         if self.proposals is not None:
-            boxes, labels, proposals = self.proposals.part(boxes, labels)
-        return Example(prepared.pixels, prepared.plan, boxes, labels, original.size, index, proposals=proposals)
+            boxes, labels, proposals = self.proposals.split(boxes, labels)
+        return Example(pixels, flip_resize, boxes, labels, size, index, proposals=proposals)
 
-    def original(self, index: int) -> Original:
-        """The image of a row, not read yet, with all that is drawn on it but crowd regions, and its proposals, if there are some."""
+    def _objects(self, index: int) -> tuple[Size, np.ndarray, np.ndarray]:
+        """Return the (h, w), boxes and labels of a row in the original frame, followed by its proposals if there are any."""
         height, width = self.annotations.sizes[index].tolist()
         rows = self.annotations.rows(index)
-        drawn = ~self.annotations.iscrowd[rows].numpy()
-        boxes, labels = self.annotations.boxes[rows].numpy()[drawn], self.annotations.labels[rows].numpy()[drawn]
-        self._check(index, boxes, labels)
+        objects = ~self.annotations.iscrowd[rows].numpy()
+        boxes, labels = self.annotations.boxes[rows].numpy()[objects], self.annotations.labels[rows].numpy()[objects]
+        self._validate(index, boxes, labels)
         if self.proposals is not None:
-            boxes, labels = self.proposals.join(index, boxes, labels)
-        return Original((height, width), boxes, labels, partial(self._read, index, (height, width)), self._other)
+            boxes, labels = self.proposals.append(index, boxes, labels)
+        return (height, width), boxes, labels
 
-    def _other(self, draw: random.Random) -> Original:
-        return self.original(draw.randrange(len(self)))
+    def _draw_scene(self, random_state: random.Random) -> Scene:
+        """Draw another image for a `Mixing` transform."""
+        index = random_state.randrange(len(self))
+        size, boxes, labels = self._objects(index)
+        return Scene(self._read(index, size, None), boxes, labels, np.ones(len(boxes)))
 
     def _read(self, index: int, size: Size, least: Size | None) -> np.ndarray:
+        """Decode the pixels [h, w, 3] of a row, in full (None) or reduced to at least (h, w)."""
         path = self.annotations.path(index)
-        reduction = reduction_to(size, least) if self.reduce and least else 1
+        reduction = reduction_to(size, least) if self.reduced_decoding and least else 1
         try:
-            pixels = read_image(path, reduction) if self.cache is None else self.cache.read(path, reduction)
+            pixels = read_image(path, reduction) if self.image_cache is None else self.image_cache.read(path, reduction)
         except BadImage as error:
             raise BadImage(path, f"{error} It is {self._describe(index)}.") from None
         found = pixels.shape[:2]
         if found != size and found != (size[0] // reduction, size[1] // reduction):
-            turned = (
-                " It is turned by its EXIF orientation, which the annotations left out." if found == size[::-1] else ""
-            )
+            is_rotated = found == size[::-1]
+            rotated = " The annotations ignore its EXIF orientation." if is_rotated else ""
             raise BadImage(
                 path,
-                f"{path}: expected {size[1]} x {size[0]} px as annotated, got {found[1]} x {found[0]}.{turned} "
+                f"{path}: expected {size[1]} x {size[0]} px as annotated, got {found[1]} x {found[0]}.{rotated} "
                 f"Correct the annotations or the file. It is {self._describe(index)}.",
             )
         return pixels
 
-    def _check(self, index: int, boxes: np.ndarray, labels: np.ndarray) -> None:
-        """What would be an error without a place on the device, or none at all, is one with a place here."""
-        wrong = ~np.isfinite(boxes).all(axis=1) | (labels < 0) | (labels >= self.annotations.num_classes)
-        if wrong.any():
-            row = int(wrong.argmax())
+    def _validate(self, index: int, boxes: np.ndarray, labels: np.ndarray) -> None:
+        """Raise ValueError for a box or label that would cause an error without a location on the device."""
+        invalid = ~np.isfinite(boxes).all(axis=1) | (labels < 0) | (labels >= self.annotations.num_classes)
+        if invalid.any():
+            row = int(invalid.argmax())
             rows = self.annotations.rows(index)
             annotation_id = self.annotations.annotation_ids[rows][~self.annotations.iscrowd[rows]][row].item()
             raise ValueError(
@@ -149,8 +146,8 @@ class DetectionDataset:
             )
 
     def _describe(self, index: int) -> str:
-        """Image and annotations of a row, for messages."""
+        """Return the image id and annotation ids of a row, for messages."""
         ids = self.annotations.annotation_ids[self.annotations.rows(index)].tolist()
-        more = ", ..." if len(ids) > SHOWN_IDS else ""
-        drawn = f", annotations {', '.join(map(str, ids[:SHOWN_IDS]))}{more}" if ids else ""
-        return f"image {self.annotations.image_ids[index].item()}{drawn}"
+        more = ", ..." if len(ids) > MAX_IDS_IN_MESSAGE else ""
+        shown = f", annotations {', '.join(map(str, ids[:MAX_IDS_IN_MESSAGE]))}{more}" if ids else ""
+        return f"image {self.annotations.image_ids[index].item()}{shown}"

@@ -1,4 +1,4 @@
-"""Decoded pictures on disk: reading them takes a tenth of the time of decoding, and thirty times the space of JPEG."""
+"""Cache of decoded images on disk: ten times as fast as decoding JPEG files, and thirty times as large."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ import numpy as np
 
 from fpn_det.image_io import read_image
 
-LEAST_FREE = 0.1  # of the disk: a cache that would leave less does not grow
+MIN_FREE_FRACTION = 0.1  # of the disk; the cache stops growing at this limit
 
 
-class PictureCache:
-    """Reads pictures, and keeps what came out for the next time; any number of processes may share one.
+class ImageCache:
+    """Reads images through a folder of decoded ones, which any number of processes may share.
 
-    A file is known by its path, size and time of change: one that was replaced is decoded again. What belongs to files
-    that are gone stays: to make room, delete the folder.
+    An entry is identified by the path, size and modification time of its file, so a file that was replaced is decoded
+    again. Entries are never removed; delete the folder to free the space.
+
+    Args:
+        folder: created if it does not exist.
 
     Raises:
-        ValueError: the folder cannot be written.
+        ValueError: the folder cannot be created.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,41 +34,42 @@ class PictureCache:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(
-                f"data.cache: expected a folder that can be written, got {folder}: {error.strerror}."
+                f"data.cache: expected a folder that can be written, got {folder}: {error.strerror}. "
+                "Choose another folder or set data.cache=null."
             ) from error
 
     def read(self, path: Path, reduction: int = 1) -> np.ndarray:
-        """As `read_image` does."""
-        kept = self._place(path, reduction)
-        if kept is None:
+        """Return what `image_io.read_image` returns, from the cache if possible."""
+        entry = self._entry(path, reduction)
+        if entry is None:
             return read_image(path, reduction)
-        with suppress(OSError, ValueError, EOFError):  # not there, or torn by a crash of the machine
-            return np.load(kept)
+        with suppress(OSError, ValueError, EOFError):  # no entry yet, or one cut short by a crash of the machine
+            return np.load(entry)
         pixels = read_image(path, reduction)
-        self._keep(pixels, kept)
+        self._write(pixels, entry)
         return pixels
 
-    def _place(self, path: Path, reduction: int) -> Path | None:
-        """Where the pixels of a file are kept; None if there is no such file."""
+    def _entry(self, path: Path, reduction: int) -> Path | None:
+        """Return the path of the entry of a file; None if the file does not exist."""
         try:
             stat = path.stat()
         except OSError:
             return None
-        text = f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns} {reduction}"
-        name = hashlib.sha256(text.encode()).hexdigest()[:32]
-        return self.folder / name[:2] / f"{name}.npy"  # not all files in one folder
+        identity = f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns} {reduction}"
+        name = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        return self.folder / name[:2] / f"{name}.npy"  # 256 subfolders
 
-    def _keep(self, pixels: np.ndarray, kept: Path) -> None:
-        """Write aside, then rename, so that nobody meets half a file. A disk that is full is no reason to stop."""
-        unfinished = kept.with_suffix(f".{os.getpid()}.unfinished")
+    def _write(self, pixels: np.ndarray, entry: Path) -> None:
+        """Write to a temporary file and rename it, so that no process reads half an entry. A full disk is not an error."""
+        unfinished = entry.with_suffix(f".{os.getpid()}.unfinished")
         with suppress(OSError):
             disk = shutil.disk_usage(self.folder)
-            if disk.free - pixels.nbytes < LEAST_FREE * disk.total:
+            if disk.free - pixels.nbytes < MIN_FREE_FRACTION * disk.total:
                 return
-            kept.parent.mkdir(exist_ok=True)
+            entry.parent.mkdir(exist_ok=True)
             try:
                 with unfinished.open("wb") as file:
                     np.save(file, pixels)
-                unfinished.replace(kept)
+                unfinished.replace(entry)
             finally:
                 unfinished.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""Several images as one: mosaic, mix-up, and objects pasted from another image.
+"""Transforms that combine several images: mosaic, mix-up and copy-paste.
 
-These steps come first in a chain. What they take and give is in px of an image as it was read.
+They come first in a chain of transforms. Boxes are in px of the image that they belong to, before any resize.
 """
 
 from __future__ import annotations
@@ -13,33 +13,36 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from fpn_det.data.resizing import Size, resize
+from fpn_det.data.flip_resize import Size, resize
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Pixels and what is drawn on them."""
+    """The pixels and objects of one image."""
 
     pixels: np.ndarray  # u8 [h, w, 3]
     boxes: np.ndarray  # f64 [G, 4] xyxy
     labels: np.ndarray  # i64 [G]
-    visible: np.ndarray  # f64 [G], share of each box that is still to be seen
+    visible: np.ndarray  # f64 [G], visible fraction of each box
 
     @property
     def size(self) -> Size:
         return self.pixels.shape[0], self.pixels.shape[1]
 
     def resized(self, size: Size) -> Scene:
-        """The scene at another size."""
+        """Return the scene resized to (h, w)."""
         ratio = np.array((size[1] / self.size[1], size[0] / self.size[0]) * 2)
         return Scene(resize(self.pixels, size, "cv2", antialias=True), self.boxes * ratio, self.labels, self.visible)
 
 
 class Mixing(ABC):
-    """Makes one scene of several.
+    """Base of the transforms that combine an image with others of the data set.
+
+    Args:
+        p: probability.
 
     Attributes:
-        num_others: images that it takes besides its own.
+        num_others: number of other images that it needs.
     """
 
     num_others: int
@@ -51,17 +54,27 @@ class Mixing(ABC):
 
     @abstractmethod
     def __call__(self, own: Scene, others: Sequence[Scene], draw: random.Random) -> Scene:
-        """The new scene; all random choices come from `draw`. Boxes of which nothing is left may stay, with `visible` 0."""
+        """Combine `own` with `others`.
+
+        Args:
+            own: the image itself.
+            others: `num_others` images of the data set.
+            draw: source of all random choices.
+
+        Returns:
+            The combined scene. Boxes that are fully hidden may remain, with `visible` 0.
+        """
 
 
 class Mosaic(Mixing):
-    """Four images around a random center, each cut at its quarter of the canvas (YOLOv4).
+    """Place four images around a random center, each cropped to its quadrant of the canvas (YOLOv4, 3.3).
 
     Args:
         size: (h, w) of the canvas, px.
-        scale_range: each image is scaled to fit the canvas, times a number drawn evenly from this.
-        center_range: where the center lies, as a share of the canvas.
-        fill: of what no image covers, in 0..255.
+        scale_range: each image is scaled to fit the canvas, times a factor drawn uniformly from (low, high).
+        center_range: (low, high) of the center's position, as a fraction of the canvas.
+        fill: pixel value where no image lies, in 0..255.
+        p: probability.
     """
 
     num_others = 3
@@ -95,7 +108,7 @@ class Mosaic(Mixing):
         pixels = np.full((height, width, 3), self.fill, np.uint8)
         y, x = (max(round(side * draw.uniform(*self.center_range)), 1) for side in self.size)
         parts = []
-        for number, scene in enumerate([own, *others]):  # left above, right above, left below, right below
+        for number, scene in enumerate([own, *others]):  # top left, top right, bottom left, bottom right
             scale = min(height / scene.size[0], width / scene.size[1]) * draw.uniform(*self.scale_range)
             scene = scene.resized((max(round(scene.size[0] * scale), 1), max(round(scene.size[1] * scale), 1)))
             left = x - scene.size[1] if number % 2 == 0 else x
@@ -109,10 +122,11 @@ class Mosaic(Mixing):
 
 
 class MixUp(Mixing):
-    """Another image shining through, with the objects of both (mix-up for detection: Zhang et al. 2019).
+    """Blend the image with another one and keep the objects of both (mix-up for detection: Zhang et al. 2019).
 
     Args:
-        alpha: the share of the image's own light is drawn from Beta(alpha, alpha): the larger, the nearer to a half.
+        alpha: the mixing weight is drawn from Beta(alpha, alpha); large values concentrate it at 0.5.
+        p: probability.
     """
 
     num_others = 1
@@ -124,22 +138,25 @@ class MixUp(Mixing):
             raise ValueError(f"MixUp: expected alpha above 0, got {alpha}.")
 
     def __call__(self, own: Scene, others: Sequence[Scene], draw: random.Random) -> Scene:
-        share = draw.betavariate(self.alpha, self.alpha)
+        weight = draw.betavariate(self.alpha, self.alpha)
         scale = min(own.size[0] / others[0].size[0], own.size[1] / others[0].size[1])
         height, width = (
             max(min(round(side * scale), limit), 1) for side, limit in zip(others[0].size, own.size, strict=True)
         )
         other = others[0].resized((height, width))
         pixels = own.pixels.copy()
-        pixels[:height, :width] = cv2.addWeighted(own.pixels[:height, :width], share, other.pixels, 1 - share, 0)
+        pixels[:height, :width] = cv2.addWeighted(own.pixels[:height, :width], weight, other.pixels, 1 - weight, 0)
         return _joined(pixels, [own, other])
 
 
 class CopyPaste(Mixing):
-    """Boxes of another image, with what is in them, at random places. What they cover counts as hidden.
+    """Paste the contents of another image's boxes at random positions (Simple Copy-Paste, with boxes instead of masks).
+
+    Objects that are covered lose the covered fraction of their visibility.
 
     Args:
-        max_objects: from 1 up to this many are drawn; those larger than the image are left.
+        max_objects: the number of pasted objects is drawn from 1..max_objects; objects larger than the image are not used.
+        p: probability.
     """
 
     num_others = 1
@@ -158,38 +175,42 @@ class CopyPaste(Mixing):
         sides = edges[:, 2:] - edges[:, :2]
         fitting = np.flatnonzero(((sides > 0) & (sides <= (width, height))).all(axis=1)).tolist()
         rows = draw.sample(fitting, min(len(fitting), draw.randint(1, self.max_objects)))
-        pixels, on_top = own.pixels.copy(), np.zeros(own.size, np.int32)  # which pasted object a pixel shows, from 1
+        pixels, layer_map = (
+            own.pixels.copy(),
+            np.zeros(own.size, np.int32),
+        )  # number of the pasted object, from 1; 0 = own
         places = []
         for number, row in enumerate(rows, start=1):
             x1, y1, x2, y2 = edges[row]
             x, y = draw.randint(0, width - (x2 - x1)), draw.randint(0, height - (y2 - y1))
             place = np.s_[y : y + y2 - y1, x : x + x2 - x1]
-            pixels[place], on_top[place] = other.pixels[y1:y2, x1:x2], number
+            pixels[place], layer_map[place] = other.pixels[y1:y2, x1:x2], number
             places.append((x, y, x + x2 - x1, y + y2 - y1))
         pasted = Scene(pixels, np.array(places, np.float64).reshape(-1, 4), other.labels[rows], other.visible[rows])
         return _joined(
-            pixels, [_hidden(own, on_top, np.zeros(len(own.boxes))), _hidden(pasted, on_top, np.arange(len(rows)) + 1)]
+            pixels,
+            [_hidden(own, layer_map, np.zeros(len(own.boxes))), _hidden(pasted, layer_map, np.arange(len(rows)) + 1)],
         )
 
 
 def _cut(scene: Scene, offset: tuple[int, int], window: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The boxes of a scene moved by (x, y) and cut to a window xyxy, and the share of each that is visible then."""
+    """Shift the boxes of a scene by (x, y) and clip them to a window xyxy; return them with their visible fractions."""
     boxes = scene.boxes + np.array(offset * 2)
     cut = np.clip(boxes, (window[0], window[1]) * 2, (window[2], window[3]) * 2)
     return cut, scene.visible * (cut[:, 2:] - cut[:, :2]).prod(axis=1) / (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
 
 
-def _hidden(scene: Scene, on_top: np.ndarray, layers: np.ndarray) -> Scene:
-    """A scene whose object i is seen only where the map `on_top` [h, w] says `layers[i]`."""
+def _hidden(scene: Scene, layer_map: np.ndarray, layers: np.ndarray) -> Scene:
+    """Reduce the visibility of object i to the fraction of its box where `layer_map` [h, w] equals `layers[i]`."""
     visible = scene.visible.copy()
     for row, (x1, y1, x2, y2) in enumerate(np.rint(scene.boxes).astype(int).tolist()):
-        there = on_top[max(y1, 0) : max(y2, y1 + 1), max(x1, 0) : max(x2, x1 + 1)]
-        visible[row] *= (there == layers[row]).mean() if there.size else 0.0
+        in_box = layer_map[max(y1, 0) : max(y2, y1 + 1), max(x1, 0) : max(x2, x1 + 1)]
+        visible[row] *= (in_box == layers[row]).mean() if in_box.size else 0.0
     return Scene(scene.pixels, scene.boxes, scene.labels, visible)
 
 
 def _joined(pixels: np.ndarray, scenes: Sequence[Scene]) -> Scene:
-    """These pixels with the objects of all scenes."""
+    """Return a scene of `pixels` with the objects of all `scenes`."""
     boxes, labels, visible = (
         np.concatenate([getattr(scene, name) for scene in scenes]) for name in ("boxes", "labels", "visible")
     )

@@ -1,4 +1,4 @@
-"""Proposals that an RPN has left in a file of COCO results, for a second stage that is trained without it."""
+"""Precomputed proposals in the COCO results format, for Fast R-CNN training without an RPN."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from torch import Tensor
 
 from fpn_det.structures import Annotations
 
-PROPOSAL = -1  # in place of a label, between `join` and `part`
+PROPOSAL_LABEL = -1  # of proposals among the objects, between `append` and `split`
 
 
 @dataclass(frozen=True)
 class SavedProposals:
-    """The best boxes of every image, as flat arrays that workers share: row i of the images owns `offsets[i]:offsets[i + 1]`."""
+    """The best proposals of every image, in shared memory. Image row i owns the boxes `offsets[i]:offsets[i + 1]`."""
 
-    boxes: Tensor  # f32 [P, 4], xyxy, original frame; of each image best first
+    boxes: Tensor  # f32 [P, 4], xyxy, original frame; sorted by score within an image
     offsets: Tensor  # i64 [I + 1]
-    limit: int  # at most so many per image
+    limit: int  # maximum per image
 
-    def join(self, index: int, boxes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The boxes and labels of image row `index`, and after them its proposals: through the transforms they go together."""
+    def append(self, index: int, boxes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Append the proposals of image row `index` to its objects, so that they are transformed together."""
         start, stop = self.offsets[index : index + 2].tolist()
         proposals = self.boxes[start:stop].numpy()
-        return np.concatenate([boxes, proposals]), np.concatenate([labels, np.full(len(proposals), PROPOSAL)])
+        return np.concatenate([boxes, proposals]), np.concatenate([labels, np.full(len(proposals), PROPOSAL_LABEL)])
 
-    def part(self, boxes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The boxes and labels of the objects alone, and the proposals [limit, 4], with rows of zeros at the end."""
-        drawn = labels != PROPOSAL
+    def split(self, boxes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Separate transformed boxes into those of objects, their labels, and proposals [limit, 4], padded with zeros."""
+        is_object = labels != PROPOSAL_LABEL
         proposals = np.zeros((self.limit, 4), np.float32)
-        kept = boxes[~drawn][: self.limit]  # there are more where images were put together
+        kept = boxes[~is_object][: self.limit]  # a mosaic has those of several images
         proposals[: len(kept)] = kept
-        return boxes[drawn], labels[drawn], proposals
+        return boxes[is_object], labels[is_object], proposals
 
 
 def read_proposals(file: Path, annotations: Annotations, limit: int) -> SavedProposals:
-    """The best `limit` boxes of the images of `annotations`; those of other images are passed over, categories are not read.
+    """Read the `limit` best-scored boxes of each image of `annotations`. Other images and the categories are ignored.
 
     Raises:
-        ValueError: the file is not one of COCO results, or has no box for these images.
+        ValueError: the file is not in the COCO results format, or has no box for these images.
     """
     row_of = {image_id: row for row, image_id in enumerate(annotations.image_ids.tolist())}
     images, scores, boxes = array("q"), array("f"), array("f")
@@ -58,11 +58,11 @@ def read_proposals(file: Path, annotations: Annotations, limit: int) -> SavedPro
         xywh = np.array(boxes, np.float32).reshape(len(images), 4)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{file}: expected COCO results, a list of image_id, bbox and score, got something else ({error!r})."
+            f"{file}: expected COCO results, a list of image_id, bbox and score, got something else ({error!r}). Write one with evaluation=proposals."
         ) from None
     if not images:
         raise ValueError(
-            f"{file}: expected proposals for these {len(annotations)} images, got none for any. Name the file of their split."
+            f"{file}: expected proposals for these {len(annotations)} images, got none for any. Give the file of their split."
         )
     owners = np.array(images)
     order = np.lexsort((-np.array(scores), owners))  # by image, best first
@@ -75,11 +75,11 @@ def read_proposals(file: Path, annotations: Annotations, limit: int) -> SavedPro
 
 
 def _results(file: Path) -> Iterator[dict[str, Any]]:
-    """One by one: ours stand on a line each, so that millions need not be in memory as objects."""
+    """Yield the results. A file with one result per line, as evaluation writes it, is read without loading all of them."""
     with file.open() as lines:
-        stand_on_lines = lines.readline().strip() == "[" and lines.readline().rstrip().endswith(("}", "},"))
+        one_per_line = lines.readline().strip() == "[" and lines.readline().rstrip().endswith(("}", "},"))
         lines.seek(0)
-        if not stand_on_lines:
+        if not one_per_line:
             yield from json.load(lines)
             return
         for line in lines:

@@ -1,7 +1,7 @@
-"""Which images are seen when: a pure function of the step, so that a resumed run needs nothing else.
+"""Sampling: the images of each step are a pure function of (seed, step), so that resuming needs no sampler state.
 
-A global batch is what one optimizer step sees, over all ranks and micro-batches. It is made first and divided later:
-how many ranks take part does not change what is learned from.
+A global batch holds the images of one optimizer step over all ranks and micro-batches. It is drawn first and divided
+afterwards, so the images of a step do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from torch import Tensor
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Annotations
 
-MOST_EPOCHS = 1 << 32  # nobody trains longer
+MAX_EPOCHS = 1 << 32
 
 
 class GlobalBatches:
-    """The order of training: one permutation per (seed, epoch), cut into global batches of images of like shape.
+    """The order of training images: one permutation per (seed, epoch), divided into global batches.
 
-    Landscape and portrait images do not meet in a batch, where they would pad each other; only what is left over of
-    both is mixed. The last, incomplete batch is dropped, so that within an epoch no image comes twice. Batches come
-    in random order.
+    Landscape and portrait images are batched separately to save padding; only the remainders of both are mixed. The
+    last, incomplete batch of an epoch is dropped, so that no image occurs twice in an epoch. The order of the batches
+    is random.
 
-    With `repeats`, images come several times in an epoch, each time augmented in another way.
+    With `repeats`, an image may occur several times in an epoch, each time with other random transforms.
 
-    A data set smaller than one batch makes a smaller batch: the most images that `parts` divides. No image is
-    repeated to fill it, for it would count twice in the gradient. `batch_size` is what was really made.
+    A data set smaller than one batch makes a smaller batch: the largest multiple of `parts`. No image is repeated to
+    fill it, because it would count twice in the gradient. The attribute `batch_size` is the actual one.
 
     Args:
         sizes: i64 [I, 2], (h, w) in the original frame.
-        batch_size: images of an optimizer step, over all ranks and micro-batches.
+        batch_size: images per optimizer step, over all ranks and micro-batches.
         seed: of the permutations.
-        parts: ranks times micro-batches; must divide the batch.
-        group_by_aspect: keep landscape and portrait apart.
-        repeats: f64 [I], how often an epoch shows each image, on average: a fraction is the share of the epochs in which it
-            comes once more. An epoch is then their sum long.
+        parts: ranks times micro-batches; must divide `batch_size`.
+        group_by_aspect: batch landscape and portrait images separately.
+        repeats: f64 [I], the mean number of occurrences of each image per epoch; the fractional part is the probability of
+            one more. The length of an epoch is their sum.
 
     Raises:
         ValueError: the batch cannot be divided, or there are fewer images than parts.
@@ -67,43 +67,45 @@ class GlobalBatches:
         self._epoch, self._batches = -1, np.empty((0, self.batch_size), dtype=np.int64)
 
     def slice(self, step: int) -> tuple[int, Tensor]:
-        """The epoch that step `step` (from 0) lies in, and the rows [batch_size] of its images."""
+        """Return the epoch of step `step` (from 0) and the rows [batch_size] of its images."""
         epoch, batch = self._find(step)
         return epoch, torch.from_numpy(batch % len(self._portrait))
 
-    def showings(self, step: int) -> Tensor:
-        """What tells the showings [batch_size] of an image apart: the epoch, and within it its repetition."""
+    def occurrences(self, step: int) -> Tensor:
+        """Return a number [batch_size] that differs between all occurrences of an image, from its epoch and its repetition."""
         epoch, batch = self._find(step)
-        return torch.from_numpy(epoch + batch // len(self._portrait) * MOST_EPOCHS)
+        return torch.from_numpy(epoch + batch // len(self._portrait) * MAX_EPOCHS)
 
     def _find(self, step: int) -> tuple[int, np.ndarray]:
-        """The epoch of a step, and its images as row + repetition * I."""
+        """Return the epoch of a step, and its images as row + repetition * I."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._batches = epoch, self._shuffle(epoch)
         return epoch, self._batches[position]
 
     def _shuffle(self, epoch: int) -> np.ndarray:
-        """The batches [steps_per_epoch, batch_size] of an epoch."""
+        """Draw the batches [steps_per_epoch, batch_size] of an epoch."""
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(len(self._portrait))
         if self._repeats is not None:
             order = random.permutation(self._repeated(order, random.random()))
-        whole, left_over = [], []
+        whole, remainders = [], []
         for is_portrait in (False, True):
             members = order[self._portrait[order % len(self._portrait)] == is_portrait]
             complete = len(members) // self.batch_size * self.batch_size
             whole.append(members[:complete])
-            left_over.append(members[complete:])
-        rest = random.permutation(np.concatenate(left_over))  # else the images dropped would always be portraits
+            remainders.append(members[complete:])
+        rest = random.permutation(np.concatenate(remainders))  # otherwise the dropped images would always be portraits
         used = self.steps_per_epoch * self.batch_size - sum(map(len, whole))
         batches = np.concatenate([*whole, rest[:used]]).reshape(self.steps_per_epoch, self.batch_size)
         return random.permutation(batches)
 
     def _repeated(self, order: np.ndarray, start: float) -> np.ndarray:
-        """The images of an epoch, as row + repetition * I: as many of each as there are whole numbers in its stretch of the sum."""
+        """Repeat the images of an epoch by systematic sampling, as row + repetition * I: as often as an integer lies in their
+        interval of the cumulative sum.
+        """
         assert self._repeats is not None
-        margin = 1e-6  # a sum that is whole but for rounding counts as whole
+        margin = 1e-6  # absorbs rounding errors of a sum that is an integer
         ends = np.floor(np.cumsum(self._repeats[order]) + margin + start * (1 - 2 * margin)).astype(np.int64)
         counts = np.diff(ends, prepend=0)
         first = np.repeat(ends - counts, counts)
@@ -112,7 +114,7 @@ class GlobalBatches:
 
 
 def check_divides(parts: int, batch_size: int) -> None:
-    """Refuse a batch that cannot be cut into `parts`: ranks times micro-batches."""
+    """Raise ValueError unless `batch_size` is a multiple of `parts`, ranks times micro-batches."""
     if batch_size < 1 or batch_size % parts:
         raise ValueError(
             f"trainer.batch_size: expected a multiple of ranks x trainer.accumulate = {parts}, got {batch_size}. "
@@ -121,17 +123,21 @@ def check_divides(parts: int, batch_size: int) -> None:
 
 
 def repeat_factors(annotations: Annotations, threshold: float) -> tuple[Tensor, Tensor]:
-    """How often an epoch should show each image so that rare classes are seen (LVIS, appendix; Mahajan et al. 2018).
+    """Compute repeat factors that show images of rare classes more often (LVIS, appendix; Mahajan et al. 2018).
 
-    A class found in a share f of the images asks for max(1, sqrt(threshold / f)); an image takes the most that one of its
-    classes asks for. Crowd regions do not count.
+    The factor of a class that occurs in a fraction f of the images is max(1, sqrt(threshold / f)), the factor of an image
+    the largest of its classes. Crowd regions do not count.
+
+    Args:
+        annotations: of the training set.
+        threshold: fraction of the images below which a class counts as rare.
 
     Returns:
-        Of the images f64 [I], and of the classes f64 [K]; a class without objects has 1.
+        Factors of the images f64 [I] and of the classes f64 [K]; 1 for a class without objects.
     """
     objects = ~annotations.iscrowd
     images = annotations.image_of_boxes[objects]
-    pairs = torch.stack([images, annotations.labels[objects]]).unique(dim=1)  # an image counts once for a class
+    pairs = torch.stack([images, annotations.labels[objects]]).unique(dim=1)  # count an image once per class
     share = torch.bincount(pairs[1], minlength=annotations.num_classes).double() / max(len(annotations), 1)
     of_classes = torch.where(share > 0, (threshold / share).sqrt().clamp(min=1), 1.0)
     of_images = torch.ones(len(annotations), dtype=torch.float64)
@@ -139,30 +145,31 @@ def repeat_factors(annotations: Annotations, threshold: float) -> tuple[Tensor, 
 
 
 def describe_repeats(of_images: Tensor, of_classes: Tensor, class_names: Sequence[str]) -> str:
-    """What `repeat_factors` found, for people."""
+    """Describe the result of `repeat_factors` in a line for the log."""
     rare = [
         f"{class_names[label]} {of_classes[label]:.2f}"
         for label in of_classes.argsort(descending=True, stable=True)
         if of_classes[label] > 1
     ]
     return (
-        f"Images of rare classes come again: an epoch shows {int(of_images.sum())} instead of {len(of_images)} images. "
-        f"Times of each class: {', '.join(rare) or 'all 1'}."
+        f"Images of rare classes are repeated: an epoch has {int(of_images.sum())} instead of {len(of_images)} images. "
+        f"Factors above 1: {', '.join(rare) or 'none'}."
     )
 
 
 def micro_batches(indices: Tensor, ranks: Ranks, accumulate: int) -> Tensor:
-    """This rank's images of a global batch [P], one row for each micro-batch: [accumulate, P / ranks / accumulate].
+    """Select this rank's images of a global batch [P], as [accumulate, P / ranks / accumulate].
 
-    A micro-batch holds the same images, over all ranks, however many ranks there are: a norm synchronized over them sees the same.
+    Over all ranks, a micro-batch holds the same images for any number of ranks, so synchronized batch norm computes the
+    same statistics.
     """
     return indices.view(accumulate, ranks.world_size, -1)[:, ranks.rank]
 
 
 def evaluation_batches(sizes: Tensor, batch_size: int, ranks: Ranks) -> list[Tensor]:
-    """This rank's batches of a data set: over all ranks every image comes exactly once.
+    """Divide a data set into this rank's batches. Over all ranks, every image occurs exactly once.
 
-    Images of like shape share a batch, which keeps the padding small, and the ranks get like shares.
+    Images are sorted by aspect ratio, which keeps the padding small, and dealt to the ranks in turn.
     """
     aspects = sizes[:, 0] / sizes[:, 1]
     mine = torch.argsort(aspects, stable=True)[ranks.rank :: ranks.world_size]

@@ -1,7 +1,8 @@
-"""Augmentation: albumentations behind one adapter, and the geometry that it lacks. The only importer of albumentations.
+"""Transforms of an image and its boxes: the adapter to albumentations, and transforms that albumentations lacks.
 
-Here the frame changes, once: what goes in is in the original frame, what comes out in the input frame. Pixels are uint8
-all the way (float32 after `Normalize` or a resize by `torch_float`), in 0..255; the model normalizes them on the device.
+The coordinate frame changes here: boxes enter in the original frame and leave in the input frame. Pixels are uint8
+in 0..255 throughout (float32 after `Normalize` or a resize by `torch_float`); the model normalizes them on the device.
+This is the only file that imports albumentations.
 """
 
 from __future__ import annotations
@@ -9,217 +10,221 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
+from fpn_det.data.flip_resize import Backend, FlipResize, Rounding, Size, resize, resized_size
 from fpn_det.data.mixing import Mixing, Scene
-from fpn_det.data.resizing import Backend, Plan, Rounding, Size, resize, resized_size
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else the import asks the network for a newer version
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise the import checks the network for a newer version
 import albumentations as A
 
-
-@dataclass(frozen=True)
-class Original:
-    """An image of the original frame, and what is drawn on it. Its pixels are read when they are needed."""
-
-    size: Size
-    boxes: np.ndarray  # f64 [G, 4] xyxy; what lies outside is clipped
-    labels: np.ndarray  # i64 [G]
-    read: Callable[[Size | None], np.ndarray]  # u8 [h, w, 3] RGB, in full, or reduced to no less than this
-    other: Callable[[random.Random], Original] | None = None  # draws another image of the same data set
-
-    def scene(self) -> Scene:
-        """What was drawn, all of it visible."""
-        return Scene(self.read(None), self.boxes, self.labels, np.ones(len(self.boxes)))
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """An image after its transforms but for the last moves, and its boxes after them all."""
-
-    pixels: np.ndarray  # u8 or f32 [h, w, 3] RGB
-    plan: Plan
-    boxes: np.ndarray  # f32 [G, 4], input frame
-    labels: np.ndarray  # i64 [G]
+ReadPixels = Callable[[Size | None], np.ndarray]  # u8 [h, w, 3] RGB, in full (None), or reduced to at least this (h, w)
+DrawScene = Callable[[random.Random], Scene]  # a random image of the same data set
 
 
 class Pipeline:
-    """A chain of albumentations transforms, seeded for each sample, that keeps boxes and labels together.
+    """A seeded chain of transforms that keeps boxes and labels together.
 
-    Inside, a box carries its row number instead of its label: so labels stay integers, whatever the chain does. The last
-    flips and the last ResizeShortestSide of the chain are drawn and applied to the boxes, but only planned for the pixels.
+    Labels never enter albumentations: a box carries its row number through the chain. Horizontal flips and one
+    `ResizeShortestSide` at the end of the chain are drawn and applied to the boxes, while their pixels are deferred
+    (see `flip_resize`).
 
     Args:
-        transforms: any of albumentations' transforms or compositions that leave uint8 RGB, in their order; those that mix
-            several images first.
-        min_visibility: a box goes when a smaller share of its area is left, after all cuts together; in [0, 1].
-        min_area: a box smaller than this in the input frame goes; px^2.
+        transforms: albumentations transforms or compositions with uint8 RGB output, in order; `Mixing` transforms first.
+        min_visibility: drop a box if less than this fraction of its area is left after all transforms; in [0, 1].
+        min_area: drop a box that is smaller than this in the input frame; px^2.
     """
 
     def __init__(self, transforms: Sequence[Any], min_visibility: float = 0.0, min_area: float = 1.0) -> None:
         self.min_visibility = min_visibility
         self.min_area = min_area
-        self.mixing, self.head, self.tail = _split(transforms)
+        self.mixing, self.eager, self.deferred = _split(transforms)
         in_float = any(
-            isinstance(step, Normalize) or getattr(step, "backend", "") == "torch_float" for step in self.head
+            isinstance(step, Normalize) or getattr(step, "backend", "") == "torch_float" for step in self.eager
         )
-        self.dtype = np.dtype(np.float32 if in_float else np.uint8)  # after the head
-        # the no-op takes boxes, which albumentations asks of at least one transform
-        chain = [*self.head, A.NoOp(p=0)]
+        self.dtype = np.dtype(np.float32 if in_float else np.uint8)  # after the eager transforms
+        # NoOp accepts boxes, which albumentations requires of at least one transform.
+        chain = [*self.eager, A.NoOp(p=0)]
         self.compose = A.Compose(
             chain, bbox_params=A.BboxParams(format="albumentations"), is_check_shapes=False, strict=True
         )
-        # Its own filter looks at one transform at a time, and with its checks takes a tenth of the time of a sample.
+        # The default filter looks at each transform separately, and with its checks takes a tenth of the time per sample.
         processor = self.compose.processors["bboxes"]
         processor.filter = self._keep_visible
-        processor.check = _trust
+        processor.check = _accept
 
     def __call__(
         self, pixels: np.ndarray, boxes: np.ndarray, labels: np.ndarray, key: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Transform one image: u8 [h, w, 3] RGB, its boxes and labels. Returns the three in the input frame, as `prepare` does."""
-        height, width = pixels.shape[:2]
-        prepared = self.prepare(Original((height, width), boxes, labels, lambda least: pixels), key)
-        out = np.empty((*prepared.plan.size, 3), np.float32 if prepared.plan.gives_float else prepared.pixels.dtype)
-        prepared.plan.lay(prepared.pixels, out)
-        return out, prepared.boxes, prepared.labels
-
-    def prepare(self, original: Original, key: tuple[int, ...]) -> Prepared:
-        """Transform one image, but leave the last moves to whoever lays it on a canvas.
+        """Transform one image, deferred transforms included.
 
         Args:
-            original: the image.
-            key: what all random choices follow from, such as (seed, epoch, index).
+            pixels: u8 [h, w, 3] RGB.
+            boxes: f64 [G, 4] xyxy, original frame.
+            labels: i64 [G].
+            key: seed of all random choices.
 
         Returns:
-            Boxes with positive sides, without those that left the image.
+            Pixels, boxes and labels in the input frame.
+        """
+        height, width = pixels.shape[:2]
+        pixels, boxes, labels, last = self.prepare((height, width), boxes, labels, lambda least: pixels, key)
+        out = np.empty((*last.size, 3), np.float32 if last.returns_float else pixels.dtype)
+        last.apply(pixels, out)
+        return out, boxes, labels
+
+    def prepare(
+        self,
+        size: Size,
+        boxes: np.ndarray,
+        labels: np.ndarray,
+        read: ReadPixels,
+        key: tuple[int, ...],
+        draw_scene: DrawScene | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, FlipResize]:
+        """Transform one image except for the pixels of the deferred flip and resize.
+
+        Args:
+            size: (h, w) in the original frame.
+            boxes: f64 [G, 4] xyxy, original frame; clipped to the image.
+            labels: i64 [G].
+            read: decodes the pixels; called once, with the least size that is needed.
+            key: seed of all random choices, such as (seed, epoch, index).
+            draw_scene: draws another image for `Mixing` transforms.
+
+        Returns:
+            Pixels (u8 or f32 [h, w, 3] RGB), boxes (f32 [G, 4], input frame, positive sides) and labels (i64 [G]) of the
+            objects that are left, and the flip and resize that the pixels still need.
+
+        Raises:
+            ValueError: the transforms return another dtype or shape, or mix images without `draw_scene`.
         """
         # One pair of generators for the whole chain. albumentations 2.0.8's set_random_seed gives every transform the
         # same numbers (two flips would always agree), and its own seeding the same numbers to every worker.
         words = np.random.SeedSequence(key).generate_state(4)
         random_state = random.Random(words.tobytes())
-        size, pixels = original.size, None
-        boxes, labels, visible = original.boxes, original.labels, np.ones(len(original.boxes))
+        pixels: np.ndarray | None = None
+        visible = np.ones(len(boxes))
         if self.mixing:
-            scene = self._mix(original, random_state)
+            scene = self._mix(Scene(read(None), boxes, labels, visible), draw_scene, random_state)
             size, pixels, boxes, labels, visible = scene.size, scene.pixels, scene.boxes, scene.labels, scene.visible
-        # Relative coordinates in float64: a change of scale then leaves them as they are, to the bit.
-        # Columns: x1, y1, x2, y2, row, share of the area that is still visible.
+        # Relative coordinates in float64: a change of scale leaves them exactly as they are.
+        # Columns: x1, y1, x2, y2, row, visible fraction of the area.
         table = np.column_stack([boxes / (size[1], size[0], size[1], size[0]), np.arange(len(boxes)), visible])
         table = self._keep_visible(table)
-        if self.head:
+        if self.eager:
             self.compose.set_random_state(np.random.default_rng(words), random_state)
-            result = self.compose(image=original.read(None) if pixels is None else pixels, bboxes=table)
-            pixels, table = result["image"], result["bboxes"]
-            if pixels.dtype != self.dtype or pixels.ndim != 3 or pixels.shape[2] != 3:
-                found = f"{pixels.dtype} {list(pixels.shape)}"
-                raise ValueError(
-                    f"transforms: expected {self.dtype} [h, w, 3] at the end, got {found}. Leave normalizing to the model."
-                )
+            result = self.compose(image=read(None) if pixels is None else pixels, bboxes=table)
+            pixels, table = self._checked(result["image"]), result["bboxes"]
             size = pixels.shape[:2]
         else:
-            random_state.random()  # as Compose does: the numbers drawn do not depend on which moves are planned
-        plan = self._plan(size, random_state)
-        pixels = original.read(plan.size) if pixels is None else pixels
-        corners = table[:, :4]
-        if plan.flip:
-            corners = np.column_stack([1 - corners[:, 2], corners[:, 1], 1 - corners[:, 0], corners[:, 3]])
-        height, width = plan.size
-        boxes = (corners * (width, height, width, height)).astype(np.float32)
-        sides = boxes[:, 2:] - boxes[:, :2]
+            random_state.random()  # as Compose does, so that the draws do not depend on which transforms are deferred
+        last = self._draw_flip_resize(size, random_state)
+        pixels = read(last.size) if pixels is None else pixels
+        moved = last.apply_to_boxes(table[:, :4])
+        sides = moved[:, 2:] - moved[:, :2]
         keep = (sides > 0).all(axis=1) & (sides.prod(axis=1) >= self.min_area)
-        return Prepared(pixels, plan, boxes[keep], labels[table[keep, 4].astype(np.int64)])
+        return pixels, moved[keep], labels[table[keep, 4].astype(np.int64)], last
 
-    def _mix(self, original: Original, random_state: random.Random) -> Scene:
-        scene = original.scene()
+    def _mix(self, scene: Scene, draw_scene: DrawScene | None, random_state: random.Random) -> Scene:
         for step in self.mixing:
             if random_state.random() < step.p:
-                if original.other is None:
+                if draw_scene is None:
                     raise ValueError(
-                        f"{type(step).__name__}: expected images of a data set, got a single one. Leave it to training."
+                        f"{type(step).__name__}: expected images of a data set, got a single one. Use it in training only."
                     )
-                others = [original.other(random_state).scene() for _ in range(step.num_others)]
+                others = [draw_scene(random_state) for _ in range(step.num_others)]
                 scene = step(scene, others, random_state)
         return scene
 
+    def _checked(self, pixels: np.ndarray) -> np.ndarray:
+        if pixels.dtype != self.dtype or pixels.ndim != 3 or pixels.shape[2] != 3:
+            found = f"{pixels.dtype} {list(pixels.shape)}"
+            raise ValueError(
+                f"transforms: expected {self.dtype} [h, w, 3] at the end, got {found}. Leave normalization to the model."
+            )
+        return pixels
+
     def check_resize_is_last(self) -> None:
-        """Refuse a chain of which the resize cannot be planned.
+        """Refuse a chain whose resize cannot be deferred to the device.
 
         Raises:
-            ValueError: it is followed by more than flips, or it is one of those that are not planned.
+            ValueError: a resize is followed by other transforms than horizontal flips, or is not `ResizeShortestSide`.
         """
-        for number, step in enumerate(self.head):
+        for number, step in enumerate(self.eager):
             if isinstance(step, _Resizing):
-                after = ", ".join(type(other).__name__ for other in [*self.head[number + 1 :], *self.tail])
+                after = ", ".join(type(other).__name__ for other in [*self.eager[number + 1 :], *self.deferred])
                 raise ValueError(
-                    f"data.resize_on=device: expected ResizeShortestSide at the end of the transforms, with HorizontalFlip at most "
-                    f"after it, got {type(step).__name__}, then {after or 'nothing'}. Change the order, or say data.resize_on=worker."
+                    f"data.resize_on=device: expected ResizeShortestSide at the end of the transforms, followed by HorizontalFlip "
+                    f"at most, got {type(step).__name__}, then {after or 'nothing'}. Change the order or set data.resize_on=worker."
                 )
 
     def largest(self, size: Size) -> Size:
-        """What the planned resize makes of an image of this size at most."""
-        for step in self.tail:
+        """Return the largest (h, w) to which the deferred resize may bring an image of `size`."""
+        for step in self.deferred:
             if isinstance(step, ResizeShortestSide):
                 size = resized_size(size, max(step.sides), step.max_side, step.rounding)
         return size
 
-    def _plan(self, size: Size, random_state: random.Random) -> Plan:
-        """Draw the moves of the tail, as albumentations would."""
-        plan = Plan(size)
-        for step in self.tail:
+    def _draw_flip_resize(self, size: Size, random_state: random.Random) -> FlipResize:
+        """Draw the deferred transforms with the random numbers that albumentations would use."""
+        last = FlipResize(size)
+        for step in self.deferred:
             step.py_random = random_state
             drawn = step.should_apply()
             if isinstance(step, ResizeShortestSide):
                 size = step.draw_size(size) if drawn else size
-                plan = replace(plan, size=size, backend=step.backend, antialias=step.antialias)
+                last = replace(last, size=size, backend=step.backend, antialias=step.antialias)
             elif drawn:
-                plan = replace(plan, flip=not plan.flip)
-        return plan
+                last = replace(last, flip=not last.flip)
+        return last
 
     def _keep_visible(self, table: np.ndarray, shape: Any = None) -> np.ndarray:
-        """Clip the boxes to the image and drop those of which too little is left; after every transform."""
+        """Clip the boxes to the image and drop those below `min_visibility`; called after every transform."""
         clipped = np.clip(table[:, :4], 0, 1)
         sides = clipped[:, 2:] - clipped[:, :2]
-        there = (sides > 0).all(axis=1)  # not where a coordinate is NaN
-        table, clipped, sides = table[there], clipped[there], sides[there]
+        inside = (sides > 0).all(axis=1)  # False for NaN
+        table, clipped, sides = table[inside], clipped[inside], sides[inside]
         visible = table[:, 5] * sides.prod(axis=1) / (table[:, 2:4] - table[:, :2]).prod(axis=1)
         return np.column_stack([clipped, table[:, 4], visible])[(visible >= self.min_visibility) & (visible > 0)]
 
 
 def _split(transforms: Sequence[Any]) -> tuple[list[Mixing], list[Any], list[Any]]:
-    """The steps that mix images, what follows, and the moves at the end that can be planned: flips, and one ResizeShortestSide."""
+    """Split a chain into mixing, eager and deferred transforms (horizontal flips and one ResizeShortestSide at the end)."""
     mixing = list(takewhile(lambda step: isinstance(step, Mixing), transforms))
-    head, tail = list(transforms[len(mixing) :]), list[Any]()
-    late = [type(step).__name__ for step in head if isinstance(step, Mixing)]
+    eager, deferred = list(transforms[len(mixing) :]), list[Any]()
+    late = [type(step).__name__ for step in eager if isinstance(step, Mixing)]
     if late:
         raise ValueError(
-            f"transforms: expected {', '.join(late)} before all others, got it after {type(head[0]).__name__}. Change the order."
+            f"transforms: expected {', '.join(late)} before all others, got it after {type(eager[0]).__name__}. Change the order."
         )
-    while head:
-        if isinstance(head[-1], ResizeShortestSide):
-            if any(isinstance(step, ResizeShortestSide) for step in tail):
+    while eager:
+        if isinstance(eager[-1], ResizeShortestSide):
+            if any(isinstance(step, ResizeShortestSide) for step in deferred):
                 break
-        elif type(head[-1]) is not A.HorizontalFlip:
+        elif type(eager[-1]) is not A.HorizontalFlip:
             break
-        tail.insert(0, head.pop())
-    return mixing, head, tail
+        deferred.insert(0, eager.pop())
+    return mixing, eager, deferred
 
 
-def _trust(table: np.ndarray, shape: Any) -> None:
-    """In place of albumentations' check: `_keep_visible` has made the boxes valid."""
+def _accept(table: np.ndarray, shape: Any) -> None:
+    """Replace albumentations' check of boxes, which `_keep_visible` makes redundant."""
 
 
 class Normalize(A.ImageOnlyTransform):
-    """Give pixels mean 0 and deviation 1 before they are resized, as torchvision does; the model's own are then 0 and 1.
+    """Normalize pixels to (x / 255 - mean) / std before they are resized, as torchvision does.
 
-    In exact numbers the order makes no difference. In float32 it moves the last bits, and so the order of equal scores.
+    Set the model's own mean to 0 and standard deviation to 1. In exact arithmetic the order of normalizing and resizing
+    makes no difference; in float32 it changes the last bits, and so the order of equal scores.
 
     Args:
-        mean, std: of the three channels, of 0..1.
+        mean: of the three channels, in 0..1.
+        std: standard deviation of the three channels, in 0..1.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], p: float = 1.0) -> None:
@@ -231,7 +236,7 @@ class Normalize(A.ImageOnlyTransform):
 
 
 class _Resizing(A.DualTransform):
-    """What the resizing transforms share: the way of resizing, checked."""
+    """Base of the resizing transforms: their backend and antialiasing, checked."""
 
     def __init__(self, backend: Backend, antialias: bool | None, p: float) -> None:
         super().__init__(p=p)
@@ -247,12 +252,15 @@ class _Resizing(A.DualTransform):
 
 
 class ResizeShortestSide(_Resizing):
-    """Resize so that the shorter side is one of `sides`, each as likely, and the longer at most `max_side`; px.
+    """Resize the shorter side to one of `sides`, drawn uniformly, and the longer side to at most `max_side`.
 
     Args:
-        rounding: of the other side; torchvision's way is `floor`.
-        backend: `cv2` or `pil`; `torch_float` does not round to whole values, as torchvision.
-        antialias: average when shrinking; pil always does, the others by default do not.
+        sides: candidates for the shorter side, px.
+        max_side: upper bound of the longer side, px.
+        rounding: of the other side; torchvision uses `floor`.
+        backend: `cv2`, `pil`, or `torch_float`, which returns unrounded float32 values as torchvision does.
+        antialias: average when shrinking. None is True for pil, which always does, and False for the others.
+        p: probability.
     """
 
     def __init__(
@@ -272,7 +280,7 @@ class ResizeShortestSide(_Resizing):
             raise ValueError(f"ResizeShortestSide: expected rounding round or floor, got {rounding!r}.")
 
     def draw_size(self, size: Size) -> Size:
-        """What an image of `size` becomes."""
+        """Draw the size that an image of `size` is resized to."""
         return resized_size(size, self.py_random.choice(self.sides), self.max_side, self.rounding)
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
@@ -286,13 +294,16 @@ class ResizeShortestSide(_Resizing):
 
 
 class LargeScaleJitter(_Resizing):
-    """Fit the image into `size`, times a random scale, and cut a random window of `size` from what is larger.
+    """Fit the image into `size`, times a random scale, and crop a random window of `size` (Copy-Paste, appendix A).
 
-    What is smaller than `size` stays so: the batch is padded, and padding is not image. (Copy-Paste, appendix A)
+    An image smaller than `size` is not padded here: the batch pads it, and the model masks that padding.
 
     Args:
         size: (h, w) of the window, px.
-        scale_range: the scale is drawn evenly from it; 1 fits.
+        scale_range: (low, high) of the uniformly drawn scale; 1 fits the image into `size`.
+        backend: as of `ResizeShortestSide`.
+        antialias: as of `ResizeShortestSide`.
+        p: probability.
     """
 
     def __init__(

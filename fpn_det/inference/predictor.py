@@ -11,11 +11,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fpn_det.data.collation import Canvas, ResizeOn, collate
+from fpn_det.data.collation import Canvas, Collator, ResizeOn
 from fpn_det.data.dataset import Example
-from fpn_det.data.resizing import Size
+from fpn_det.data.flip_resize import Size
 from fpn_det.data.sampling import evaluation_batches
-from fpn_det.data.transforms import Original, Pipeline
+from fpn_det.data.transforms import Pipeline
 from fpn_det.image_io import image_size, read_image, reduction_to
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
@@ -100,7 +100,7 @@ class Predictor:
     def batch_of(self, images: Sequence[Picture]) -> Batch:
         """Pictures as the model gets them, without objects."""
         examples = [self._example(image, index) for index, image in enumerate(images)]
-        return collate(examples, self.model.stride, self.canvas, self.resize_on, self.device)
+        return Collator(self.model.stride, self.canvas, self.resize_on).collate(examples, self.device)
 
     def _example(self, image: Picture, index: int) -> Example:
         size = _size(image)
@@ -108,9 +108,9 @@ class Predictor:
         def read(least: Size | None) -> np.ndarray:
             return _pixels(image, reduction_to(size, least) if self.reduce and least else 1)
 
-        original = Original(size, np.zeros((0, 4)), np.zeros(0, np.int64), read)
-        prepared = self.transform.prepare(original, (0, 0, index))
-        return Example(prepared.pixels, prepared.plan, prepared.boxes, prepared.labels, size, index)
+        no_boxes, no_labels = np.zeros((0, 4)), np.zeros(0, np.int64)
+        pixels, boxes, labels, flip_resize = self.transform.prepare(size, no_boxes, no_labels, read, (0, 0, index))
+        return Example(pixels, flip_resize, boxes, labels, size, index)
 
 
 def _size(image: Picture) -> tuple[int, int]:

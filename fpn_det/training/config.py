@@ -8,8 +8,9 @@ from typing import Literal
 
 import torch
 
-from fpn_det.config import DetectorConfig, OnBadImage
-from fpn_det.data.loading import TrainLoader
+from fpn_det.config import DetectorConfig
+from fpn_det.data.bad_images import OnBadImage
+from fpn_det.data.loaders import TrainLoader
 from fpn_det.runtime import Ranks
 from fpn_det.schema import (
     Amount,

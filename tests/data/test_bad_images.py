@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fpn_det.data.loading import EvalLoader, TrainLoader
 from test_resizing import assert_same
 
 from fpn_det.annotations.reading import read_annotations
 from fpn_det.data.dataset import DetectionDataset
-from fpn_det.data.loading import EvalLoader, TrainLoader
 from fpn_det.data.sampling import GlobalBatches
 from fpn_det.data.transforms import Pipeline, ResizeShortestSide
 from fpn_det.image_io import BadImage

@@ -7,11 +7,11 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
+from fpn_det.data.loading import TrainLoader
 from test_resizing import assert_same
 
 from fpn_det.annotations.reading import read_annotations
 from fpn_det.data.dataset import DetectionDataset
-from fpn_det.data.loading import TrainLoader
 from fpn_det.data.mixing import CopyPaste, MixUp, Mosaic, Scene
 from fpn_det.data.sampling import GlobalBatches
 from fpn_det.data.transforms import LargeScaleJitter, Original, Pipeline, ResizeShortestSide

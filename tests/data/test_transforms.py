@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_close
+from fpn_det.data.resizing import Plan, resize, resized_size
 from PIL import Image
 from torchvision.models.detection.transform import _resize_image_and_masks
 
 from fpn_det.data.collation import collate
 from fpn_det.data.dataset import Example
-from fpn_det.data.resizing import Plan, resize, resized_size
 from fpn_det.data.transforms import LargeScaleJitter, Pipeline, ResizeShortestSide
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)

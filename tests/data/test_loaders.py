@@ -10,13 +10,13 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
+from fpn_det.data.loading import EvalLoader, TrainLoader
+from fpn_det.data.resizing import Plan
 
 from fpn_det.annotations.reading import read_annotations
 from fpn_det.annotations.subsets import drop_empty
 from fpn_det.data.collation import collate, pack
 from fpn_det.data.dataset import DetectionDataset, Example
-from fpn_det.data.loading import EvalLoader, TrainLoader
-from fpn_det.data.resizing import Plan
 from fpn_det.data.sampling import GlobalBatches
 from fpn_det.data.transforms import Pipeline, ResizeShortestSide
 from fpn_det.runtime import Ranks

@@ -1,7 +1,8 @@
-"""The last moves of an image, flip and resize: planned where it is read, made where it is laid on its canvas.
+"""Horizontal flip and resize, the last transforms of an image: of its boxes and of its pixels.
 
-A plan needs the image's size only. So a worker writes the resized image straight into its batch, or leaves that to the
-device and sends the pixels as they are.
+Both are drawn when an image is transformed (`transforms.Pipeline`). The boxes are moved at once; the pixels are moved when
+the batch is made, so that a worker writes the resized image straight into its batch, or sends the decoded pixels and
+leaves flip and resize to the device.
 """
 
 from __future__ import annotations
@@ -22,33 +23,47 @@ Size = tuple[int, int]  # (h, w)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is still to be done to an image to bring it into the input frame."""
+class FlipResize:
+    """A flip and a resize to `size`, the step that brings an image into the input frame."""
 
     size: Size  # in the input frame
-    flip: bool = False  # left to right
+    flip: bool = False  # horizontally
     backend: Backend = "cv2"
     antialias: bool = False
 
     @property
-    def gives_float(self) -> bool:
-        """Whether the finished image is float32, whatever it was."""
+    def returns_float(self) -> bool:
+        """True if the output is float32 whatever the dtype of the input."""
         return self.backend == "torch_float"
 
-    def lay(self, pixels: np.ndarray, out: np.ndarray) -> None:
-        """Bring `pixels` [h, w, 3] into the input frame, as `out` [*size, 3]: often a part of something larger."""
+    def apply_to_boxes(self, boxes: np.ndarray) -> np.ndarray:
+        """Map boxes to the input frame.
+
+        Args:
+            boxes: f64 [G, 4] xyxy, in units of the image's width and height, 0..1.
+
+        Returns:
+            f32 [G, 4] xyxy, px of the input frame.
+        """
+        if self.flip:
+            boxes = np.column_stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]])
+        height, width = self.size
+        return (boxes * (width, height, width, height)).astype(np.float32)
+
+    def apply(self, pixels: np.ndarray, out: np.ndarray) -> None:
+        """Write the flipped and resized `pixels` [h, w, 3] to `out` [*size, 3], which may be a view into a canvas."""
         enlarges = out.size >= pixels.size
-        if self.flip and enlarges:  # where there are fewer pixels
+        if self.flip and enlarges:  # flip the smaller of the two
             pixels = cv2.flip(pixels, 1)
-        if out.shape == pixels.shape and not self.gives_float:
+        if out.shape == pixels.shape and not self.returns_float:
             out[:] = pixels
         else:
             resize(pixels, self.size, self.backend, self.antialias, out)
         if self.flip and not enlarges:
             cv2.flip(out, 1, out)
 
-    def lay_on_device(self, pixels: Tensor, out: Tensor) -> None:
-        """The same on any device; equal up to interpolation."""
+    def apply_on_device(self, pixels: Tensor, out: Tensor) -> None:
+        """Do what `apply` does on any device; the result may differ from it by one grey level, due to interpolation."""
         planes = pixels.permute(2, 0, 1)[None].float()  # [h, w, 3] -> [1, 3, h, w]
         planes = planes.flip(3) if self.flip else planes
         if planes.shape[2:] != self.size:
@@ -60,9 +75,10 @@ class Plan:
 
 
 def resized_size(size: Size, side: int, max_side: int, rounding: Rounding) -> Size:
-    """The (h, w) whose shorter side is `side`, or less where the longer would pass `max_side`; the aspect ratio stays.
+    """Return the (h, w) whose shorter side is `side`, or less if the longer side would exceed `max_side`.
 
-    `floor` also floors what is `side` but for the last bit, as torchvision does: 161 * (800 / 161) gives 799.
+    The aspect ratio is kept. `floor` rounds down even a value that misses an integer by the last bit, as torchvision
+    does: 161 * (800 / 161) gives 799.
     """
     scale = min(side / min(size), max_side / max(size))
     extra = 0.5 if rounding == "round" else 0.0
@@ -72,15 +88,19 @@ def resized_size(size: Size, side: int, max_side: int, rounding: Rounding) -> Si
 def resize(
     pixels: np.ndarray, size: Size, backend: Backend, antialias: bool, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Bilinear resizing to (h, w), into `out` if there is one. With `antialias`, a smaller image averages the pixels it stands for."""
+    """Resize `pixels` [h, w, 3] bilinearly to `size`.
+
+    Args:
+        antialias: average over the source pixels of each output pixel when shrinking.
+        out: array to write to; None allocates one.
+    """
     height, width = size
     if backend == "cv2":
         if pixels.shape[:2] == size and out is None:
             return pixels
         shrinks = height < pixels.shape[0] and width < pixels.shape[1]
-        return cv2.resize(
-            pixels, (width, height), out, interpolation=cv2.INTER_AREA if antialias and shrinks else cv2.INTER_LINEAR
-        )
+        interpolation = cv2.INTER_AREA if antialias and shrinks else cv2.INTER_LINEAR
+        return cv2.resize(pixels, (width, height), out, interpolation=interpolation)
     if backend == "pil":
         resized = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
     else:

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fpn_det.data.loading import EvalLoader, usual_bytes
+from fpn_det.data.shared_memory import check_room
 
 from fpn_det.annotations.reading import read_annotations
 from fpn_det.data import shared_memory
 from fpn_det.data.dataset import DetectionDataset
-from fpn_det.data.loading import EvalLoader, usual_bytes
-from fpn_det.data.shared_memory import check_room
 from fpn_det.data.transforms import Pipeline, ResizeShortestSide
 from fpn_det.runtime import Ranks
 

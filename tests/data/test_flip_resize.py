@@ -5,12 +5,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from fpn_det.data.loading import EvalLoader, TrainLoader
+from fpn_det.data.resizing import Plan
 from torch import Tensor
 
 from fpn_det.annotations.reading import read_annotations
 from fpn_det.data.dataset import DetectionDataset
-from fpn_det.data.loading import EvalLoader, TrainLoader
-from fpn_det.data.resizing import Plan
 from fpn_det.data.sampling import GlobalBatches
 from fpn_det.data.transforms import LargeScaleJitter, Normalize, Pipeline, ResizeShortestSide
 from fpn_det.image_io import read_image, reduction_to

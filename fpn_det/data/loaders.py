@@ -1,0 +1,250 @@
+"""Loaders: batches on the device, read ahead by worker processes and copied ahead on a side stream.
+
+The content of a batch is a function of the step alone. It does not depend on the number of workers or on timing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass, replace
+from itertools import chain, count
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from fpn_det.data.bad_images import Key, OnBadImage, load_available
+from fpn_det.data.collation import Collator, PackedBatch
+from fpn_det.data.dataset import DetectionDataset
+from fpn_det.data.largest_batch import largest_batch
+from fpn_det.data.sampling import GlobalBatches, evaluation_batches, micro_batches
+from fpn_det.data.workers import BUFFERS_PER_WORKER, SharedBuffers, Workers, check_shared_memory, load_in_workers
+from fpn_det.runtime import Ranks
+from fpn_det.structures import Batch
+
+
+class TrainLoader:
+    """This rank's share of the global batches, divided into micro-batches; endless over the epochs.
+
+    Args:
+        dataset: reads and transforms the images.
+        batches: images of each step.
+        ranks: this rank and their number.
+        accumulate: micro-batches per step.
+        collator: makes the batches.
+        workers: processes that make them.
+        device: that batches are copied to.
+        on_bad_image: called for each image that was replaced because it is bad, when its batch arrives.
+
+    Raises:
+        ValueError: shared memory does not suffice, or the transforms do not allow to resize on the device.
+    """
+
+    def __init__(
+        self,
+        dataset: DetectionDataset,
+        batches: GlobalBatches,
+        ranks: Ranks,
+        accumulate: int,
+        collator: Collator,
+        workers: Workers,
+        device: torch.device,
+        on_bad_image: OnBadImage | None = None,
+    ) -> None:
+        self._micro_batch_size = batches.batch_size // (ranks.world_size * accumulate)
+        check_shared_memory(typical_bytes(dataset, collator), self._micro_batch_size, workers.count, BUFFERS_PER_WORKER)
+        self._batches = batches
+        self._ranks = ranks
+        self._accumulate = accumulate
+        self._maker = _BatchMaker(dataset, collator)
+        self._workers = workers
+        self._device = device
+        self._on_bad_image = on_bad_image
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._batches.steps_per_epoch
+
+    @property
+    def batch_size(self) -> int:
+        """Images per step over all ranks and micro-batches; less than requested if the data set is smaller."""
+        return self._batches.batch_size
+
+    def iterate(self, first_step: int) -> Iterator[Batch]:
+        """Yield the micro-batches of step `first_step` and all later steps on the device. Starts workers of its own."""
+        return _on_device(self.packed_batches(first_step), self._device, self._on_bad_image)
+
+    def packed_batches(self, first_step: int) -> Iterable[PackedBatch | ValueError]:
+        """Yield the micro-batches as the workers send them."""
+        keys = chain.from_iterable(map(self.keys, count(first_step)))
+        return load_in_workers(self._maker, keys, self._workers)
+
+    def rebuild(self, step: int) -> list[Batch]:
+        """Make the micro-batches of one step in this process, on the device."""
+        return list(_on_device((self._maker[keys] for keys in self.keys(step)), self._device, self._on_bad_image))
+
+    def largest(self, num_images: int | None = None) -> Batch:
+        """Make the micro-batch that needs the most memory, with black images, on the device.
+
+        Args:
+            num_images: in the batch; None takes this rank's micro-batch size.
+        """
+        maker = self._maker
+        return largest_batch(maker.dataset, num_images or self._micro_batch_size, maker.collator).to(self._device)
+
+    def keys(self, step: int) -> list[list[Key]]:
+        """Return the (row, epoch) of this rank's images for each micro-batch of a step."""
+        _, indices = self._batches.slice(step)
+        rows, epochs = (
+            micro_batches(part, self._ranks, self._accumulate).tolist()
+            for part in (indices, self._batches.occurrences(step))
+        )
+        return [list(zip(*pair, strict=True)) for pair in zip(rows, epochs, strict=True)]
+
+
+class EvalLoader:
+    """This rank's images of a data set, sorted by aspect ratio. Over all ranks, every image occurs exactly once.
+
+    Args:
+        dataset: reads and transforms the images.
+        batch_size: images per batch on this rank.
+        ranks: this rank and their number.
+        collator: makes the batches.
+        workers: processes that make them.
+        device: that batches are copied to.
+        on_bad_image: called for each image that is left out because it is bad; None makes bad images an error.
+
+    Raises:
+        ValueError: shared memory does not suffice, or the transforms do not allow to resize on the device.
+    """
+
+    def __init__(
+        self,
+        dataset: DetectionDataset,
+        batch_size: int,
+        ranks: Ranks,
+        collator: Collator,
+        workers: Workers,
+        device: torch.device,
+        on_bad_image: OnBadImage | None = None,
+    ) -> None:
+        batches = evaluation_batches(dataset.annotations.sizes, batch_size, ranks)
+        check_shared_memory(typical_bytes(dataset, collator), batch_size, workers.count, BUFFERS_PER_WORKER)
+        keys = [[(index, 0) for index in batch.tolist()] for batch in batches]
+        self._num_batches = len(keys)
+        maker = _BatchMaker(dataset, collator, skip_bad=on_bad_image is not None)
+        self._packed_batches = load_in_workers(maker, keys, workers)
+        self._device = device
+        self._on_bad_image = on_bad_image
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _on_device(self._packed_batches, self._device, self._on_bad_image)
+
+
+class _BatchMaker(Dataset):
+    """Makes whole batches of their keys in a worker.
+
+    Errors of the data are returned rather than raised: torch's loader would turn an exception into a traceback.
+
+    Args:
+        skip_bad: leave bad images out of their batch.
+    """
+
+    def __init__(self, dataset: DetectionDataset, collator: Collator, skip_bad: bool = False) -> None:
+        if collator.resize_on == "device":
+            dataset.transform.check_resize_is_last()
+        self.dataset = dataset
+        self.collator = collator
+        self._skip_bad = skip_bad
+        self._buffers = SharedBuffers(BUFFERS_PER_WORKER)
+
+    def __getitem__(self, keys: list[Key]) -> PackedBatch | ValueError:
+        try:
+            if self._skip_bad:
+                examples, bad = load_available(self.dataset.__getitem__, keys)
+            else:
+                examples, bad = [self.dataset[key] for key in keys], []
+            worker = get_worker_info()
+            if worker is None or not examples:
+                return self.collator.pack(examples, bad)
+            packed = self.collator.pack(examples, bad, self._buffers)
+            return replace(packed, buffer=(worker.id, self._buffers.current))
+        except ValueError as error:
+            return error
+
+
+def typical_bytes(dataset: DetectionDataset, collator: Collator) -> int:
+    """Return the bytes that a worker sends for an image of median size."""
+    sizes = dataset.annotations.sizes
+    if not len(sizes):
+        return 0
+    height, width = sizes[sizes.prod(dim=1).argsort()[len(sizes) // 2]].tolist()
+    if collator.resize_on == "worker":
+        canvas = collator.canvas
+        height, width = dataset.transform.largest((height, width)) if canvas == "batch" else canvas
+    return height * width * 3
+
+
+def _receive(
+    items: Iterable[PackedBatch | ValueError], device: torch.device, on_bad_image: OnBadImage | None
+) -> Iterator[tuple[PackedBatch, Batch]]:
+    """Unpack what the workers send, into private memory from which the device can copy.
+
+    Raises:
+        ValueError: a worker met an error in the data.
+    """
+    mapped = {}  # keeps the shared buffers in the address space of this process from one use to the next
+    for item in items:
+        if isinstance(item, ValueError):
+            raise item
+        for bad in item.bad_images:
+            assert on_bad_image is not None, "bad images are only left out or replaced with a callback"
+            on_bad_image(bad)
+        if not item.indices:
+            continue
+        batch = item.unpack()
+        if item.buffer is not None:
+            mapped[item.buffer] = item.pixels.untyped_storage()
+        is_copied_by_finish = bool(item.decoded_sizes) and device.type == "cpu"
+        if device.type == "cuda":
+            batch = batch.pin_memory()
+        elif item.buffer is not None and not is_copied_by_finish:
+            batch = replace(batch, pixels=batch.pixels.clone())
+        yield item, batch
+
+
+def _on_device(
+    items: Iterable[PackedBatch | ValueError], device: torch.device, on_bad_image: OnBadImage | None = None
+) -> Iterator[Batch]:
+    """Yield batches on the device. With CUDA, the next batch is copied and resized while the model uses this one."""
+    if device.type != "cuda":
+        for packed, batch in _receive(items, device, on_bad_image):
+            yield packed.finish(batch.to(device))
+        return
+    side = torch.cuda.Stream(device)
+    ready: Batch | None = None
+    end: list[tuple[PackedBatch, Batch] | None] = [None]
+    for upcoming in chain(_receive(items, device, on_bad_image), end):
+        main = torch.cuda.current_stream(device)
+        main.wait_stream(side)  # `ready` has arrived; no other copy is in progress yet
+        with torch.cuda.stream(side):
+            coming = upcoming[0].finish(upcoming[1].to(device)) if upcoming else None
+        if ready is not None:
+            for tensor in _tensors(ready):
+                tensor.record_stream(main)  # otherwise the side stream may overwrite it while it is in use
+            yield ready
+        ready = coming
+
+
+def _tensors(record: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a dataclass and of those nested in it."""
+    for item in fields(record):
+        value = getattr(record, item.name)
+        if isinstance(value, Tensor):
+            yield value
+        elif is_dataclass(value):
+            yield from _tensors(value)
