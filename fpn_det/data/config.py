@@ -133,18 +133,26 @@ class DataConfig:
         return Pipeline(chain, self.min_visibility, self.min_area)
 
     def read_train_and_val(self, seed: int) -> TrainData:
-        """What to train on and what to evaluate on. The classes are those of the training set."""
-        examined = self.check_split("train", self.classes)
-        raise_for_faults(examined, f"data.train ({self.train.annotations})", self.on_error)
-        findings = list(examined.findings)
+        """Read the training and validation sets, with the classes of the training set.
+
+        Args:
+            seed: of the random split under `val_fraction`.
+
+        Raises:
+            ValueError: annotations or images have faults that `on_error` does not allow, or no training image has objects.
+        """
+        checked = self.check_split("train", self.classes)
+        raise_for_faults(checked, f"data.train ({self.train.annotations})", self.on_error)
+        findings = list(checked.findings)
         if self.val_fraction is not None:
-            train, val = split_images(self._limited(examined.annotations), self.val_fraction, seed)
+            train, val = split_images(self._limited(checked.annotations), self.val_fraction, seed)
         else:
-            held_out = self.check_split("val", examined.annotations.class_names)
-            raise_for_faults(held_out, f"data.val ({self.val.annotations})", self.on_error)
-            findings += held_out.findings
-            alone = examined if self.train == self.val else drop_overlap(examined, held_out, self.on_error)
-            train, val = self._limited(alone.annotations), self._limited(held_out.annotations)
+            checked_val = self.check_split("val", checked.annotations.class_names)
+            raise_for_faults(checked_val, f"data.val ({self.val.annotations})", self.on_error)
+            findings += checked_val.findings
+            if self.train != self.val:
+                checked = drop_overlap(checked, checked_val, self.on_error)
+            train, val = self._limited(checked.annotations), self._limited(checked_val.annotations)
         if not self.keep_empty:
             train = drop_empty(train)
             if not len(train):
@@ -155,18 +163,28 @@ class DataConfig:
         return TrainData(train.share_memory(), val.share_memory(), findings)
 
     def read_split(self, split: SplitName, class_names: Sequence[str], seed: int) -> Annotations:
-        """The ground truth to evaluate against; its classes are those that the weights were trained for."""
+        """Read the ground truth of a split for evaluation.
+
+        Args:
+            split: name of the split.
+            class_names: the classes of the model, in the order of its labels.
+            seed: of the random split under `val_fraction`.
+
+        Raises:
+            ValueError: annotations or images have faults that `on_error` does not allow.
+        """
         source: SplitName = "train" if split == "val" and self.val_fraction is not None else split
-        examined = self.check_split(source, class_names)
-        raise_for_faults(examined, f"data.{source} ({getattr(self, source).annotations})", self.on_error)
-        annotations = self._limited(examined.annotations)
+        checked = self.check_split(source, class_names)
+        raise_for_faults(checked, f"data.{source} ({getattr(self, source).annotations})", self.on_error)
+        annotations = self._limited(checked.annotations)
         return annotations if source == split else split_images(annotations, self.val_fraction or 0, seed)[1]
 
     def check_split(self, split: SplitName, class_names: Sequence[str] | None) -> CheckedDataset:
-        """One part of the data and what is wrong with it.
+        """Read a split and check it; faults are returned, not raised.
 
         Args:
-            class_names: the classes and their order; None takes them from the files.
+            split: name of the split.
+            class_names: the classes, in the order of their labels; None takes them from the files.
         """
         source: SplitConfig = getattr(self, split)
         if source.annotations is None:
@@ -174,9 +192,9 @@ class DataConfig:
                 f"data.{split}: expected images and annotations, got none. "
                 f"Set data.{split}.images and data.{split}.annotations."
             )
-        tables = load_raw(source.annotations, source.images, source.format, split)
+        raw = load_raw(source.annotations, source.images, source.format, split)
         return check_raw(
-            tables, class_names, self.classes is not None, self.on_error, _inspect_once if self.check else None
+            raw, class_names, self.classes is not None, self.on_error, _inspect_once if self.check else None
         )
 
     def _limited(self, annotations: Annotations) -> Annotations:

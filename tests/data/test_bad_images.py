@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from fpn_det.data.loading import EvalLoader, TrainLoader
-from test_resizing import assert_same
+from test_flip_resize import assert_same
 
 from fpn_det.annotations.reading import read_annotations
+from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset
+from fpn_det.data.loaders import EvalLoader, TrainLoader
 from fpn_det.data.sampling import GlobalBatches
 from fpn_det.data.transforms import Pipeline, ResizeShortestSide
+from fpn_det.data.workers import Workers
 from fpn_det.image_io import BadImage
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Annotations, Batch
@@ -32,24 +34,25 @@ def broken(document, write, pictures, tmp_path) -> Annotations:
 
 
 def train(
-    annotations: Annotations, workers: int = 0, ranks: Ranks | None = None, start: int = 0, told=None
+    annotations: Annotations, workers: int = 0, ranks: Ranks | None = None, start: int = 0, reported=None
 ) -> list[Batch]:
     ranks = ranks or Ranks()
-    dataset = DetectionDataset(annotations, Pipeline([ResizeShortestSide([40, 48], 100)]), seed=5, replace=True)
+    dataset = DetectionDataset(annotations, Pipeline([ResizeShortestSide([40, 48], 100)]), seed=5, replace_bad=True)
     order = GlobalBatches(annotations.sizes, 4, seed=1, parts=ranks.world_size)
-    tell = (told if told is not None else []).append
-    batches = TrainLoader(dataset, order, ranks, 1, workers, 32, (128, 128), CPU, tell=tell).iterate(start)
-    return list(islice(batches, 6))
+    on_bad_image = (reported if reported is not None else []).append
+    collator = Collator(32, (128, 128))
+    loader = TrainLoader(dataset, order, ranks, 1, collator, Workers(workers), CPU, on_bad_image)
+    return list(islice(loader.iterate(start), 6))
 
 
-def test_another_image_takes_the_place_of_a_bad_one(broken):
-    told: list[BadImage] = []
-    batches = train(broken, told=told)
+def test_training_replaces_a_bad_image_by_another(broken):
+    reported: list[BadImage] = []
+    batches = train(broken, reported=reported)
     assert [len(batch) for batch in batches] == [4] * 6  # three epochs of the eight images
     seen = torch.cat([batch.indices for batch in batches]).tolist()
     assert set(seen) == {0, 1, 2, 4, 5, 7}
-    assert {bad.path.name for bad in told} == {"cut3.png", "cut6.png"} and len(told) >= 6
-    for bad in told:
+    assert {bad.path.name for bad in reported} == {"cut3.png", "cut6.png"} and len(reported) >= 6
+    for bad in reported:
         assert str(bad).startswith(f"{bad.path}: expected a complete picture")
         assert str(bad).endswith(
             "It is image 37, annotations 5, 6."
@@ -75,30 +78,32 @@ def test_replacements_do_not_depend_on_workers_ranks_or_the_start(broken):
 
 
 def test_replacements_differ_between_epochs(broken):
-    dataset = DetectionDataset(broken, Pipeline([]), seed=5, replace=True)
+    dataset = DetectionDataset(broken, Pipeline([]), seed=5, replace_bad=True)
     assert len({dataset[3, epoch].index for epoch in range(30)}) == 6
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_leaves_bad_images_out(broken, workers):
+def test_evaluation_skips_bad_images(broken, workers):
     dataset = DetectionDataset(broken, Pipeline([ResizeShortestSide([40], 100)]), seed=0)
     for batch_size in (1, 3):
-        told: list[BadImage] = []
-        batches = list(EvalLoader(dataset, batch_size, Ranks(), workers, 32, "batch", CPU, tell=told.append))
+        reported: list[BadImage] = []
+        batches = list(EvalLoader(dataset, batch_size, Ranks(), Collator(32), Workers(workers), CPU, reported.append))
         assert sorted(torch.cat([batch.indices for batch in batches]).tolist()) == [0, 1, 2, 4, 5, 7]
-        assert sorted(bad.path.name for bad in told) == ["cut3.png", "cut6.png"]
+        assert sorted(bad.path.name for bad in reported) == ["cut3.png", "cut6.png"]
     with pytest.raises(ValueError, match=r"cut.\.png: expected a complete picture"):
-        list(EvalLoader(dataset, 1, Ranks(), workers, 32, "batch", CPU))
+        list(EvalLoader(dataset, 1, Ranks(), Collator(32), Workers(workers), CPU))
 
 
 def test_a_data_set_of_bad_images_is_an_error(document, write, pictures, tmp_path):
     for record in document["images"]:
         (tmp_path / record["file_name"]).touch()
-    dataset = DetectionDataset(read_annotations(write(document), tmp_path), Pipeline([]), seed=0, replace=True)
-    with pytest.raises(ValueError, match=r"got an empty file\. It is image .* It is the last of 11 images"):
+    dataset = DetectionDataset(read_annotations(write(document), tmp_path), Pipeline([]), seed=0, replace_bad=True)
+    with pytest.raises(
+        ValueError, match=r"got an empty file\. It is image .* It is the last of 11 randomly drawn images"
+    ):
         dataset[0, 0]
 
 
-def test_a_bad_image_travels_between_processes():
+def test_a_bad_image_can_be_pickled():
     bad = pickle.loads(pickle.dumps(BadImage(Path("a.jpg"), "a.jpg: why")))
     assert (bad.path, str(bad)) == (Path("a.jpg"), "a.jpg: why")

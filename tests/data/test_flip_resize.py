@@ -5,14 +5,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from fpn_det.data.loading import EvalLoader, TrainLoader
-from fpn_det.data.resizing import Plan
 from torch import Tensor
 
 from fpn_det.annotations.reading import read_annotations
+from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset
+from fpn_det.data.flip_resize import FlipResize
+from fpn_det.data.loaders import EvalLoader, TrainLoader
 from fpn_det.data.sampling import GlobalBatches
 from fpn_det.data.transforms import LargeScaleJitter, Normalize, Pipeline, ResizeShortestSide
+from fpn_det.data.workers import Workers
 from fpn_det.image_io import read_image, reduction_to
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Batch
@@ -25,44 +27,44 @@ SMOOTH = cv2.resize(
 BACKENDS = [("cv2", False), ("cv2", True), ("pil", True), ("torch_float", False), ("torch_float", True)]
 
 
-def laid(plan: Plan, pixels: np.ndarray) -> np.ndarray:
-    out = np.empty((*plan.size, 3), np.float32 if plan.gives_float else np.uint8)
-    plan.lay(pixels, out)
+def applied(step: FlipResize, pixels: np.ndarray) -> np.ndarray:
+    out = np.empty((*step.size, 3), np.float32 if step.returns_float else np.uint8)
+    step.apply(pixels, out)
     return out
 
 
-def laid_on_device(plan: Plan, pixels: np.ndarray) -> Tensor:
-    out = torch.empty(*plan.size, 3, dtype=torch.float32 if plan.gives_float else torch.uint8)
-    plan.lay_on_device(torch.from_numpy(pixels), out)
+def applied_on_device(step: FlipResize, pixels: np.ndarray) -> Tensor:
+    out = torch.empty(*step.size, 3, dtype=torch.float32 if step.returns_float else torch.uint8)
+    step.apply_on_device(torch.from_numpy(pixels), out)
     return out
 
 
 @pytest.mark.parametrize(("backend", "antialias"), BACKENDS)
 @pytest.mark.parametrize("size", [(48, 80), (75, 133), (24, 40), (20, 33)])
 @pytest.mark.parametrize("flip", [False, True])
-def test_a_device_resizes_as_a_worker_does_up_to_interpolation(backend, antialias, size, flip):
-    plan = Plan(size, flip, backend, antialias)
-    expected, found = laid(plan, SMOOTH), laid_on_device(plan, SMOOTH).numpy()
+def test_device_and_worker_resize_equally_up_to_interpolation(backend, antialias, size, flip):
+    step = FlipResize(size, flip, backend, antialias)
+    expected, found = applied(step, SMOOTH), applied_on_device(step, SMOOTH).numpy()
     assert found.dtype == expected.dtype
-    # an area that is no whole number of pixels is weighted by one and not by the other
+    # OpenCV weights fractions of pixels, torch does not
     limit = 10 if (backend, antialias, size) == ("cv2", True, (20, 33)) else 1
     assert np.abs(found.astype(float) - expected).max() <= limit
 
 
 @pytest.mark.parametrize(("backend", "antialias"), BACKENDS)
-def test_a_plan_writes_into_a_part_of_a_canvas_and_nowhere_else(backend, antialias):
+def test_apply_writes_only_to_its_part_of_the_canvas(backend, antialias):
     for size, flip in [((20, 33), True), ((60, 100), True), ((48, 80), True), ((48, 80), False)]:
-        plan = Plan(size, flip, backend, antialias)
-        canvas = np.full((64, 128, 3), 7, np.float32 if plan.gives_float else np.uint8)
-        plan.lay(SMOOTH, canvas[: size[0], : size[1]])
-        assert np.array_equal(canvas[: size[0], : size[1]], laid(plan, SMOOTH))
+        step = FlipResize(size, flip, backend, antialias)
+        canvas = np.full((64, 128, 3), 7, np.float32 if step.returns_float else np.uint8)
+        step.apply(SMOOTH, canvas[: size[0], : size[1]])
+        assert np.array_equal(canvas[: size[0], : size[1]], applied(step, SMOOTH))
         assert (canvas[size[0] :] == 7).all() and (canvas[:, size[1] :] == 7).all()
 
 
 @pytest.mark.parametrize("size", [(20, 33), (60, 100), (48, 80)])
-def test_a_flip_costs_no_more_than_a_rounding_wherever_it_is_made(size):
-    flipped = laid(Plan(size, flip=True), SMOOTH)
-    assert np.abs(flipped.astype(int) - laid(Plan(size), SMOOTH)[:, ::-1]).max() <= 1
+def test_flip_before_or_after_the_resize_differs_by_rounding_only(size):
+    flipped = applied(FlipResize(size, flip=True), SMOOTH)
+    assert np.abs(flipped.astype(int) - applied(FlipResize(size), SMOOTH)[:, ::-1]).max() <= 1
 
 
 CHAINS = {
@@ -95,8 +97,9 @@ def assert_same(one: Batch, other: Batch) -> None:
 
 def batches(dataset: DetectionDataset, resize_on, workers: int) -> list[Batch]:
     order = GlobalBatches(dataset.annotations.sizes, 3, seed=1)
-    train = TrainLoader(dataset, order, Ranks(), 1, workers, 32, "batch", CPU, resize_on).iterate(0)
-    return [next(train) for _ in range(5)] + list(EvalLoader(dataset, 3, Ranks(), workers, 32, "batch", CPU, resize_on))
+    options = (Collator(32, resize_on=resize_on), Workers(workers), CPU)
+    train = TrainLoader(dataset, order, Ranks(), 1, *options).iterate(0)
+    return [next(train) for _ in range(5)] + list(EvalLoader(dataset, 3, Ranks(), *options))
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -109,13 +112,13 @@ def test_batches_do_not_depend_on_where_they_are_resized(document, write, pictur
 
 
 @pytest.mark.parametrize("name", ["default", "resize first", "others before", "flip between"])
-def test_planned_moves_are_what_albumentations_would_have_made(name):
-    """The same chain with a pixel's change of nothing at its end, which keeps all of it in albumentations."""
+def test_deferred_transforms_equal_those_of_albumentations(name):
+    """Compare with the same chain followed by two inversions, which make every transform eager."""
     boxes, labels = np.array([[4.0, 5, 30, 20], [40, 7, 70, 44]]), np.array([7, 3])
-    planned, whole = Pipeline(CHAINS[name]), Pipeline([*CHAINS[name], A.InvertImg(p=1), A.InvertImg(p=1)])
-    assert planned.tail and not whole.tail
+    deferred, eager = Pipeline(CHAINS[name]), Pipeline([*CHAINS[name], A.InvertImg(p=1), A.InvertImg(p=1)])
+    assert deferred.deferred and not eager.deferred
     for index in range(20):
-        one, other = planned(SMOOTH, boxes, labels, (0, 0, index)), whole(SMOOTH, boxes, labels, (0, 0, index))
+        one, other = deferred(SMOOTH, boxes, labels, (0, 0, index)), eager(SMOOTH, boxes, labels, (0, 0, index))
         assert np.array_equal(one[1], other[1]) and np.array_equal(one[2], other[2])
         assert np.abs(one[0].astype(int) - other[0]).max() <= 1
 
@@ -135,7 +138,7 @@ def test_planned_moves_are_what_albumentations_would_have_made(name):
         ([LargeScaleJitter((64, 64))], "got LargeScaleJitter, then nothing."),
     ],
 )
-def test_an_order_that_the_device_cannot_keep_is_refused(document, write, pictures, chain, words):
+def test_transforms_that_cannot_be_deferred_to_the_device_are_refused(document, write, pictures, chain, words):
     dataset = DetectionDataset(read_annotations(write(document), pictures), Pipeline(chain), seed=0)
     with pytest.raises(ValueError, match=r"data\.resize_on=device: expected ResizeShortestSide at the end") as refusal:
         batches(dataset, "device", 0)
@@ -154,7 +157,7 @@ def test_an_order_that_the_device_cannot_keep_is_refused(document, write, pictur
         ((480, 640), (800, 1067), 1),
     ],
 )
-def test_reduction_leaves_no_less_than_is_needed_and_whole_pixels(size, least, expected):
+def test_reduction_keeps_the_least_size_and_whole_pixels(size, least, expected):
     assert reduction_to(size, least) == expected
 
 
@@ -175,18 +178,18 @@ def test_reduced_decoding_keeps_boxes_and_nearly_the_pixels(document, write, tmp
         for row in (0, 1)
         for reduce in (False, True)
     ]
-    # 110 < 480 / 4 = 120; PNG has no short cut
+    # 110 < 480 / 4 = 120; PNG cannot be decoded at a reduced size
     assert [example.pixels.shape for example in examples] == [
         (480, 640, 3),
         (120, 160, 3),
         (480, 640, 3),
         (480, 640, 3),
     ]
-    full, reduced = (laid(example.plan, example.pixels).astype(int) for example in examples[:2])
+    full, reduced = (applied(example.flip_resize, example.pixels).astype(int) for example in examples[:2])
     assert np.array_equal(examples[0].boxes, examples[1].boxes) and len(examples[0].boxes) == 2
     assert np.abs(full - reduced).mean() < 1
     chain = [A.RandomCrop(200, 200), ResizeShortestSide([40], 200)]  # crops in pixels of the file
-    assert DetectionDataset(annotations, Pipeline(chain), 0, reduce=True)[0, 0].pixels.shape == (200, 200, 3)
+    assert DetectionDataset(annotations, Pipeline(chain), 0, reduced_decoding=True)[0, 0].pixels.shape == (200, 200, 3)
 
 
 def test_reduced_reading_is_upright_and_refuses_truncated_files(tmp_path):
@@ -202,7 +205,7 @@ def test_reduced_reading_is_upright_and_refuses_truncated_files(tmp_path):
 
 
 @pytest.mark.parametrize("resize_on", ["worker", "device"])
-def test_ten_pixels_and_three_thousand_objects_make_a_batch(document, write, tmp_path, resize_on):
+def test_a_tiny_image_and_one_with_three_thousand_objects_make_a_batch(document, write, tmp_path, resize_on):
     random = np.random.default_rng(0)
     document["images"] = []
     for number, side in ((1, 10), (2, 100)):
@@ -217,7 +220,7 @@ def test_ten_pixels_and_three_thousand_objects_make_a_batch(document, write, tmp
     dataset = DetectionDataset(
         read_annotations(write(document), tmp_path), Pipeline([ResizeShortestSide([320], 400)]), seed=0
     )
-    (batch,) = EvalLoader(dataset, 2, Ranks(), 0, 32, "batch", CPU, resize_on)
+    (batch,) = EvalLoader(dataset, 2, Ranks(), Collator(32, resize_on=resize_on), Workers(), CPU)
     assert batch.pixels.shape == (2, 3, 320, 320) and batch.targets.boxes.shape == (2, 4096, 4)
     assert batch.targets.valid.sum(dim=1).tolist() == [1, 3000]
     assert batch.targets.boxes[0, 0].tolist() == [64, 96, 192, 256]  # times 32

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from fpn_det.annotations.reading import read_annotations
-from fpn_det.data import image_cache as cache
+from fpn_det.data import image_cache
 from fpn_det.data.dataset import DetectionDataset
-from fpn_det.data.image_cache import PictureCache
+from fpn_det.data.image_cache import ImageCache
 from fpn_det.data.transforms import Pipeline
 from fpn_det.image_io import read_image
 
@@ -21,61 +21,62 @@ def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def test_what_is_kept_is_what_was_decoded(pictures, tmp_path, monkeypatch):
-    kept = PictureCache(tmp_path)
+def test_cached_images_equal_decoded_ones(pictures, tmp_path, monkeypatch):
+    cache = ImageCache(tmp_path)
     for number in (0, 1, 0):
-        assert np.array_equal(kept.read(pictures / f"{number}.png"), read_image(pictures / f"{number}.png"))
+        assert np.array_equal(cache.read(pictures / f"{number}.png"), read_image(pictures / f"{number}.png"))
     assert len(files(tmp_path)) == 2 and {path.suffix for path in files(tmp_path)} == {".npy"}
-    monkeypatch.setattr(cache, "read_image", None)  # nothing is decoded any more
-    assert PictureCache(tmp_path).read(pictures / "1.png").shape == (64, 48, 3)
+    monkeypatch.setattr(image_cache, "read_image", None)  # decoding would fail
+    assert ImageCache(tmp_path).read(pictures / "1.png").shape == (64, 48, 3)
 
 
 def test_a_file_that_changes_is_decoded_again(tmp_path):
     path = tmp_path / "a.png"
-    kept = PictureCache(tmp_path / "cache")
+    cache = ImageCache(tmp_path / "cache")
     for value in (10, 20):
         cv2.imwrite(str(path), np.full((8, 8, 3), value, np.uint8))
         os.utime(path, ns=(value, value))
-        assert kept.read(path)[0, 0, 0] == value
+        assert cache.read(path)[0, 0, 0] == value
     with pytest.raises(ValueError, match=r"gone\.png: cannot be read"):
-        kept.read(tmp_path / "gone.png")
+        cache.read(tmp_path / "gone.png")
 
 
-def test_a_torn_file_is_written_anew(pictures, tmp_path):
-    kept = PictureCache(tmp_path)
-    expected = kept.read(pictures / "0.png")
+def test_a_damaged_entry_is_written_again(pictures, tmp_path):
+    cache = ImageCache(tmp_path)
+    expected = cache.read(pictures / "0.png")
     (file,) = files(tmp_path)
     for content in (b"", file.read_bytes()[:100]):
         file.write_bytes(content)
-        assert np.array_equal(kept.read(pictures / "0.png"), expected)
+        assert np.array_equal(cache.read(pictures / "0.png"), expected)
         assert np.array_equal(np.load(file), expected)
 
 
-def test_a_disk_that_fills_up_is_no_error(pictures, tmp_path, monkeypatch):
-    kept = PictureCache(tmp_path)
+def test_a_full_disk_is_not_an_error(pictures, tmp_path, monkeypatch):
+    cache = ImageCache(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=1000, free=100))
-    assert kept.read(pictures / "0.png").shape == (48, 64, 3) and not files(tmp_path)
+    assert cache.read(pictures / "0.png").shape == (48, 64, 3) and not files(tmp_path)
     monkeypatch.undo()
 
     def fail(file, pixels):
         raise OSError("no space left")
 
     monkeypatch.setattr(np, "save", fail)
-    assert kept.read(pictures / "0.png").shape == (48, 64, 3) and not files(tmp_path)
+    assert cache.read(pictures / "0.png").shape == (48, 64, 3) and not files(tmp_path)
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(
         ValueError, match=r"data\.cache: expected a folder that can be written, got .*file/cache: Not a directory"
     ):
-        PictureCache(tmp_path / "file" / "cache")
+        ImageCache(tmp_path / "file" / "cache")
 
 
-def test_a_data_set_is_the_same_from_its_cache(document, write, pictures, tmp_path):
+def test_a_data_set_does_not_depend_on_its_cache(document, write, pictures, tmp_path):
     annotations = read_annotations(write(document), pictures)
     plain, cached = (
-        DetectionDataset(annotations, Pipeline([]), 0, cache=kept) for kept in (None, PictureCache(tmp_path / "cache"))
+        DetectionDataset(annotations, Pipeline([]), 0, image_cache=cache)
+        for cache in (None, ImageCache(tmp_path / "cache"))
     )
     for _ in range(2):
         for index in range(8):

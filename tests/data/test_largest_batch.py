@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fpn_det.annotations.reading import read_annotations
+from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.largest_batch import largest_batch
 from fpn_det.data.transforms import Pipeline, ResizeShortestSide
@@ -21,7 +22,7 @@ def test_largest_batch_has_the_largest_canvas_and_the_most_objects(document, wri
     for number in range(5):
         document["annotations"].append({**document["annotations"][4], "id": 100 + number})
     dataset = DetectionDataset(read_annotations(write(document), pictures), Pipeline(resize), seed=0)
-    batch = largest_batch(dataset, 3, 32, canvas)
+    batch = largest_batch(dataset, 3, Collator(32, canvas))
     assert batch.pixels.shape == (3, 3, *size) and batch.pixels.dtype == torch.uint8
     assert batch.targets.valid.sum(dim=1).tolist() == [7, 7, 7]
     assert batch.sizes.tolist() == [list(size)] * 3

@@ -10,15 +10,16 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
-from fpn_det.data.loading import EvalLoader, TrainLoader
-from fpn_det.data.resizing import Plan
 
 from fpn_det.annotations.reading import read_annotations
 from fpn_det.annotations.subsets import drop_empty
-from fpn_det.data.collation import collate, pack
+from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset, Example
+from fpn_det.data.flip_resize import FlipResize
+from fpn_det.data.loaders import EvalLoader, TrainLoader
 from fpn_det.data.sampling import GlobalBatches
 from fpn_det.data.transforms import Pipeline, ResizeShortestSide
+from fpn_det.data.workers import Workers
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Batch
 
@@ -32,11 +33,13 @@ def dataset(document, write, pictures) -> DetectionDataset:
 
 
 def loader(
-    dataset: DetectionDataset, ranks: Ranks | None = None, accumulate: int = 1, workers: int = 0, **options
+    dataset: DetectionDataset, ranks: Ranks | None = None, accumulate: int = 1, workers: int = 0, start_method=None
 ) -> TrainLoader:
     ranks = ranks or Ranks()
     batches = GlobalBatches(dataset.annotations.sizes, 4, seed=1, parts=ranks.world_size * accumulate)
-    return TrainLoader(dataset, batches, ranks, accumulate, workers, 32, (128, 128), CPU, **options)
+    return TrainLoader(
+        dataset, batches, ranks, accumulate, Collator(32, (128, 128)), Workers(workers, start_method), CPU
+    )
 
 
 def assert_same(one: Batch, other: Batch) -> None:
@@ -46,7 +49,7 @@ def assert_same(one: Batch, other: Batch) -> None:
         assert torch.equal(getattr(one.targets, name), getattr(other.targets, name)), name
 
 
-def test_dataset_gives_what_is_drawn_without_crowds(document, write, pictures):
+def test_dataset_returns_objects_without_crowds(document, write, pictures):
     annotations = read_annotations(write(document), pictures)
     dataset = DetectionDataset(annotations, Pipeline([A.HorizontalFlip(p=1)]), seed=0)
     example = dataset[3, 0]
@@ -61,7 +64,7 @@ def test_dataset_gives_what_is_drawn_without_crowds(document, write, pictures):
 @pytest.mark.parametrize(
     ("column", "value"), [("boxes", float("nan")), ("boxes", float("inf")), ("labels", 2), ("labels", -1)]
 )
-def test_dataset_names_the_annotation_that_is_none(document, write, pictures, column, value):
+def test_dataset_names_the_invalid_annotation(document, write, pictures, column, value):
     annotations = read_annotations(write(document), pictures)
     getattr(annotations, column)[annotations.rows(3)][1] = value
     dataset = DetectionDataset(annotations, Pipeline([]), seed=0)
@@ -71,19 +74,19 @@ def test_dataset_names_the_annotation_that_is_none(document, write, pictures, co
         dataset[3, 0]
 
 
-def test_dataset_names_the_picture_that_is_not_as_annotated(document, write, pictures):
+def test_dataset_names_the_image_whose_size_differs_from_the_annotations(document, write, pictures):
     document["images"][0] |= {"width": 48, "height": 64}
     document["images"][3] |= {"width": 100}
     dataset = DetectionDataset(read_annotations(write(document), pictures), Pipeline([]), seed=0)
     with pytest.raises(
-        ValueError, match=r"0\.png: expected 48 x 64 px as annotated, got 64 x 48\. It is turned by its EXIF"
+        ValueError, match=r"0\.png: expected 48 x 64 px as annotated, got 64 x 48\. The annotations ignore its EXIF"
     ):
         dataset[0, 0]
     with pytest.raises(ValueError, match=r"3\.png: expected 100 x 48 px as annotated, got 64 x 48\. Correct"):
         dataset[3, 0]
 
 
-def test_dataset_names_the_picture_on_which_a_transform_fails(document, write, pictures):
+def test_dataset_names_the_image_on_which_a_transform_fails(document, write, pictures):
     dataset = DetectionDataset(
         read_annotations(write(document), pictures), Pipeline([A.RandomCrop(height=60, width=10, p=1)]), seed=0
     )
@@ -95,12 +98,12 @@ def example(height: int, width: int, objects: int = 0, index: int = 0) -> Exampl
     random = np.random.default_rng(height * width + objects)
     boxes = np.sort(random.uniform(0, min(height, width), (objects, 2, 2)), axis=1).reshape(-1, 4).astype(np.float32)
     pixels = random.integers(1, 256, (height, width, 3), dtype=np.uint8)
-    return Example(pixels, Plan((height, width)), boxes, np.arange(objects), (2 * height, 2 * width), index)
+    return Example(pixels, FlipResize((height, width)), boxes, np.arange(objects), (2 * height, 2 * width), index)
 
 
-def test_collate_lays_images_on_the_least_canvas_that_the_stride_divides():
+def test_collate_pads_images_to_the_smallest_canvas_that_the_stride_divides():
     examples = [example(40, 70, 3, 5), example(65, 32, 9, 2), example(10, 10)]
-    batch = collate(examples, 32, "batch")
+    batch = Collator(32).collate(examples)
     assert batch.pixels.shape == (3, 3, 96, 96)
     assert batch.pixels.dtype == torch.uint8
     assert batch.pixels.is_contiguous(memory_format=torch.channels_last)
@@ -118,23 +121,22 @@ def test_collate_lays_images_on_the_least_canvas_that_the_stride_divides():
     )
 
 
-def test_collate_fills_a_fixed_canvas_or_refuses():
-    assert collate([example(40, 70)], 32, (64, 128)).pixels.shape == (1, 3, 64, 128)
+def test_collate_pads_to_a_fixed_canvas_and_refuses_larger_images():
+    assert Collator(32, (64, 128)).collate([example(40, 70)]).pixels.shape == (1, 3, 64, 128)
     with pytest.raises(ValueError, match=r"data\.canvas: expected images of at most 64 x 64 px \(h x w\), got 40 x 70"):
-        collate([example(40, 70)], 32, (64, 64))
+        Collator(32, (64, 64)).collate([example(40, 70)])
 
 
-def test_collate_does_not_copy_when_it_unpacks():
-    parcel = pack([example(40, 70)], 32, "batch")
-    assert parcel.finish(parcel.unpack()).pixels.data_ptr() == parcel.pixels.data_ptr()
+def test_unpacking_does_not_copy_pixels():
+    packed = Collator(32).pack([example(40, 70)])
+    assert packed.finish(packed.unpack()).pixels.data_ptr() == packed.pixels.data_ptr()
 
 
-def test_loader_refuses_a_canvas_that_the_stride_does_not_divide(dataset):
-    batches = GlobalBatches(dataset.annotations.sizes, 2, seed=0)
+def test_a_canvas_that_the_stride_does_not_divide_is_refused():
     with pytest.raises(
         ValueError, match=r"data\.canvas: expected sides that the model's stride 32 divides, got \[100, 128\]"
     ):
-        TrainLoader(dataset, batches, Ranks(), 1, 0, 32, (100, 128), CPU)
+        Collator(32, (100, 128))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # a machine may have fewer cores
@@ -154,7 +156,7 @@ def test_batches_are_the_same_from_spawned_workers(dataset):
         assert_same(one, other)
 
 
-def test_ranks_and_micro_batches_add_up_to_the_global_batch(dataset):
+def test_batches_of_ranks_and_micro_batches_form_the_global_batch(dataset):
     whole = list(islice(loader(dataset).iterate(0), 3))
     for world_size, accumulate in [(2, 1), (1, 2), (2, 2)]:
         shares = [
@@ -167,7 +169,7 @@ def test_ranks_and_micro_batches_add_up_to_the_global_batch(dataset):
             assert torch.equal(torch.cat([part.pixels for part in parts]), batch.pixels)
 
 
-def test_iterate_starts_at_any_step_and_rebuild_makes_it_again(dataset):
+def test_iterate_starts_at_any_step_and_rebuild_gives_the_same_batches(dataset):
     straight = list(islice(loader(dataset, accumulate=2).iterate(0), 10))
     resumed = list(islice(loader(dataset, accumulate=2, workers=1).iterate(3), 4))
     for one, other in zip(straight[6:], resumed, strict=True):
@@ -182,8 +184,8 @@ def test_epochs_differ(dataset):
     assert len(seen) > 24  # of 48: six images, flipped or not, lighter or not, three sizes
 
 
-def test_batches_stay_as_they_are_while_later_ones_are_read(dataset):
-    """The workers reuse their buffers; what was handed out must not change under its reader."""
+def test_batches_do_not_change_while_later_ones_are_loaded(dataset):
+    """Workers reuse their buffers, but a batch that was returned must not change."""
     held = []
     for batch in islice(loader(dataset, workers=2).iterate(0), 16):
         held.append((batch, batch.pixels.clone()))
@@ -202,7 +204,7 @@ def test_loading_leaves_the_global_generator_alone(dataset):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_picture_ends_in_one_sentence_from_any_process(document, write, pictures, tmp_path, workers):
+def test_a_broken_image_is_a_one_line_error_from_any_process(document, write, pictures, tmp_path, workers):
     content = (pictures / "3.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
     document["images"][3]["file_name"] = str(tmp_path / "cut.png")
@@ -214,12 +216,12 @@ def test_a_broken_picture_ends_in_one_sentence_from_any_process(document, write,
 
 
 def test_a_process_with_abandoned_workers_ends():
-    """Its workers do not listen to SIGTERM, by which multiprocessing would end them; first in a child of its own, too."""
+    """Workers ignore SIGTERM, with which multiprocessing would end them. Tried in a child process first."""
     lines = (
         "import sys, multiprocessing",
-        "from fpn_det.data.loading import _loader",
+        "from fpn_det.data.workers import Workers, load_in_workers",
         "def abandon():",
-        "    batches = iter(_loader({1: 1, 2: 2}, [1, 2], 2, None))",
+        "    batches = iter(load_in_workers({1: 1, 2: 2}, [1, 2], Workers(2)))",
         "    next(batches)",
         "    sys.modules['kept'] = batches",
         "child = multiprocessing.get_context('fork').Process(target=abandon)",
@@ -231,14 +233,14 @@ def test_a_process_with_abandoned_workers_ends():
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they look every five seconds")
-def test_workers_go_with_a_killed_main_process():
-    """Also one that waits to hand over a batch that is larger than a pipe."""
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers poll for their parent every five seconds")
+def test_workers_end_with_a_killed_main_process():
+    """Covers a worker that is blocked sending a batch larger than a pipe."""
     lines = (
         "from itertools import count",
-        "from fpn_det.data.loading import _loader",
+        "from fpn_det.data.workers import Workers, load_in_workers",
         "class Large: __getitem__ = lambda self, key: bytes(10**6)",
-        "batches = iter(_loader(Large(), count(), 1, None))",
+        "batches = iter(load_in_workers(Large(), count(), Workers(1)))",
         "next(batches)",
         "print(batches._workers[0].pid, flush=True)",
         "input()",
@@ -255,14 +257,14 @@ def test_workers_go_with_a_killed_main_process():
         if not worker.exists() or worker.read_text().split()[2] == "Z":
             return
         time.sleep(0.1)
-    pytest.fail("the worker is still there")
+    pytest.fail("the worker is still running")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_eval_loader_gives_every_image_once_and_can_start_again(document, write, pictures, workers):
+def test_eval_loader_yields_every_image_once_and_can_be_iterated_again(document, write, pictures, workers):
     annotations = read_annotations(write(document), pictures)
     dataset = DetectionDataset(annotations, Pipeline([ResizeShortestSide([40], 100)]), seed=0)
-    shares = [EvalLoader(dataset, 3, Ranks(rank, 3), workers, 32, "batch", CPU) for rank in range(3)]
+    shares = [EvalLoader(dataset, 3, Ranks(rank, 3), Collator(32), Workers(workers), CPU) for rank in range(3)]
     assert [len(share) for share in shares] == [1, 1, 1]
     for share in shares:
         next(iter(share))  # abandoned
@@ -273,17 +275,17 @@ def test_eval_loader_gives_every_image_once_and_can_start_again(document, write,
 
 def test_eval_loader_of_a_rank_without_images_is_empty(document, write, pictures):
     dataset = DetectionDataset(read_annotations(write(document), pictures), Pipeline([]), seed=0)
-    empty = EvalLoader(dataset, 1, Ranks(9, 10), 1, 32, "batch", CPU)
+    empty = EvalLoader(dataset, 1, Ranks(9, 10), Collator(32), Workers(1), CPU)
     assert len(empty) == 0
     assert list(empty) == []
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_batches_arrive_whole_on_the_gpu(dataset):
+def test_batches_on_the_gpu_equal_those_on_the_cpu(dataset):
     device = torch.device("cuda")
     batches = GlobalBatches(dataset.annotations.sizes, 4, seed=1)
-    on_gpu = TrainLoader(dataset, batches, Ranks(), 1, 2, 32, (128, 128), device).iterate(0)
+    on_gpu = TrainLoader(dataset, batches, Ranks(), 1, Collator(32, (128, 128)), Workers(2), device).iterate(0)
     for one, other in zip(islice(loader(dataset).iterate(0), 20), on_gpu, strict=False):
         torch.cuda._sleep(10_000_000)  # the model is busy while the next batch is copied
         assert other.pixels.is_cuda

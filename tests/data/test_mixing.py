@@ -1,20 +1,23 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from itertools import islice
 
 import albumentations as A
 import numpy as np
 import pytest
 import torch
-from fpn_det.data.loading import TrainLoader
-from test_resizing import assert_same
+from test_flip_resize import assert_same
 
 from fpn_det.annotations.reading import read_annotations
+from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset
+from fpn_det.data.loaders import TrainLoader
 from fpn_det.data.mixing import CopyPaste, MixUp, Mosaic, Scene
 from fpn_det.data.sampling import GlobalBatches
-from fpn_det.data.transforms import LargeScaleJitter, Original, Pipeline, ResizeShortestSide
+from fpn_det.data.transforms import LargeScaleJitter, Pipeline, ResizeShortestSide
+from fpn_det.data.workers import Workers
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Batch
 
@@ -22,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def square(value: int, height: int, width: int, box: tuple[int, int, int, int], label: int = 0) -> Scene:
-    """One square of one grey on black."""
+    """Return a grey square on black."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[box[1] : box[3], box[0] : box[2]] = value
     return Scene(pixels, np.array([box], np.float64), np.array([label]), np.ones(1))
@@ -66,12 +69,12 @@ def test_mosaic_places_each_image_at_the_center_by_the_arithmetic():
 
 def test_mix_up_keeps_the_objects_of_both():
     own, other = square(200, 40, 60, (10, 10, 20, 20), 1), square(100, 80, 80, (40, 40, 80, 80), 2)
-    mixed = MixUp(alpha=1e6)(own, [other], random.Random(0))  # half and half
+    mixed = MixUp(alpha=1e6)(own, [other], random.Random(0))  # weight 0.5
     assert mixed.pixels.shape == (40, 60, 3)
-    assert mixed.boxes.tolist() == [[10, 10, 20, 20], [20, 20, 40, 40]]  # the other one at half its size
+    assert mixed.boxes.tolist() == [[10, 10, 20, 20], [20, 20, 40, 40]]  # the other image at half its size
     assert mixed.labels.tolist() == [1, 2] and mixed.visible.tolist() == [1, 1]
     assert abs(int(mixed.pixels[15, 15, 0]) - 100) <= 1 and abs(int(mixed.pixels[30, 30, 0]) - 50) <= 1
-    assert own.pixels[15, 15, 0] == 200  # what was given stays as it was
+    assert own.pixels[15, 15, 0] == 200  # the inputs do not change
 
 
 def test_copy_paste_hides_what_it_covers():
@@ -88,12 +91,17 @@ def test_copy_paste_hides_what_it_covers():
     assert too_large.labels.tolist() == [0]
 
 
-def test_a_box_of_which_nothing_is_left_goes():
+def test_a_fully_covered_box_is_dropped():
     own = square(200, 40, 40, (18, 18, 22, 22), 1)
     other = square(100, 40, 40, (0, 0, 40, 40), 2)
-    covering = Original((40, 40), other.boxes, other.labels, lambda least: other.pixels)
-    original = Original((40, 40), own.boxes, own.labels, lambda least: own.pixels, lambda draw: covering)
-    assert Pipeline([CopyPaste()]).prepare(original, (0,)).labels.tolist() == [2]
+    _, _, labels, _ = Pipeline([CopyPaste()]).prepare(
+        (40, 40), own.boxes, own.labels, lambda least: own.pixels, (0,), lambda random_state: other
+    )
+    assert labels.tolist() == [2]
+
+
+def reading(pixels: np.ndarray, least: tuple[int, int] | None) -> np.ndarray:
+    return pixels
 
 
 STEPS = [
@@ -125,26 +133,27 @@ def test_any_pipeline_keeps_boxes_and_labels_together(seed):
     )
     numbers = np.random.default_rng(seed)
 
-    def original(first: int) -> Original:
+    def scene(first: int) -> Scene:
         height, width, count = (int(numbers.integers(*limits)) for limits in ((20, 90), (20, 90), (0, 300)))
         corners = numbers.uniform(-0.05, 1.05, (count, 2, 2)) * (width, height)
         boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
         pixels = numbers.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        return Original(
-            (height, width), boxes, np.arange(count) + first, lambda least: pixels, lambda draw: original(first + 1000)
-        )
+        return Scene(pixels, boxes, np.arange(count) + first, np.ones(count))
 
     for number in range(5):
-        prepared = pipeline.prepare(original(0), (seed, number))
-        height, width = prepared.plan.size
-        assert prepared.boxes.shape == (len(prepared.labels), 4)
-        assert (prepared.boxes.dtype, prepared.labels.dtype) == (np.float32, np.int64)
-        assert (prepared.boxes >= 0).all() and (prepared.boxes <= (width, height, width, height)).all()
-        assert ((prepared.boxes[:, 2:] - prepared.boxes[:, :2]).prod(axis=1) >= pipeline.min_area).all()
-        for image in np.unique(prepared.labels // 1000):
-            of_image = prepared.labels[prepared.labels // 1000 == image]
+        own = scene(0)
+        _, boxes, labels, flip_resize = pipeline.prepare(
+            own.size, own.boxes, own.labels, partial(reading, own.pixels), (seed, number), lambda draw: scene(1000)
+        )
+        height, width = flip_resize.size
+        assert boxes.shape == (len(labels), 4)
+        assert (boxes.dtype, labels.dtype) == (np.float32, np.int64)
+        assert (boxes >= 0).all() and (boxes <= (width, height, width, height)).all()
+        assert ((boxes[:, 2:] - boxes[:, :2]).prod(axis=1) >= pipeline.min_area).all()
+        for image in np.unique(labels // 1000):
+            of_image = labels[labels // 1000 == image]
             if not any(isinstance(step, CopyPaste | Mosaic | MixUp) for step in pipeline.mixing):
-                assert (np.diff(of_image) > 0).all()  # the order is kept, and no label comes twice
+                assert (np.diff(of_image) > 0).all()  # the order is kept, and no label occurs twice
             assert len(np.unique(of_image)) <= 300
 
 
@@ -160,13 +169,12 @@ def batches(
 ) -> list[Batch]:
     ranks = ranks or Ranks()
     order = GlobalBatches(dataset.annotations.sizes, 4, seed=1, parts=ranks.world_size)
-    return list(
-        islice(TrainLoader(dataset, order, ranks, 1, workers, 32, (128, 128), CPU, resize_on).iterate(0), count)
-    )
+    collator = Collator(32, (128, 128), resize_on)
+    return list(islice(TrainLoader(dataset, order, ranks, 1, collator, Workers(workers), CPU).iterate(0), count))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
-def test_mixed_batches_do_not_depend_on_workers_ranks_or_the_place_of_resizing(dataset):
+def test_mixed_batches_do_not_depend_on_workers_ranks_or_resize_on(dataset):
     expected = batches(dataset)
     for options in ({"workers": 1}, {"workers": 4}, {"resize_on": "device"}):
         for one, other in zip(expected, batches(dataset, **options), strict=True):
@@ -198,12 +206,12 @@ def test_mixed_images_differ_between_epochs(dataset):
         ),
     ],
 )
-def test_mixing_refuses_what_makes_no_sense(build, words):
+def test_mixing_refuses_invalid_arguments(build, words):
     with pytest.raises(ValueError, match=words):
         build()
 
 
-def test_mixing_needs_a_data_set():
+def test_mixing_a_single_image_is_refused():
     pixels = np.zeros((8, 8, 3), np.uint8)
     with pytest.raises(ValueError, match="MixUp: expected images of a data set, got a single one"):
         Pipeline([MixUp()])(pixels, np.zeros((0, 4)), np.zeros(0, np.int64), (0,))

@@ -10,7 +10,7 @@ import torch
 from compare import assert_close
 from PIL import Image
 
-from fpn_det.data.collation import collate
+from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.proposals import read_proposals
 from fpn_det.data.transforms import Pipeline
@@ -48,7 +48,7 @@ def annotations(tmp_path) -> Annotations:
 
 
 def written(path: Path, kind: str) -> Path:
-    """The results in the ways that files are written: a line each, on one line, indented."""
+    """Write the results one per line, on a single line, or indented."""
     lines = ",\n".join(json.dumps(row) for row in RESULTS)
     text = {"lines": f"[\n{lines}\n]\n", "one line": json.dumps(RESULTS), "indented": json.dumps(RESULTS, indent=1)}[
         kind
@@ -64,10 +64,10 @@ def test_the_best_proposals_of_each_image_are_read(annotations, tmp_path, kind):
     assert proposals.boxes.tolist() == [[0, 0, 8, 4], [5, 6, 12, 14], [2, 2, 8, 8]]
 
 
-def test_proposals_go_through_the_transforms_and_into_the_batch(annotations, tmp_path):
+def test_proposals_are_transformed_and_collated(annotations, tmp_path):
     proposals = read_proposals(written(tmp_path / "p.json", "lines"), annotations, limit=4)
     dataset = DetectionDataset(annotations, Pipeline([albumentations.HorizontalFlip(p=1)]), 0, proposals=proposals)
-    batch = collate([dataset[row, 0] for row in range(3)], 4, "batch")
+    batch = Collator(4).collate([dataset[row, 0] for row in range(3)])
     assert batch.proposals is not None
     assert batch.proposals.valid.sum(dim=1).tolist() == [1, 0, 3]
     assert batch.proposals.boxes.shape == (3, 4, 4) and (batch.proposals.boxes[~batch.proposals.valid] == 0).all()
@@ -79,16 +79,16 @@ def test_proposals_go_through_the_transforms_and_into_the_batch(annotations, tmp
     assert last.proposals is not None and torch.equal(last.proposals.boxes[0], batch.proposals.boxes[2])
 
 
-def test_of_images_put_together_as_many_proposals_are_kept_as_of_one(annotations, tmp_path):
+def test_the_number_of_proposals_of_mixed_images_is_limited(annotations, tmp_path):
     proposals = read_proposals(written(tmp_path / "p.json", "lines"), annotations, limit=2)
     boxes, labels = np.arange(16, dtype=np.float32).reshape(4, 4), np.array([-1, 1, -1, -1])
-    objects, names, kept = proposals.part(boxes, labels)
+    objects, names, kept = proposals.split(boxes, labels)
     assert objects.tolist() == [boxes[1].tolist()] and names.tolist() == [1] and kept.tolist() == boxes[[0, 2]].tolist()
 
 
 def test_without_a_file_a_batch_has_no_proposals(annotations):
     dataset = DetectionDataset(annotations, Pipeline([]), 0)
-    assert collate([dataset[0, 0]], 4, "batch").proposals is None
+    assert Collator(4).collate([dataset[0, 0]]).proposals is None
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_without_a_file_a_batch_has_no_proposals(annotations):
         ),
     ],
 )
-def test_a_file_that_holds_no_proposals_is_refused(annotations, tmp_path, text, words):
+def test_a_file_without_proposals_is_refused(annotations, tmp_path, text, words):
     (tmp_path / "p.json").write_text(text)
     with pytest.raises(ValueError, match=words):
         read_proposals(tmp_path / "p.json", annotations, 10)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_close
-from fpn_det.data.resizing import Plan, resize, resized_size
 from PIL import Image
 from torchvision.models.detection.transform import _resize_image_and_masks
 
-from fpn_det.data.collation import collate
+from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import Example
+from fpn_det.data.flip_resize import FlipResize, resize, resized_size
 from fpn_det.data.transforms import LargeScaleJitter, Pipeline, ResizeShortestSide
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
@@ -70,7 +70,7 @@ def test_resized_size_matches_the_arithmetic(size, side, max_side, rounding, exp
 
 
 @pytest.mark.parametrize("size", [(161, 600), (480, 640), (335, 500), (1000, 301)])
-def test_floored_size_is_that_of_torchvision(size):
+def test_floored_size_equals_torchvision(size):
     image = torch.empty(1, *size)
     assert resized_size(size, 800, 1333, "floor") == _resize_image_and_masks(image, 800, 1333)[0].shape[1:]
 
@@ -92,7 +92,7 @@ def test_resize_backends_are_opencv_and_pillow():
         resize(PIXELS, size, "pil", True),
         np.asarray(Image.fromarray(PIXELS).resize((30, 20), Image.Resampling.BILINEAR)),
     )
-    # 2x2 pixels averaged, by pencil
+    # means of 2x2 pixels
     halves = PIXELS.reshape(24, 2, 32, 2, 3).mean(axis=(1, 3))
     assert np.abs(resize(PIXELS, (24, 32), "cv2", True) - halves).max() <= 0.5
 
@@ -109,24 +109,21 @@ def test_resize_backends_are_opencv_and_pillow():
         (lambda: LargeScaleJitter((100, 100), (2, 1)), "expected scale_range"),
     ],
 )
-def test_transform_refuses_arguments_that_make_no_sense(build, words):
+def test_transform_refuses_invalid_arguments(build, words):
     with pytest.raises(ValueError, match=words):
         build()
 
 
 @pytest.mark.parametrize("side", [20, 48, 75])
-def test_resizing_in_float_is_what_torchvision_does(side: int):
+def test_resizing_in_float_equals_torchvision(side: int):
     image = torch.from_numpy(PIXELS).permute(2, 0, 1).float()
     expected = _resize_image_and_masks(image, side, 133)[0]
     pipeline = Pipeline([ResizeShortestSide([side], 133, "floor", "torch_float")])
     pixels, _, _ = pipeline(PIXELS, *NO_BOXES, (0,))
     assert pixels.dtype == np.float32
     assert_close(torch.from_numpy(pixels).permute(2, 0, 1), expected, 1e-5)
-    batch = collate(
-        [Example(pixels, Plan(pixels.shape[:2]), np.zeros((0, 4), np.float32), np.zeros(0, np.int64), (48, 64), 0)],
-        32,
-        "batch",
-    )
+    no_boxes, no_labels = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+    batch = Collator(32).collate([Example(pixels, FlipResize(pixels.shape[:2]), no_boxes, no_labels, (48, 64), 0)])
     assert torch.equal(
         batch.pixels[0, :, : pixels.shape[0], : pixels.shape[1]], torch.from_numpy(pixels).permute(2, 0, 1)
     )
@@ -134,7 +131,7 @@ def test_resizing_in_float_is_what_torchvision_does(side: int):
 
 
 def test_large_scale_jitter_keeps_boxes_on_their_pixels():
-    """A bright square is found where its box says, whatever the scale and the window."""
+    """A bright square stays inside its box for any scale and window."""
     pixels = np.zeros((120, 160, 3), np.uint8)
     pixels[30:70, 50:110] = 255
     pipeline = Pipeline([LargeScaleJitter((96, 128), (0.5, 2.0))])
@@ -153,7 +150,7 @@ def test_large_scale_jitter_keeps_boxes_on_their_pixels():
     assert min(scales) < 0.45 and max(scales) > 1.2
 
 
-def test_boxes_go_when_too_little_is_visible_after_all_cuts_together():
+def test_boxes_are_dropped_by_their_visibility_after_all_crops_together():
     # 20 px wide; the first cut leaves 14 of them (70 %), the second 7 (35 %)
     boxes, labels = np.array([[10.0, 10, 30, 20], [0, 0, 10, 10]]), np.array([5, 6])
     cuts = [A.Crop(0, 0, 24, 48, p=1), A.Crop(0, 0, 17, 48, p=1)]
@@ -171,7 +168,7 @@ def test_min_area_counts_in_the_input_frame():
         assert len(Pipeline(chain)(PIXELS, tiny, np.array([0]), (0, 0, 0))[1]) == 1
 
 
-def test_boxes_outside_the_image_are_clipped_or_go():
+def test_boxes_outside_the_image_are_clipped_or_dropped():
     boxes = np.array([[-5.0, -5, 10, 10], [70, 0, 80, 10], [60, 40, 65, 50], [np.nan, 0, 3, 3], [9, 9, 9, 20]])
     _, kept, labels = Pipeline([A.HorizontalFlip(p=0)])(PIXELS, boxes, np.arange(5), (0, 0, 0))
     assert labels.tolist() == [0, 2]
@@ -212,17 +209,17 @@ def test_any_chain_keeps_boxes_and_labels_together(name):
         assert (moved.dtype, kept.dtype) == (np.float32, np.int64)
         assert (moved >= 0).all() and (moved <= (width, height, width, height)).all()
         assert (moved[:, 2:] > moved[:, :2]).all()
-        assert (np.diff(kept) > 0).all()  # the order is kept, and no label comes twice
+        assert (np.diff(kept) > 0).all()  # the order is kept, and no label occurs twice
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_any_chain_takes_images_without_objects(name):
+def test_any_chain_accepts_images_without_objects(name):
     _, boxes, labels = Pipeline(CHAINS[name])(PIXELS, *NO_BOXES, (0, 0, 0))
     assert (boxes.shape, boxes.dtype) == ((0, 4), np.float32)
     assert (labels.shape, labels.dtype) == ((0,), np.int64)
 
 
-def test_a_sample_follows_from_its_key_alone():
+def test_a_sample_is_a_function_of_its_key():
     chain = [A.RandomResizedCrop(size=(32, 40), p=1), A.RandomBrightnessContrast(p=0.5), A.HorizontalFlip(p=0.5)]
     one, other = Pipeline(chain), Pipeline(chain)
     keys = [(0, epoch, index) for epoch in range(3) for index in range(4)]
@@ -245,7 +242,7 @@ def test_pixels_that_are_not_uint8_rgb_are_refused():
             Pipeline([transform])(PIXELS, *NO_BOXES, (0, 0, 0))
 
 
-def test_pipeline_survives_pickling():
+def test_pipeline_can_be_pickled():
     pipeline = Pipeline([A.HorizontalFlip(p=0.5), ResizeShortestSide([40, 50], 100)], min_visibility=0.2)
     boxes, labels = random_boxes(np.random.default_rng(0), 5, 64, 48)
     for mine, theirs in zip(
