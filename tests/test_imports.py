@@ -23,10 +23,10 @@ RANKS = {
     **dict.fromkeys(["visualization", "config"], 6),
     "runs": 7,
     "training": 8,
-    **dict.fromkeys(["composition", "doctor"], 9),
+    "composition": 9,
     "data_report": 7,
     **dict.fromkeys(["pretrained", "benchmark"], 10),
-    "api": 11,
+    **dict.fromkeys(["api", "doctor"], 11),
     "cli": 12,
     "tools": 13,
 }
