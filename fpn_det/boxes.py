@@ -1,4 +1,4 @@
-"""Boxes as numbers, and the one statement of what the numbers mean.
+"""Boxes, and the convention of their coordinates.
 
 Coordinates are continuous, in px, xyxy: pixel i covers [i, i + 1), so a box over the whole image is (0, 0, w, h), its
 width is x2 - x1, and nowhere is one added or taken away. Cell j of a map of stride s covers [j * s, (j + 1) * s).
@@ -8,6 +8,8 @@ A horizontal flip is x -> w - x.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -57,43 +59,49 @@ def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), limit)
 
 
-def encode_deltas(boxes: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
-    """Express each box [..., 4] as a shift and a stretch of its anchor [..., 4] (Faster R-CNN, eq. 2).
+@dataclass(frozen=True)
+class BoxCoder:
+    """Encodes boxes as shifts and log scales of reference boxes (Faster R-CNN, eq. 2), and decodes them.
 
-    Exact inverse of `decode_deltas` while dw and dh stay below MAX_LOG_SCALE.
+    `decode` is the exact inverse of `encode` while dw and dh stay below MAX_LOG_SCALE.
 
-    Args:
-        boxes: where to arrive; px, positive sides.
-        anchors: where to start; row i belongs to boxes[i].
+    Attributes:
         weights: multipliers of (dx, dy, dw, dh); (10, 10, 5, 5) brings ROI deltas near unit variance.
-
-    Returns:
-        (dx, dy) in anchor widths and heights, (dw, dh) as natural logs of the side ratios, times `weights`.
     """
-    anchor_width, anchor_height = box_sides(anchors)
-    box_width, box_height = box_sides(boxes)
-    dx = (boxes[..., 0] + 0.5 * box_width - anchors[..., 0] - 0.5 * anchor_width) / anchor_width
-    dy = (boxes[..., 1] + 0.5 * box_height - anchors[..., 1] - 0.5 * anchor_height) / anchor_height
-    deltas = torch.stack([dx, dy, torch.log(box_width / anchor_width), torch.log(box_height / anchor_height)], dim=-1)
-    return deltas * deltas.new_tensor(weights)
 
+    weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    min_log_scale: ClassVar[float] = -math.inf  # lower bound of decoded log scales
 
-def decode_deltas(
-    deltas: Tensor,
-    anchors: Tensor,
-    weights: tuple[float, float, float, float],
-    max_log_scale: float = MAX_LOG_SCALE,
-    min_log_scale: float = -math.inf,
-) -> Tensor:
-    """Move and stretch anchors [..., 4] by deltas [..., 4]; the inverse of `encode_deltas`, in float32."""
-    anchor_width, anchor_height = box_sides(anchors)
-    dx, dy, dw, dh = (
-        deltas.float() / torch.tensor(weights, dtype=torch.float32).to(deltas.device, non_blocking=True)
-    ).unbind(-1)
-    center_x = anchors[..., 0] + 0.5 * anchor_width + dx * anchor_width
-    center_y = anchors[..., 1] + 0.5 * anchor_height + dy * anchor_height
-    half_width = 0.5 * torch.exp(dw.clamp(min_log_scale, max_log_scale)) * anchor_width
-    half_height = 0.5 * torch.exp(dh.clamp(min_log_scale, max_log_scale)) * anchor_height
-    return torch.stack(
-        [center_x - half_width, center_y - half_height, center_x + half_width, center_y + half_height], dim=-1
-    )
+    def __post_init__(self) -> None:
+        if len(self.weights) != 4 or min(self.weights) <= 0:
+            raise ValueError(f"coder.weights: expected four positive numbers, got {list(self.weights)}.")
+
+    def encode(self, boxes: Tensor, references: Tensor) -> Tensor:
+        """Deltas [..., 4] that lead from reference boxes to boxes [..., 4].
+
+        Args:
+            boxes: xyxy, px, with positive sides.
+            references: anchors or proposals; row i belongs to boxes[i].
+
+        Returns:
+            (dx, dy) in reference widths and heights, (dw, dh) as natural logs of the side ratios, times `weights`.
+        """
+        reference_width, reference_height = box_sides(references)
+        width, height = box_sides(boxes)
+        dx = (boxes[..., 0] + 0.5 * width - references[..., 0] - 0.5 * reference_width) / reference_width
+        dy = (boxes[..., 1] + 0.5 * height - references[..., 1] - 0.5 * reference_height) / reference_height
+        deltas = (dx, dy, torch.log(width / reference_width), torch.log(height / reference_height))
+        return torch.stack([delta * weight for delta, weight in zip(deltas, self.weights, strict=True)], dim=-1)
+
+    def decode(self, deltas: Tensor, references: Tensor) -> Tensor:
+        """Boxes [..., 4] from deltas [..., 4] of reference boxes [..., 4]; float32."""
+        width, height = box_sides(references)
+        # plain numbers: a tensor of weights would have to be copied to the device
+        dx, dy, dw, dh = (delta / weight for delta, weight in zip(deltas.float().unbind(-1), self.weights, strict=True))
+        center_x = references[..., 0] + 0.5 * width + dx * width
+        center_y = references[..., 1] + 0.5 * height + dy * height
+        half_width = 0.5 * torch.exp(dw.clamp(self.min_log_scale, MAX_LOG_SCALE)) * width
+        half_height = 0.5 * torch.exp(dh.clamp(self.min_log_scale, MAX_LOG_SCALE)) * height
+        return torch.stack(
+            [center_x - half_width, center_y - half_height, center_x + half_width, center_y + half_height], dim=-1
+        )

@@ -214,11 +214,20 @@ def _complete_node(node: Mapping[str, Any], packages: Sequence[str]) -> Node:
         parameters = _parameters(locate(node["_target_"], "", packages))
     except ValueError:
         return dict(node)  # refused by `fit`, with its place
-    given = {name: complete(item, Any, packages) for name, item in node.items()}
+    given = dict(node)
     for name, parameter in parameters.items():
-        if name not in given and parameter.default is not parameter.empty:
-            given[name] = complete(as_plain(parameter.default), Any, packages)
-    return given
+        if parameter.default is parameter.empty:
+            continue
+        default = as_plain(parameter.default)
+        if name not in given:
+            given[name] = default
+        elif _is_node(default) and isinstance(given[name], Mapping) and "_target_" not in given[name]:
+            given[name] = default | given[name]  # arguments of the default class
+    return {name: complete(item, Any, packages) for name, item in given.items()}
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, Mapping) and "_target_" in value
 
 
 def missing_names(value: Any, record: type, where: str = "") -> list[str]:

@@ -175,6 +175,7 @@ class Pyramid:
     levels: list[Tensor]  # [B, C, H_l, W_l] each
     strides: tuple[int, ...]  # input px per cell
     sizes: Tensor  # i64 [B, 2]
+    canvas_stride: int = 32  # what the sides of the batch divide by
 
     @property
     def shapes(self) -> list[tuple[int, int]]:

@@ -9,10 +9,9 @@ from compare import assert_close
 
 from fpn_det.boxes import (
     MAX_LOG_SCALE,
+    BoxCoder,
     box_iou,
     clip_boxes,
-    decode_deltas,
-    encode_deltas,
     xywh_to_xyxy,
     xyxy_to_xywh,
 )
@@ -52,23 +51,23 @@ def test_encode_deltas_by_hand():
     anchor, box = torch.tensor([0.0, 0, 10, 20]), torch.tensor([10.0, 0, 30, 10])
     # centers (5, 10) and (20, 5); widths 10 and 20, heights 20 and 10
     expected = torch.tensor([10 * 1.5, 10 * -0.25, 5 * math.log(2), 5 * math.log(0.5)])
-    assert_close(encode_deltas(box, anchor, (10, 10, 5, 5)), expected, 1e-5)
+    assert_close(BoxCoder((10, 10, 5, 5)).encode(box, anchor), expected, 1e-5)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_decode_inverts_encode(seed: int):
     boxes, anchors = random_boxes(100, seed=seed), random_boxes(100, seed=seed + 100)
-    weights = (10.0, 10.0, 5.0, 5.0)
+    coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
     ratio = (boxes[:, 2:] - boxes[:, :2]) / (anchors[:, 2:] - anchors[:, :2])
     fits = (ratio < math.exp(MAX_LOG_SCALE)).all(1)
     assert fits.sum() > 50
-    decoded = decode_deltas(encode_deltas(boxes, anchors, weights), anchors, weights)
+    decoded = coder.decode(coder.encode(boxes, anchors), anchors)
     assert_close(decoded[fits], boxes[fits], 1e-5)
 
 
 def test_decode_deltas_limits_growth():
     anchor = torch.tensor([0.0, 0, 16, 16])
-    box = decode_deltas(torch.tensor([0.0, 0, 100, 100]), anchor, (1, 1, 1, 1))
+    box = BoxCoder().decode(torch.tensor([0.0, 0, 100, 100]), anchor)
     assert_close(box[2:] - box[:2], torch.tensor([1000.0, 1000.0]), 1e-5)  # 16 * 1000 / 16
 
 

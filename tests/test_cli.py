@@ -135,7 +135,7 @@ def test_declarations_are_read_from_the_source():
     found = declarations("fpn_det.training.config.TrainConfig")
     assert found["seed"].default == "0" and found["seed"].meaning
     assert {"model", "data", "trainer", "run_dir"} <= set(found)
-    depth = declarations("fpn_det.models.backbone.ResNet")["depth"]
+    depth = declarations("fpn_det.models.resnet.ResNet")["depth"]
     assert depth.type == "int" and "18" in depth.meaning
 
 

@@ -58,7 +58,7 @@ COMPOSED = [
     ("data.canvas=[640]", "data.canvas: expected batch or a list of 2 values, got [640]."),
     ("model.rpn.sampler.num_samples=many", "model.rpn.sampler.num_samples: expected a whole number, got 'many'."),
     ("model.pixel_mean=[1,2]", "model.pixel_mean: expected a list of 3 values, got [1, 2]."),
-    ("model.backbone=null", "model.backbone: expected ResNet, got null."),
+    ("model.backbone=null", "model.backbone: expected Backbone, got null."),
     ("optimizer.lr=null", "optimizer.lr: expected a number, got null."),
     # ranges
     ("trainer.batch_size=0", "trainer.batch_size: expected a whole number at least 1 or auto, got 0."),
@@ -80,7 +80,10 @@ COMPOSED = [
         "model.rpn.sampler.positive_fraction=1.5",
         "model.rpn.sampler.positive_fraction: expected a number between 0 and 1, got 1.5.",
     ),
-    ("model.roi_head.max_detections=0", "model.roi_head.max_detections: expected a whole number at least 1, got 0."),
+    (
+        "model.roi_head.test_filter.max_detections=0",
+        "model.roi_head.test_filter.max_detections: expected a whole number at least 1, got 0.",
+    ),
     ("model.neck.channels=-1", "model.neck.channels: expected a whole number at least 1, got -1."),
     ("data.val_fraction=1", "data.val_fraction: expected a number more than 0 and less than 1 or null, got 1."),
     ("data.num_workers=-1", "data.num_workers: expected a whole number at least 0, got -1."),
@@ -112,8 +115,8 @@ COMPOSED = [
     ("model.backbone._target_=builtins.eval", "model.backbone._target_: expected a class of"),
     ("model.backbone._target_=fpn_det.errors.sys", "model.backbone._target_: expected a class of"),
     (
-        "model.backbone._target_=fpn_det.models.backbone.ResNot",
-        "model.backbone._target_: fpn_det.models.backbone has no class 'ResNot'.",
+        "model.backbone._target_=fpn_det.models.resnet.ResNot",
+        "model.backbone._target_: fpn_det.models.resnet has no class 'ResNot'.",
     ),
     (
         "+data.train_transforms.evil={_target_:subprocess.Popen,args:[ls]}",
@@ -186,8 +189,8 @@ BUILT = [
     ("model.rpn.matcher.negative_iou=0.8", "matcher: expected 0 <= negative_iou <= positive_iou <= 1"),
     ("model.roi_head.pooler.sampling_ratio=0", "pooler: sampling_ratio 0 has no fixed number of points."),
     (
-        "model.rpn.normalizer=sampled trainer.accumulate=2",
-        "model.rpn.normalizer: expected constant with trainer.accumulate=2",
+        "model.rpn._target_=fpn_det.interop.conventions.SampledRPN trainer.accumulate=2",
+        "model.rpn: expected losses divided by a constant with trainer.accumulate=2, got SampledRPN",
     ),
     ("optimizer=sgd optimizer.momentum=0 optimizer.nesterov=true", "optimizer.nesterov: expected momentum"),
     (

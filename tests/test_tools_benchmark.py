@@ -47,7 +47,7 @@ def test_setting_reads_the_command_line():
         ("only=training", "Did you mean train?"),
         ("nms=fast", "nms: expected one of auto, torchvision or batched"),
         ("train", "expected name=value, got 'train'"),
-        ("model.rpn.sample_loss=false", "Did you mean model.rpn.sampled_loss?"),
+        ("model.rpn.head.sample_loss=false", "Did you mean model.rpn.head.sampled_loss?"),
     ],
 )
 def test_setting_refuses(word, words):

@@ -43,7 +43,7 @@ def shown(shapes_dataset):
 def test_anchors_are_those_that_the_loss_would_sample(shown):
     model, batch = shown
     output = model.rpn(model.pyramid(batch))
-    match = model.rpn.matcher(batch.targets, output.anchors, output.allowed)
+    match = model.rpn.matcher(batch.targets, output.anchors, output.inside)
     for row, found in enumerate(match_anchors(model, batch)):
         assert torch.equal(found.boxes, output.anchors[match.positive[row]]) and len(found.boxes)
         # anchors of level l have the size that the settings give it: 16, 32, ...

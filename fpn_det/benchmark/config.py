@@ -30,7 +30,7 @@ class BenchmarkConfig:
     repeats: Count = 5  # alternations; medians are reported
     threads: Count | None = None  # of torch; null = its default
     output: str = "benchmark.json"  # file of the results
-    overrides: tuple[str, ...] = ()  # settings of r50_fpn, such as model.rpn.sampled_loss=false
+    overrides: tuple[str, ...] = ()  # settings of r50_fpn, such as model.rpn.head.sampled_loss=false
 
     def compose(self, *overrides: str) -> TrainConfig:
         """The settings of fpn_det's detector: those of r50_fpn with random weights, trained as pretrained ones are.
@@ -38,7 +38,7 @@ class BenchmarkConfig:
         Raises:
             ValueError: r50_fpn has no such setting.
         """
-        filters = ("rpn.train_filter", "rpn.test_filter", "roi_head")
+        filters = ("rpn.train_filter", "rpn.test_filter", "roi_head.test_filter")
         return compose(
             [
                 "experiment=r50_fpn",

@@ -64,7 +64,7 @@ def diagnose(annotations: Annotations, detections: DetectionTable, images: NDArr
         return []
     if not len(detections):
         return [
-            "No object was found because there are no detections: no score passes model.roi_head.score_threshold (yet)."
+            "No object was found because there are no detections: no score passes model.roi_head.test_filter.score_threshold (yet)."
         ]
     found = detections.take(np.argsort(detections.images, kind="stable"))
     found = found.take(np.flatnonzero(np.isin(found.images, truth.rows)))

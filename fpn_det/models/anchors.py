@@ -22,10 +22,6 @@ class AnchorGenerator(nn.Module):
             pyramid of one level a flat list puts all sizes on it.
         ratios: height / width. Within a cell anchors are ordered by ratio, then by size.
         offset: where in its cell an anchor is centered, in strides; 0 is the top left corner.
-        rounded: round the anchors' corners to whole px, as torchvision does.
-        stride_source: `declared`, or `inferred` from the sizes of the maps, as torchvision does.
-        computed_in: `float32`, or `float64` as detectron2 does, before the anchors become float32. It is the last bit
-            that decides which of many equally good anchors is an object's best.
 
     Raises:
         ValueError: sizes and levels do not go together.
@@ -37,31 +33,22 @@ class AnchorGenerator(nn.Module):
         sizes: Sequence[Positive] | Sequence[Sequence[Positive]] = (32, 64, 128, 256, 512),
         ratios: Sequence[Positive] = (0.5, 1.0, 2.0),
         offset: float = 0.0,
-        rounded: bool = False,
-        stride_source: str = "declared",
-        computed_in: str = "float32",
     ) -> None:
         super().__init__()
-        if stride_source not in ("declared", "inferred"):
-            raise ValueError(f"anchors.stride_source: expected declared or inferred, got '{stride_source}'.")
-        if computed_in not in ("float32", "float64"):
-            raise ValueError(f"anchors.computed_in: expected float32 or float64, got '{computed_in}'.")
         if not ratios:
             raise ValueError("anchors.ratios: expected at least one ratio of height to width, got none.")
-        dtype = torch.float32 if computed_in == "float32" else torch.float64
         per_level = _sizes_per_level(sizes, len(strides))
         self.strides = tuple(strides)
         self.offset = offset
-        self.stride_source = stride_source
         self.num_per_cell = len(per_level[0]) * len(ratios)
-        cells = torch.stack([_cell_anchors(level_sizes, ratios, dtype) for level_sizes in per_level]).float()
-        self.register_buffer("cell_anchors", cells.round() if rounded else cells, persistent=False)  # [L, A, 4]
+        cells = torch.stack([self.make_cell(level_sizes, ratios) for level_sizes in per_level])
+        self.register_buffer("cell_anchors", cells, persistent=False)  # [L, A, 4]
         self.cell_anchors: Tensor
 
     def centers(self, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """(x, y) of every cell's anchors, px, [H_l * W_l, 2] per level."""
         centers = []
-        for (height, width), (stride_y, stride_x) in zip(shapes, self._steps(shapes), strict=True):
+        for (height, width), (stride_y, stride_x) in zip(shapes, self.steps(shapes), strict=True):
             y = (torch.arange(height, device=self.cell_anchors.device) + self.offset) * stride_y
             x = (torch.arange(width, device=self.cell_anchors.device) + self.offset) * stride_x
             grid = torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=1)
@@ -76,11 +63,13 @@ class AnchorGenerator(nn.Module):
             levels.append((centers.repeat(1, 2)[:, None] + cells).flatten(0, 1))
         return torch.cat(levels)
 
-    def _steps(self, shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        if self.stride_source == "declared":
-            return [(stride, stride) for stride in self.strides]
-        canvas = [side * self.strides[0] for side in shapes[0]]
-        return [(canvas[0] // height, canvas[1] // width) for height, width in shapes]
+    def steps(self, shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Distance (y, x) between neighboring centers of each level, px."""
+        return [(stride, stride) for stride in self.strides]
+
+    def make_cell(self, sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
+        """The anchors [A, 4] of a cell around (0, 0), float32."""
+        return boxes_of_sizes(sizes, ratios)
 
 
 def _sizes_per_level(sizes: Sequence, num_levels: int) -> list[list[float]]:
@@ -95,8 +84,8 @@ def _sizes_per_level(sizes: Sequence, num_levels: int) -> list[list[float]]:
     return nested
 
 
-def _cell_anchors(sizes: Sequence[float], ratios: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """Boxes [A, 4] around (0, 0): area size**2, height / width = ratio."""
+def boxes_of_sizes(sizes: Sequence[float], ratios: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Boxes [A, 4] around (0, 0) with area size**2 and height / width = ratio, by ratio, then by size."""
     ratio = torch.tensor(ratios, dtype=dtype).sqrt()
     size = torch.tensor(sizes, dtype=dtype)
     half_height = (ratio[:, None] * size).flatten() / 2

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fpn_det.models.backbone import ResNet
-from fpn_det.models.conv5_head import Conv5Head
-from fpn_det.models.layers import set_foldable
-from fpn_det.models.necks.fpn import FPN, Neck
+from fpn_det.models.backbone import Backbone
+from fpn_det.models.necks.base import Neck
+from fpn_det.models.necks.fpn import FPN
 from fpn_det.models.roi_align import LevelAssigner
 from fpn_det.models.roi_head import ROIHead
 from fpn_det.models.rpn import RPN
@@ -20,74 +21,82 @@ from fpn_det.schema import Positive
 from fpn_det.structures import Batch, Candidates, Detections, Losses, Proposals, Pyramid
 
 
+@dataclass(frozen=True)
+class ImagePyramid:
+    """Scales of the input at which a detector runs (FPN, Figure 1 a); [1.0] is the input itself."""
+
+    train: tuple[Positive, ...] = (1.0,)  # losses are means over these scales
+    test: tuple[Positive, ...] = (1.0,)  # candidates of all these scales are merged
+
+
 class Detector(nn.Module):
-    """From pixels to losses (`forward`) or to detections (`detect`); never one or the other by mode.
+    """From images to losses (`forward`) or to detections (`detect`), whatever the mode.
 
     Args:
-        num_classes: K, foreground only.
-        backbone: gives maps, and declares their channels and strides.
+        num_classes: K, foreground only; None leaves the last layers to `reset_classifier`.
+        backbone: makes the feature maps.
         neck, rpn, roi_head: make the parts, from what the part before declares. Without an ROI head (None) the RPN alone is
-            trained, and its proposals are the detections, all of label 0. Without an RPN the ROI head is (Fast R-CNN), on the
-            proposals that come with the batch.
-        pixel_mean, pixel_std: of the three channels, in the order that `channel_order` names; on 0..255.
-        pixel_divisor: by which pixels are divided before that; with 255, mean and deviation are those of 0..1.
-        channel_order: what the backbone's weights expect, `rgb` or `bgr`; batches are always RGB.
-        fold_norms: let convolutions take in norms that are fixed. Faster, and equal but for rounding; the peers do not.
-        channels_last: memory format of all maps; None = channels last where a CPU records no gradient: on the CPUs it
-            was measured on, that makes detection faster and training slower.
-        image_scales: of a featurized image pyramid: what is found at every scale of the input frame is merged.
-        train_image_scales: the losses are means over these scales.
+            trained, and its proposals are the detections, all of label 0. Without an RPN the ROI head is trained on the
+            proposals of the batch (Fast R-CNN).
+        pixel_mean, pixel_std: of the three channels in `channel_order`, for pixels in 0..255.
+        channel_order: of the backbone's weights, `rgb` or `bgr`; batches are always RGB.
+        channels_last: memory format of the maps; None = channels last where a CPU records no gradient, which was measured
+            to make detection faster and training slower.
+        image_pyramid: scales of the input.
 
     Attributes:
-        stride: what the sides of a canvas must divide by.
-        assigner: says which level has the size of a box.
+        stride: what the sides of a batch must divide by.
+        assigner: gives the level of a box by its size.
     """
 
     def __init__(
         self,
         num_classes: int | None,
-        backbone: ResNet,
+        backbone: Backbone,
         neck: Callable[..., Neck] = FPN,
         rpn: Callable[..., RPN] | None = RPN,
         roi_head: Callable[..., ROIHead] | None = ROIHead,
         pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53),
         pixel_std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375),
-        pixel_divisor: Positive = 1.0,
-        channel_order: str = "rgb",
-        fold_norms: bool = True,
+        channel_order: Literal["rgb", "bgr"] = "rgb",
         channels_last: bool | None = None,
-        image_scales: Sequence[float] = (1.0,),
-        train_image_scales: Sequence[float] = (1.0,),
+        image_pyramid: ImagePyramid = ImagePyramid(),
     ) -> None:
         super().__init__()
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"Detector: expected at least one class, got num_classes={num_classes}.")
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"model.channel_order: expected rgb or bgr, got '{channel_order}'.")
         if rpn is None and roi_head is None:
             raise ValueError("model: expected an RPN, an ROI head or both, got neither.")
-        self.num_classes = num_classes
         self.backbone = backbone
         self.neck = neck(in_channels=backbone.channels, in_strides=backbone.strides)
-        backbone.end_after(self.neck.num_inputs or len(backbone.channels))
+        backbone.truncate(self.neck.num_inputs or len(backbone.channels))
         self.stride = max(backbone.strides)
-        self.rpn = rpn and rpn(channels=self.neck.channels, strides=self.neck.strides, canvas_stride=self.stride)
-        self.roi_head = roi_head and roi_head(
-            channels=self.neck.channels, strides=self.neck.roi_strides, num_classes=num_classes
+        self.rpn = None if rpn is None else rpn(channels=self.neck.channels, strides=self.neck.strides)
+        self.roi_head = (
+            None if roi_head is None else roi_head(channels=self.neck.channels, strides=self.neck.roi_strides)
         )
         self.assigner = self.roi_head.pooler.assigner if self.roi_head else LevelAssigner(self.neck.roi_strides)
-        self.pixel_divisor = pixel_divisor
+        self.num_classes = num_classes
         self.flips_channels = channel_order == "bgr"
-        set_foldable(self, fold_norms)
-        self.views = Views(tuple(image_scales))
-        self.train_views = Views(tuple(train_image_scales))
+        self.views = Views(tuple(image_pyramid.test))
+        self.train_views = Views(tuple(image_pyramid.train))
         self.channels_last = channels_last
-        if channels_last:
-            self.to(memory_format=torch.channels_last)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
+        if num_classes is not None:
+            self.reset_classifier(num_classes)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Make new last layers with random weights for `num_classes` foreground classes."""
+        if num_classes < 1:
+            raise ValueError(f"Detector: expected at least one class, got num_classes={num_classes}.")
+        self.num_classes = num_classes
+        if self.roi_head is not None:
+            self.roi_head.reset_classifier(num_classes)
+        if self.channels_last:
+            self.to(memory_format=torch.channels_last)
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """All losses at this optimizer step; the step decides which anchors and boxes are sampled."""
@@ -131,12 +140,12 @@ class Detector(nn.Module):
         return self.rpn.propose(self.rpn(pyramid), batch, self.rpn.test_filter) if self.rpn else _given(batch)
 
     def pyramid(self, batch: Batch) -> Pyramid:
-        """Normalise, blank the padding, and run backbone and neck."""
+        """Normalize, set the padding to zero, and run backbone and neck."""
         levels = self.neck(self.backbone(self.normalize(batch)))
-        return Pyramid(levels, self.neck.strides, batch.sizes)
+        return Pyramid(levels, self.neck.strides, batch.sizes, self.stride)
 
     def normalize(self, batch: Batch) -> Tensor:
-        """Pixels [B, 3, H, W] with mean 0 and deviation 1; 0 outside each image, whatever bytes lie there."""
+        """Pixels [B, 3, H, W] with mean 0 and deviation 1; the padding outside each image is 0, whatever bytes it holds."""
         height, width = batch.pixels.shape[2:]
         assert height % self.stride == 0 and width % self.stride == 0, "the canvas must divide by the stride"
         pixels = batch.pixels.flip(1) if self.flips_channels else batch.pixels
@@ -145,7 +154,6 @@ class Detector(nn.Module):
             channels_last = pixels.device.type == "cpu" and not torch.is_grad_enabled()
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         pixels = pixels.to(torch.float32, memory_format=memory_format)
-        pixels = pixels if self.pixel_divisor == 1 else pixels / self.pixel_divisor
         pixels = (pixels - self.pixel_mean) / self.pixel_std
         y = torch.arange(height, device=pixels.device)[:, None] < batch.sizes[:, 0, None, None]  # [B, H, 1]
         x = torch.arange(width, device=pixels.device) < batch.sizes[:, 1, None, None]  # [B, 1, W]
@@ -155,7 +163,7 @@ class Detector(nn.Module):
     def max_detections(self) -> int:
         """D, per image."""
         if self.roi_head:
-            return self.roi_head.max_detections
+            return self.roi_head.test_filter.max_detections
         assert self.rpn is not None
         return self.rpn.test_filter.post_nms
 
@@ -165,30 +173,25 @@ class Detector(nn.Module):
         proposer._modules = {**self._modules, "roi_head": None}
         return proposer
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Give the last layers of the ROI head new random weights for `num_classes` foreground classes."""
-        self.num_classes = num_classes
-        if self.roi_head is not None:
-            self.roi_head.reset_classifier(num_classes)
-
     def check_accumulation(self, accumulate: int) -> None:
-        """Refuse losses that depend on how a batch is divided, if it is."""
+        """Refuse losses that are divided by the number of samples, if a batch is divided into `accumulate` parts."""
         for name in ("rpn", "roi_head"):
-            normalizer = getattr(getattr(self, name), "normalizer", "constant")
-            if accumulate > 1 and normalizer != "constant":
+            stage = getattr(self, name)
+            if accumulate > 1 and stage is not None and stage.divides_by_num_sampled:
                 raise ValueError(
-                    f"model.{name}.normalizer: expected constant with trainer.accumulate={accumulate}, got {normalizer}, "
-                    f"whose gradients would not be those of the whole batch. Set trainer.accumulate=1."
+                    f"model.{name}: expected losses divided by a constant with trainer.accumulate={accumulate}, got "
+                    f"{type(stage).__name__}, which divides by the number of samples of each part. "
+                    "Set trainer.accumulate=1."
                 )
 
     def check_pretrained(self) -> None:
-        """Refuse pretrained weights that cannot be had, before anything is read."""
+        """Refuse pretrained weights that cannot be loaded, before anything is read."""
         self.backbone.check_pretrained()
 
     def load_pretrained(self) -> None:
-        """Fetch or read the pretrained weights of the backbone, and of a box head that has some, if the settings name any."""
+        """Load the pretrained weights that the settings of backbone and box head name."""
         self.backbone.load_pretrained()
-        if self.roi_head and isinstance(self.roi_head.box_head, Conv5Head):
+        if self.roi_head is not None:
             self.roi_head.box_head.load_pretrained()
 
 

@@ -1,50 +1,82 @@
-"""Masked sums over constants: losses whose normaliser does not depend on what was sampled.
+"""Classification and box losses, and their sums over sampled candidates.
 
-A constant is known in advance on every rank, so accumulation and more ranks change nothing.
+A loss returns a value for each candidate. The RPN and the ROI head sum it over their samples and divide by a constant,
+which is known in advance on every rank, so that accumulation and more ranks change nothing.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fpn_det.structures import Sample
-
-NORMALIZERS = ("constant", "sampled", "sampled_both_kinds")
-
-
-def check_normalizer(name: str) -> str:
-    """`name`, if it is a normalizer.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if name not in NORMALIZERS:
-        raise ValueError(f"normalizer: expected one of {', '.join(NORMALIZERS)}, got '{name}'.")
-    return name
+from fpn_det.boxes import BoxCoder
+from fpn_det.schema import Amount, Fraction
 
 
-def normalizer(name: str, num_samples: int, sample: Sample) -> Tensor | int:
-    """What a sum over samples is divided by.
+class BinaryLoss(Protocol):
+    """A loss of objectness logits."""
 
-    `constant`: `num_samples` per image. `sampled`: the samples actually drawn, all images of the batch together, as
-    torchvision does; it depends on how a batch is cut, so it does not go with accumulation or more ranks.
-    `sampled_both_kinds`: the same, but every image counts at least one positive and one negative (mmdetection).
-    """
-    if name == "constant":
-        return num_samples * len(sample.valid)
-    if name == "sampled":
-        return sample.valid.sum().clamp(min=1)
-    counts = torch.stack([sample.positive.sum(dim=1), (sample.valid & ~sample.positive).sum(dim=1)])
-    return counts.clamp(min=1).sum()
+    def __call__(self, logits: Tensor, positive: Tensor) -> Tensor:
+        """Logits [...] and bool labels [...] to losses [...]."""
+
+
+class ClassLoss(Protocol):
+    """A loss of class logits."""
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits [N, K + 1], of which the last is the background, and labels [N] in [0, K] to losses [N]."""
+
+
+class BoxLoss(Protocol):
+    """A loss of predicted boxes."""
+
+    def __call__(self, deltas: Tensor, gt_boxes: Tensor, references: Tensor, coder: BoxCoder) -> Tensor:
+        """Losses [...] of predicted deltas.
+
+        Args:
+            deltas: predictions [..., 4], encoded by `coder`.
+            gt_boxes: boxes [..., 4] that they should decode to; xyxy, px.
+            references: anchors or proposals [..., 4] that the deltas are relative to.
+            coder: encodes and decodes.
+        """
+
+
+@dataclass(frozen=True)
+class BinaryCrossEntropy:
+    """Binary cross-entropy of objectness logits (Faster R-CNN, eq. 1)."""
+
+    def __call__(self, logits: Tensor, positive: Tensor) -> Tensor:
+        """Logits [...] and bool labels [...] to losses [...]."""
+        return F.binary_cross_entropy_with_logits(logits, positive.float(), reduction="none")
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross-entropy of class logits (Fast R-CNN, eq. 1)."""
+
+    label_smoothing: Fraction = 0.0  # share of the target spread over all classes
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits [N, K + 1] and labels [N] to losses [N]."""
+        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class SmoothL1:
+    """Smooth L1 distance of box deltas, summed over the four (Fast R-CNN, eq. 3)."""
+
+    beta: Amount = 0.0  # below it the loss is quadratic; 0 = L1
+
+    def __call__(self, deltas: Tensor, gt_boxes: Tensor, references: Tensor, coder: BoxCoder) -> Tensor:
+        """Losses [...] of deltas [..., 4]; see `BoxLoss`."""
+        target_deltas = coder.encode(gt_boxes, references)
+        return F.smooth_l1_loss(deltas, target_deltas, reduction="none", beta=self.beta).sum(-1)
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum of `values` where `mask`; NaN or infinity elsewhere does not count."""
     return torch.where(mask, values, 0.0).sum()
-
-
-def box_distance(deltas: Tensor, goals: Tensor, beta: float) -> Tensor:
-    """Smooth L1 of box deltas [..., 4], summed over the four [...]; `beta` 0 is plain L1 (Fast R-CNN, eq. 3)."""
-    return F.smooth_l1_loss(deltas, goals, reduction="none", beta=beta).sum(-1)

@@ -5,6 +5,7 @@ Everything here has a fixed shape and asks the device nothing: no candidate is p
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -19,39 +20,28 @@ IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
 PAIRS_AT_ONCE = 1 << 24  # IoU values in memory at a time: 64 MiB, whatever the number of objects
 
 
+@dataclass(frozen=True)
 class Matcher:
-    """Compare candidates with objects by IoU.
+    """Matches candidates with ground-truth boxes by IoU.
 
-    A candidate is positive for the object it overlaps most if that IoU reaches `positive_iou`, negative if it stays
-    below `negative_iou`, ignored in between.
+    A candidate is positive for the box it overlaps most if that IoU reaches `positive_iou`, negative if it is below
+    `negative_iou`, and ignored in between.
 
     Args:
         positive_iou, negative_iou: thresholds in [0, 1].
-        rescue: make every object's best candidates positive too, however little they overlap (they keep the object
-            that they overlap most).
-        rescue_above: an object is rescued only if its best IoU exceeds this. 0 leaves objects alone that nothing
-            touches; -1 is what torchvision and detectron2 do, who then turn every candidate positive.
-        rescue_reassigns: a rescued candidate takes the object that it rescues (the last one, if several), as
-            mmdetection does.
+        allow_low_quality_matches: also make the best candidates of every box positive, whatever their IoU above 0
+            (they keep the box that they overlap most).
     """
 
-    def __init__(
-        self,
-        positive_iou: Fraction = 0.7,
-        negative_iou: Fraction = 0.3,
-        rescue: bool = False,
-        rescue_above: float = 0.0,
-        rescue_reassigns: bool = False,
-    ) -> None:
-        if not 0 <= negative_iou <= positive_iou <= 1:
+    positive_iou: Fraction = 0.7
+    negative_iou: Fraction = 0.3
+    allow_low_quality_matches: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.negative_iou <= self.positive_iou <= 1:
             raise ValueError(
-                f"matcher: expected 0 <= negative_iou <= positive_iou <= 1, got {negative_iou} and {positive_iou}."
+                f"matcher: expected 0 <= negative_iou <= positive_iou <= 1, got {self.negative_iou} and {self.positive_iou}."
             )
-        self.positive_iou = positive_iou
-        self.negative_iou = negative_iou
-        self.rescue = rescue
-        self.rescue_above = rescue_above
-        self.rescue_reassigns = rescue_reassigns
 
     @torch.no_grad()
     def __call__(self, targets: Targets, candidates: Tensor, allowed: Tensor) -> Match:
@@ -68,23 +58,31 @@ class Matcher:
         best_iou = torch.cat([values for values, _ in best], dim=1)  # [B, M], -1 where nothing is drawn
         matched_idxs = torch.cat([idxs for _, idxs in best], dim=1)
         positive = best_iou >= self.positive_iou
-        if self.rescue:
-            object_best = torch.stack([iou_of(part).amax(dim=2) for part in range(len(parts))]).amax(dim=0)  # [B, G]
-            wanted = targets.valid & (object_best > self.rescue_above)
-            rescued, rescuers = [], []
-            for part in range(len(parts)):
-                is_best = (iou_of(part) == object_best[..., None]) & wanted[..., None]  # [B, G, M']
-                rescued.append(is_best.any(dim=1))
-                if self.rescue_reassigns:
-                    order = torch.arange(1, is_best.shape[1] + 1, device=is_best.device)[:, None]
-                    rescuers.append((is_best * order).amax(dim=1))  # object + 1, 0 for none
-            positive = positive | torch.cat(rescued, dim=1)
-            if self.rescue_reassigns:
-                rescuer = torch.cat(rescuers, dim=1)
-                matched_idxs = torch.where(rescuer > 0, rescuer - 1, matched_idxs)
+        if self.allow_low_quality_matches:
+            box_best = torch.stack([iou_of(part).amax(dim=2) for part in range(len(parts))]).amax(dim=0)  # [B, G]
+            eligible = targets.valid & self.is_eligible(box_best)
+            low_quality, reassigned = [], []
+            for part, (_, part_idxs) in enumerate(best):
+                is_best = (iou_of(part) == box_best[..., None]) & eligible[..., None]  # [B, G, M']
+                low_quality.append(is_best.any(dim=1))
+                reassigned.append(self.reassign(part_idxs, is_best))
+            positive = positive | torch.cat(low_quality, dim=1)
+            matched_idxs = torch.cat(reassigned, dim=1)
         positive = positive & allowed
         negative = (best_iou < self.negative_iou) & allowed & ~positive
         return Match(positive, negative, matched_idxs)
+
+    def is_eligible(self, best_iou: Tensor) -> Tensor:
+        """Which ground-truth boxes [B, G] get low-quality matches, given their best IoU: those that a candidate touches."""
+        return best_iou > 0
+
+    def reassign(self, matched_idxs: Tensor, is_best: Tensor) -> Tensor:
+        """Matched boxes [B, M'] after low-quality matches: unchanged, each candidate keeps the box it overlaps most.
+
+        Args:
+            is_best: whether each candidate is a best one of each box [B, G, M'].
+        """
+        return matched_idxs
 
     @staticmethod
     def _iou(targets: Targets, candidates: Tensor, allowed: Tensor) -> Tensor:
@@ -93,21 +91,23 @@ class Matcher:
         return iou.masked_fill_(~(targets.valid[:, :, None] & allowed[:, None, :]), -1.0)
 
 
+@dataclass(frozen=True)
 class Sampler:
-    """Draw at most `num_samples` candidates per image, at most `positive_fraction` of them positive.
+    """Samples at most `num_samples` candidates per image, at most `positive_fraction` of them positive.
 
-    The draw is a function of (seed, step, image, candidate) and of nothing else, so it does not depend on workers,
-    ranks or the order of a batch, and a resumed run draws what the uninterrupted one would have.
+    The sample is a function of (seed, step, image, candidate) alone, so it does not depend on workers, ranks or the order
+    of a batch, and a resumed run samples what the uninterrupted one would have.
     """
 
-    def __init__(self, num_samples: Count, positive_fraction: Fraction, seed: CountOrZero = 0) -> None:
-        if num_samples < 1 or not 0 <= positive_fraction <= 1:
+    num_samples: Count  # per image
+    positive_fraction: Fraction  # upper bound
+    seed: CountOrZero = 0
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1 or not 0 <= self.positive_fraction <= 1:
             raise ValueError(
-                f"sampler: expected num_samples >= 1 and positive_fraction in 0..1, got {num_samples} and {positive_fraction}."
+                f"sampler: expected num_samples >= 1 and positive_fraction in 0..1, got {self.num_samples} and {self.positive_fraction}."
             )
-        self.num_samples = num_samples
-        self.positive_fraction = positive_fraction
-        self.seed = seed
 
     @torch.no_grad()
     def __call__(self, match: Match, indices: Tensor, step: int) -> Sample:
@@ -125,6 +125,15 @@ class Sampler:
         source = torch.where(positive, slots, max_positives + slots - num_positives)
         idxs = torch.cat([positive_idxs, negative_idxs], dim=1).gather(1, source)
         return Sample(idxs, positive, slots < num_positives + num_negatives)
+
+
+@dataclass(frozen=True)
+class ProposalSampler(Sampler):
+    """Samples proposals for the losses of the ROI head."""
+
+    num_samples: Count = 512
+    positive_fraction: Fraction = 0.25
+    add_gt: bool = True  # the ground-truth boxes join the proposals
 
 
 def random_keys(seed: int, step: int, indices: Tensor, num_candidates: int) -> Tensor:

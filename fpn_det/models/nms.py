@@ -20,8 +20,8 @@ PAIR_BYTES = (
 MIN_BLOCK = 32  # boxes of a group that are decided together at least
 MAX_TRITON_BOXES = 1 << 18  # per group
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-Method = Literal["auto", "torchvision", "batched", "shifted", "torchvision_batched"]
-METHODS: tuple[Method, ...] = get_args(Method)
+NmsMethod = Literal["auto", "torchvision", "batched"]
+METHODS: tuple[NmsMethod, ...] = get_args(NmsMethod)
 
 
 def nms_keep(
@@ -30,7 +30,7 @@ def nms_keep(
     valid: Tensor,
     iou_threshold: float,
     labels: Tensor | None = None,
-    method: Method = "auto",
+    method: NmsMethod = "auto",
 ) -> Tensor:
     """Which boxes survive greedy suppression, each group for itself.
 
@@ -41,9 +41,7 @@ def nms_keep(
         iou_threshold: in [0, 1); a box goes if its IoU with a better survivor is greater.
         labels: [P, K]; if given, only boxes of the same label suppress each other.
         method: `torchvision` calls its operator once per group (one host read each), `batched` handles all groups at
-            once (a handful of reads in all), `auto` takes the first on CPU and the second elsewhere. The peers' ways
-            separate labels by shifting boxes in float32, where rounding decides close calls: `shifted` (mmdetection),
-            and `torchvision_batched` (torchvision, detectron2), which shifts up to 1000 boxes only.
+            once, `auto` takes the first on CPU and the second elsewhere.
 
     Returns:
         bool [P, K].
@@ -52,25 +50,10 @@ def nms_keep(
         raise ValueError(f"nms: expected method {', '.join(METHODS)}, got '{method}'.")
     if method == "auto":
         method = "torchvision" if boxes.device.type == "cpu" else "batched"
-    if method in ("shifted", "torchvision_batched"):
-        labels = torch.zeros_like(valid, dtype=torch.int64) if labels is None else labels
-        return _as_peers(boxes, scores, valid, iou_threshold, labels, method)
     arguments = boxes, scores, valid, labels, iou_threshold, method == "batched"
     if torch.compiler.is_compiling() or (method == "batched" and _uses_triton(boxes)):
         return _suppress_operator(*arguments)
     return _suppress(*arguments)
-
-
-def nms_keep_levels(
-    boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, method: Method = "auto"
-) -> Tensor:
-    """The same for boxes [B, L, K, 4] of several levels, each level for itself: bool [B, L, K]."""
-    if method in ("shifted", "torchvision_batched"):  # one call per image, levels in place of labels
-        levels = torch.arange(boxes.shape[1], device=boxes.device)[:, None].expand_as(valid).flatten(1)
-        keep = nms_keep(boxes.flatten(1, 2), scores.flatten(1), valid.flatten(1), iou_threshold, levels, method)
-    else:
-        keep = nms_keep(boxes.flatten(0, 1), scores.flatten(0, 1), valid.flatten(0, 1), iou_threshold, method=method)
-    return keep.view_as(valid)
 
 
 def _suppress(
@@ -109,24 +92,6 @@ def _per_group(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: floa
     keep = torch.zeros_like(valid)
     for group, group_boxes, group_scores in zip(keep, boxes, scores, strict=True):
         group[torchvision.ops.nms(group_boxes, group_scores.to(group_boxes.dtype), iou_threshold)] = True
-    return keep
-
-
-def _as_peers(
-    boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, labels: Tensor, method: Method
-) -> Tensor:
-    keep = torch.zeros_like(valid)
-    for group, mask, *columns in zip(keep, valid, boxes, scores, labels, strict=True):
-        (chosen,) = torch.where(mask)
-        if not len(chosen):
-            continue
-        group_boxes, group_scores, group_labels = (column[chosen] for column in columns)
-        if method == "torchvision_batched":
-            kept = torchvision.ops.batched_nms(group_boxes, group_scores, group_labels, iou_threshold)
-        else:
-            shifts = group_labels * (group_boxes.max() + 1)
-            kept = torchvision.ops.nms(group_boxes + shifts[:, None], group_scores, iou_threshold)
-        group[chosen[kept]] = True
     return keep
 
 

@@ -38,23 +38,16 @@ def _geometry(pyramid: Pyramid, num_levels: int) -> _Geometry:
 
 
 class LevelAssigner:
-    """Choose the level that a box is pooled from: k = floor(k0 + log2(sqrt(w * h) / 224)) (FPN, eq. 1).
+    """Assigns a box to the level it is pooled from: k = floor(k0 + log2(sqrt(w * h) / 224)) (FPN, eq. 1).
 
     Args:
         strides: of the levels that boxes may be pooled from, fine to coarse.
         canonical_size: a box of this side, px,
-        canonical_level: goes to this level; level k has stride 2**k.
-        epsilon: added to the ratio before the logarithm,
-        epsilon_outside: or after it (torchvision), so that a box just below a limit counts as on it.
+        canonical_level: is assigned to this level; level k has stride 2**k.
     """
 
     def __init__(
-        self,
-        strides: Sequence[int],
-        canonical_size: Positive = 224,
-        canonical_level: CountOrZero = 4,
-        epsilon: float = 1e-8,
-        epsilon_outside: float = 0.0,
+        self, strides: Sequence[int], canonical_size: Positive = 224, canonical_level: CountOrZero = 4
     ) -> None:
         levels = [stride.bit_length() - 1 for stride in strides]
         if [1 << level for level in levels] != list(strides) or levels != list(
@@ -64,14 +57,15 @@ class LevelAssigner:
         self.first, self.num_levels = levels[0], len(levels)
         self.canonical_size = canonical_size
         self.canonical_level = canonical_level
-        self.epsilon = epsilon
-        self.epsilon_outside = epsilon_outside
 
     def __call__(self, boxes: Tensor) -> Tensor:
-        """Level indices [...] in [0, L) of boxes [..., 4] in input px."""
-        scale = box_area(boxes).clamp(min=0).sqrt() / self.canonical_size
-        level = torch.floor(self.canonical_level + torch.log2(scale + self.epsilon) + self.epsilon_outside)
-        return (level - self.first).clamp(0, self.num_levels - 1).long()  # a box of no area goes to the finest
+        """Level indices [...] in [0, L) of boxes [..., 4] in input px; a box without area is assigned to the finest."""
+        level = self.level(box_area(boxes).clamp(min=0).sqrt() / self.canonical_size)
+        return (level - self.first).clamp(0, self.num_levels - 1).long()
+
+    def level(self, scale: Tensor) -> Tensor:
+        """Unclamped level k of boxes whose side is `scale` times the canonical size."""
+        return torch.floor(self.canonical_level + torch.log2(scale + 1e-8))
 
 
 class RoIAlign:
@@ -87,11 +81,13 @@ class RoIAlign:
         sampling_ratio: sampling points per bin and side; 0 = as many as the bin has cells (torchvision's operator only).
         aligned: shift by half a cell, so that box and cells share one convention.
         method: `table` or `torchvision`.
-        canonical_size, canonical_level, epsilon, epsilon_outside: of the `LevelAssigner`.
+        canonical_size, canonical_level: see `LevelAssigner`.
 
     Raises:
         ValueError: `sampling_ratio` 0 with the table.
     """
+
+    assigner_class: type[LevelAssigner] = LevelAssigner
 
     def __init__(
         self,
@@ -102,8 +98,6 @@ class RoIAlign:
         method: str = "table",
         canonical_size: Positive = 224,
         canonical_level: CountOrZero = 4,
-        epsilon: float = 1e-8,
-        epsilon_outside: float = 0.0,
     ) -> None:
         if method not in ("table", "torchvision"):
             raise ValueError(f"pooler.method: expected table or torchvision, got '{method}'.")
@@ -114,7 +108,7 @@ class RoIAlign:
         self.sampling_ratio = sampling_ratio
         self.aligned = aligned
         self.method = method
-        self.assigner = LevelAssigner(strides, canonical_size, canonical_level, epsilon, epsilon_outside)
+        self.assigner = self.assigner_class(strides, canonical_size, canonical_level)
 
     def __call__(self, pyramid: Pyramid, boxes: Tensor) -> Tensor:
         """Pool boxes [B, R, 4] (input px) of each image: [B * R, C, output_size, output_size], float32."""

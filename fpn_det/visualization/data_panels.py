@@ -75,9 +75,9 @@ def match_anchors(model: Detector, batch: Batch) -> list[Anchored]:
         return []
     shapes = copy.deepcopy(model).to("meta").pyramid(batch.to("meta")).shapes
     levels = [batch.pixels.new_empty(len(batch), 0, *shape) for shape in shapes]
-    pyramid = Pyramid(levels, model.neck.strides, batch.sizes)
+    pyramid = Pyramid(levels, model.neck.strides, batch.sizes, model.stride)
     anchors = model.rpn.anchors(shapes)
-    match = model.rpn.matcher(batch.targets, anchors, model.rpn.allowed(pyramid))
+    match = model.rpn.matcher(batch.targets, anchors, model.rpn.inside(pyramid))
     per_level = torch.tensor([height * width for height, width in shapes]) * model.rpn.anchors.num_per_cell
     level_of = torch.repeat_interleave(per_level).to(anchors.device)
     return [

@@ -56,7 +56,7 @@ def read_levels(model: Detector, batch: Batch) -> Levels:
     with evaluation_mode(model):
         pyramid = model.pyramid(batch)
         output = model.rpn(pyramid)
-        match = model.rpn.matcher(batch.targets, output.anchors, output.allowed)
+        match = model.rpn.matcher(batch.targets, output.anchors, output.inside)
         parts = _by_level(output)
         found = [model.rpn.propose(part, batch, model.rpn.test_filter) for part in parts]
         best = torch.cat([each.logits.masked_fill(~each.valid, -torch.inf)[0] for each in found])
@@ -90,13 +90,11 @@ def read_levels(model: Detector, batch: Batch) -> Levels:
 
 def _by_level(output: RPNOutput) -> list[RPNOutput]:
     """The head's answer as if each level were alone."""
-    tensors = (output.logits, output.deltas, output.anchors[None], output.allowed)
+    tensors = (output.logits, output.deltas, output.anchors[None], output.inside)
     split = zip(*(tensor.split(output.level_sizes, dim=1) for tensor in tensors), strict=True)
     return [
-        replace(
-            output, logits=logits, deltas=deltas, anchors=anchors[0], allowed=allowed, level_sizes=[logits.shape[1]]
-        )
-        for logits, deltas, anchors, allowed in split
+        replace(output, logits=logits, deltas=deltas, anchors=anchors[0], inside=inside, level_sizes=[logits.shape[1]])
+        for logits, deltas, anchors, inside in split
     ]
 
 

@@ -23,7 +23,13 @@ def settings(shapes_dataset):
         "data.eval_transforms.resize={_target_:fpn_det.data.transforms.ResizeShortestSide,sides:[112],max_side:160}"
     )
     return compose(
-        [*TINY, f"data.root={shapes_dataset}", resize, "data.eval_batch_size=3", "model.roi_head.score_threshold=0.01"]
+        [
+            *TINY,
+            f"data.root={shapes_dataset}",
+            resize,
+            "data.eval_batch_size=3",
+            "model.roi_head.test_filter.score_threshold=0.01",
+        ]
     )
 
 

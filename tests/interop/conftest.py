@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpn_det.models.backbone import ResNet
+from fpn_det.models.box_heads import TwoLayerHead
 from fpn_det.models.detector import Detector
 from fpn_det.models.necks.fpn import FPN
-from fpn_det.models.roi_head import ROIHead, TwoLayerHead
+from fpn_det.models.resnet import ResNet
+from fpn_det.models.roi_head import BoxPredictor, ROIHead
 
 
-def _make_detector(num_classes: int = 3, depth: int = 18, norm: str = "frozen", **roi_head) -> Detector:
-    head = partial(ROIHead, box_head=partial(TwoLayerHead, width=32), **roi_head)
+def _make_detector(num_classes: int = 3, depth: int = 18, norm: str = "frozen", **predictor) -> Detector:
+    head = partial(ROIHead, box_head=partial(TwoLayerHead, width=32), predictor=partial(BoxPredictor, **predictor))
     return Detector(num_classes, ResNet(depth, norm=norm), neck=partial(FPN, channels=16), roi_head=head)
 
 

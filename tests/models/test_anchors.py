@@ -6,6 +6,7 @@ from compare import assert_close
 from torchvision.models.detection.anchor_utils import AnchorGenerator as TorchvisionAnchors
 from torchvision.models.detection.image_list import ImageList
 
+from fpn_det.interop.conventions import RoundedAnchors
 from fpn_det.models.anchors import AnchorGenerator
 
 
@@ -30,7 +31,7 @@ def test_anchors_offset_moves_by_parts_of_a_stride():
 @pytest.mark.parametrize("canvas", [(64, 96), (96, 160), (800, 1088)])
 def test_anchors_equal_torchvision_when_rounded_and_inferred(sizes: list, canvas: tuple[int, int]):
     shapes = [(-(-canvas[0] // s), -(-canvas[1] // s)) for s in (4, 8, 64)]
-    mine = AnchorGenerator([4, 8, 64], sizes, rounded=True, stride_source="inferred")(shapes)
+    mine = RoundedAnchors([4, 8, 64], sizes)(shapes)
     oracle = TorchvisionAnchors(tuple(map(tuple, sizes)), ((0.5, 1.0, 2.0),) * 3)
     images = ImageList(torch.zeros(1, 3, *canvas), [canvas])
     assert torch.equal(mine, oracle(images, [torch.zeros(1, 1, *shape) for shape in shapes])[0])

@@ -8,7 +8,7 @@ import torchvision
 from compare import assert_close
 from torchvision.models._utils import IntermediateLayerGetter
 
-from fpn_det.models.backbone import ResNet
+from fpn_det.models.resnet import ResNet
 
 
 @pytest.mark.parametrize("depth", [18, 50])
@@ -98,7 +98,7 @@ def test_a_backbone_that_ends_early_takes_the_weights_of_the_whole(tmp_path: Pat
     whole = ResNet(18)
     torch.save(whole.state_dict(), tmp_path / "weights.pth")
     model = ResNet(18, weights=str(tmp_path / "weights.pth"), frozen_stages=5)
-    model.end_after(3)
+    model.truncate(3)
     model.load_pretrained()
     assert model.channels == (64, 128, 256) and model.strides == (4, 8, 16)
     assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -9,21 +9,24 @@ import torchvision
 from compare import assert_close
 from test_detector import gradients, make_batch, spread_out
 
-from fpn_det.models.backbone import ResNet
-from fpn_det.models.conv5_head import Conv5Head
+from fpn_det.models.box_heads import Conv5Head
 from fpn_det.models.detector import Detector
-from fpn_det.models.matching import Sampler
+from fpn_det.models.matching import ProposalSampler
 from fpn_det.models.necks.baselines import SingleMap
+from fpn_det.models.resnet import ResNet
 from fpn_det.models.roi_align import RoIAlign
 from fpn_det.models.roi_head import ROIHead
-from fpn_det.models.rpn import RPN, ProposalFilter
+from fpn_det.models.rpn import RPN
+from fpn_det.models.selection import ProposalFilter
 
 
 def make_model(weights: str | None = None) -> Detector:
     torch.manual_seed(0)
     filters = {"train_filter": ProposalFilter(50, 20), "test_filter": ProposalFilter(50, 20)}
     box_head = partial(Conv5Head, depth=18, weights=weights)
-    head = partial(ROIHead, pooler=partial(RoIAlign, output_size=14), box_head=box_head, sampler=Sampler(8, 0.25))
+    head = partial(
+        ROIHead, pooler=partial(RoIAlign, output_size=14), box_head=box_head, sampler=ProposalSampler(8, 0.25)
+    )
     neck = partial(SingleMap, level="C4", channels=None)
     return Detector(3, ResNet(18, weights), neck, partial(RPN, **filters), head)
 
@@ -64,6 +67,6 @@ def test_conv5_head_detects():
 
 def test_conv5_head_refuses_another_map_than_c4():
     with pytest.raises(
-        ValueError, match=r"expected C4 as it is, 256 channels, got 64. Say neck=single_map model.neck.level=C4"
+        ValueError, match=r"expected C4 unchanged, 256 channels, got 64. Set neck=single_map model.neck.level=C4"
     ):
         Conv5Head(64, 14, 18)

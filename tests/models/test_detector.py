@@ -10,11 +10,14 @@ from compare import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpn_det.models.anchors import AnchorGenerator
-from fpn_det.models.backbone import ResNet
+from fpn_det.models.box_heads import TwoLayerHead
 from fpn_det.models.detector import Detector
+from fpn_det.models.matching import ProposalSampler
 from fpn_det.models.necks.fpn import FPN
-from fpn_det.models.roi_head import ROIHead, TwoLayerHead
-from fpn_det.models.rpn import RPN, ProposalFilter, RPNHead
+from fpn_det.models.resnet import ResNet
+from fpn_det.models.roi_head import BoxPredictor, ROIHead
+from fpn_det.models.rpn import RPN, RPNHead
+from fpn_det.models.selection import DetectionFilter, ProposalFilter
 from fpn_det.structures import Batch, Pyramid, Targets
 
 
@@ -71,9 +74,9 @@ def test_every_trainable_parameter_gets_a_gradient_and_no_frozen_one(objects: tu
 @pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-5), (True, 1e-2)])
 def test_sampled_rpn_loss_has_the_gradients_of_the_dense_one(autocast: bool, tolerance: float):
     sampled = make_model()
-    dense = make_model(rpn={"sampled_loss": False})
+    dense = make_model(rpn={"head": partial(RPNHead, sampled_loss=False)})
     dense.load_state_dict(sampled.state_dict())
-    assert sampled.rpn.samples_loss and not dense.rpn.samples_loss
+    assert sampled.rpn.head.samples_loss and not dense.rpn.head.samples_loss
     generator = torch.Generator().manual_seed(0)
     maps = [torch.randn(2, 32, 96 // s, 128 // s, generator=generator).relu() for s in (4, 8, 16, 32)]
     maps.append(torch.randn(2, 32, 2, 2, generator=generator).relu())
@@ -93,7 +96,7 @@ def test_sampled_rpn_loss_has_the_gradients_of_the_dense_one(autocast: bool, tol
 
 def test_rpn_with_two_convolutions_takes_the_dense_path():
     model = make_model(rpn={"head": partial(RPNHead, num_convs=2)})
-    assert not model.rpn.samples_loss
+    assert not model.rpn.head.samples_loss
     assert all(gradient is not None for gradient in gradients(model, make_batch()).values())
 
 
@@ -165,15 +168,18 @@ def test_anchors_in_the_padding_are_neither_sampled_nor_proposed():
     output = model.rpn(model.pyramid(batch))
     centers = (output.anchors[:, :2] + output.anchors[:, 2:]) / 2
     # (33, 32) rounds up to (64, 32)
-    assert torch.equal(output.allowed[1], (centers[:, 0] < 32) & (centers[:, 1] < 64))
-    assert output.allowed[0].all()
-    match = model.rpn.matcher(batch.targets, output.anchors, output.allowed)
+    assert torch.equal(output.inside[1], (centers[:, 0] < 32) & (centers[:, 1] < 64))
+    assert output.inside[0].all()
+    match = model.rpn.matcher(batch.targets, output.anchors, output.inside)
     sample = model.rpn.sampler(match, batch.indices, 0)
-    assert output.allowed.gather(1, sample.idxs)[sample.valid].all()
+    assert output.inside.gather(1, sample.idxs)[sample.valid].all()
 
 
 def test_detections_lie_in_the_image_and_follow_the_settings():
-    model, batch = spread_out(make_model(roi_head={"max_detections": 7})), make_batch(sizes=[(90, 100), (64, 128)])
+    model, batch = (
+        spread_out(make_model(roi_head={"test_filter": DetectionFilter(max_detections=7)})),
+        make_batch(sizes=[(90, 100), (64, 128)]),
+    )
     detections = model.detect(batch)
     assert detections.boxes.shape[1] == 7
     for (boxes, scores, _), (height, width) in zip(detections.images(), batch.sizes.tolist(), strict=True):
@@ -184,15 +190,15 @@ def test_detections_lie_in_the_image_and_follow_the_settings():
 def test_batched_suppression_gives_the_same_losses_and_detections():
     plain = spread_out(make_model())
     batched = copy.deepcopy(plain)
-    for keep in (batched.rpn.train_filter, batched.rpn.test_filter, batched.roi_head):
-        keep.nms_method = "batched"
+    for stage, name in ((batched.rpn, "train_filter"), (batched.rpn, "test_filter"), (batched.roi_head, "test_filter")):
+        setattr(stage, name, replace(getattr(stage, name), nms_method="batched"))
     batch = make_batch()
     assert plain(batch, 0).total() == batched(batch, 0).total()
     assert torch.equal(plain.detect(batch).boxes, batched.detect(batch).boxes)
 
 
 def test_class_agnostic_boxes_have_four_deltas():
-    model = make_model(roi_head={"class_agnostic": True})
+    model = make_model(roi_head={"predictor": partial(BoxPredictor, class_agnostic=True)})
     assert model.roi_head.predictor.box_deltas.weight.shape[0] == 4
     assert all(gradient is not None for gradient in gradients(model, make_batch()).values())
     assert spread_out(model).detect(make_batch()).valid.any()
@@ -202,7 +208,7 @@ def test_losses_of_two_classes_by_hand():
     # uniform logits over K + 1 = 4 classes cost log 4 per RoI, however many are positive
     model = make_model()
     model.roi_head.predictor.class_logits.weight.data.zero_()
-    model.roi_head.sampler.num_samples = 20  # fewer than there are, so that all slots are used
+    model.roi_head.sampler = ProposalSampler(20)  # fewer than there are, so that all slots are used
     assert model(make_batch(), 0).terms["roi_class"].item() == pytest.approx(torch.tensor(4.0).log().item(), rel=1e-5)
 
 

@@ -5,6 +5,7 @@ import torch
 from torchvision.models.detection._utils import Matcher as TorchvisionMatcher
 
 from fpn_det.boxes import box_iou
+from fpn_det.interop.conventions import ReassigningMatcher, UntouchedMatcher
 from fpn_det.models import matching
 from fpn_det.models.matching import Matcher, Sampler, random_keys
 from fpn_det.structures import Match, Targets
@@ -28,33 +29,37 @@ def test_matcher_by_hand():
     assert match.positive.tolist() == [[True, False, False, False, False]]
     assert match.negative.tolist() == [[False, False, True, True, True]]
     assert match.matched_idxs.tolist()[0][:3] == [0, 0, 0]
-    rescued = Matcher(0.7, 0.3, rescue=True)(targets, candidates, everything(targets, candidates))
-    assert rescued.positive.tolist() == [[True, False, False, False, True]]  # object 1's best is the last
-    assert rescued.negative.tolist() == [[False, False, True, True, False]]
+    low_quality = Matcher(0.7, 0.3, allow_low_quality_matches=True)(
+        targets, candidates, everything(targets, candidates)
+    )
+    assert low_quality.positive.tolist() == [[True, False, False, False, True]]  # object 1's best is the last
+    assert low_quality.negative.tolist() == [[False, False, True, True, False]]
 
 
 def test_matcher_leaves_an_object_alone_that_nothing_touches():
     targets = targets_of([[500, 500, 510, 510]])
     candidates = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
     allowed = everything(targets, candidates)
-    assert not Matcher(0.7, 0.3, rescue=True)(targets, candidates, allowed).positive.any()
-    assert Matcher(0.7, 0.3, rescue=True, rescue_above=-1)(targets, candidates, allowed).positive.all()  # the peers'
+    assert not Matcher(0.7, 0.3, allow_low_quality_matches=True)(targets, candidates, allowed).positive.any()
+    assert UntouchedMatcher(0.7, 0.3, True)(targets, candidates, allowed).positive.all()
 
 
-def test_matcher_rescue_can_reassign():
+def test_low_quality_matches_may_be_reassigned():
     # the candidate overlaps object 0 more, but is object 1's best
     targets = targets_of([[0, 0, 10, 10], [0, 0, 10, 4]])
     candidates = torch.tensor([[0.0, 0, 10, 8]])
     allowed = everything(targets, candidates)
-    assert Matcher(0.9, 0.3, rescue=True)(targets, candidates, allowed).matched_idxs.tolist() == [[0]]
-    assert Matcher(0.9, 0.3, rescue=True, rescue_reassigns=True)(
-        targets, candidates, allowed
-    ).matched_idxs.tolist() == [[1]]
+    assert Matcher(0.9, 0.3, allow_low_quality_matches=True)(targets, candidates, allowed).matched_idxs.tolist() == [
+        [0]
+    ]
+    assert ReassigningMatcher(0.9, 0.3, True)(targets, candidates, allowed).matched_idxs.tolist() == [[1]]
 
 
-@pytest.mark.parametrize("rescue", [False, True])
+@pytest.mark.parametrize("low_quality", [False, True])
 @pytest.mark.parametrize("pairs", [1 << 24, 64])
-def test_matcher_equals_torchvision_in_any_number_of_pieces(rescue: bool, pairs: int, monkeypatch: pytest.MonkeyPatch):
+def test_matcher_equals_torchvision_in_any_number_of_pieces(
+    low_quality: bool, pairs: int, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(matching, "PAIRS_AT_ONCE", pairs)
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(2, 60, 2, generator=generator) * 50
@@ -62,8 +67,10 @@ def test_matcher_equals_torchvision_in_any_number_of_pieces(rescue: bool, pairs:
     targets = Targets.pad(
         [candidates[0, :5] + 1.5, candidates[1, :3] - 2], [torch.zeros(5).long(), torch.zeros(3).long()]
     )
-    match = Matcher(0.7, 0.3, rescue=rescue)(targets, candidates, everything(targets, candidates))
-    oracle = TorchvisionMatcher(0.7, 0.3, allow_low_quality_matches=rescue)
+    match = Matcher(0.7, 0.3, allow_low_quality_matches=low_quality)(
+        targets, candidates, everything(targets, candidates)
+    )
+    oracle = TorchvisionMatcher(0.7, 0.3, allow_low_quality_matches=low_quality)
     for image in range(2):
         iou = box_iou(targets.boxes[image][targets.valid[image]], candidates[image])
         expected = oracle(iou)
@@ -76,7 +83,7 @@ def test_matcher_without_objects_is_all_negative_where_allowed():
     targets = targets_of([], [[0, 0, 10, 10]])
     candidates = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]])
     allowed = torch.tensor([[True, False], [False, True]])
-    match = Matcher(0.7, 0.3, rescue=True)(targets, candidates, allowed)
+    match = Matcher(0.7, 0.3, allow_low_quality_matches=True)(targets, candidates, allowed)
     assert not match.positive.any()  # the only candidate on the object may not take part
     assert match.negative.tolist() == [[True, False], [False, True]]
 

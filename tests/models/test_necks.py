@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from fpn_det.api import build_model
 from fpn_det.composition import compose
+from fpn_det.models.necks.base import ExtraLevels, Neck, TopDown
 from fpn_det.models.necks.baselines import BottomUp, FeatureHierarchy, FinestLevel, SingleMap, TopDownOnly
 from fpn_det.models.necks.bifpn import BiFPN
-from fpn_det.models.necks.fpn import FPN, ExtraLevels, Neck, TopDown
+from fpn_det.models.necks.fpn import FPN
 from fpn_det.models.necks.pafpn import PAFPN
 
 WORDS = {  # on the command line -> strides
@@ -140,7 +141,10 @@ def test_a_convolution_for_the_second_extra_level_sees_the_first_through_relu():
         (lambda: ExtraLevels(4, 1, "pool"), "neck.extra_method: expected subsample, max_pool, conv, got 'pool'"),
         (lambda: SingleMap(*ALL, "C6"), "neck.level: expected one of C2, C3, C4, C5, got 'C6'"),
         (lambda: FeatureHierarchy(*ALL, "P3"), "neck.first: expected one of C2"),
-        (lambda: FeatureHierarchy(*ALL, "C2", 3), "neck.num_levels: expected at least 4, as many as from C2 on, got 3"),
+        (
+            lambda: FeatureHierarchy(*ALL, "C2", 3),
+            "neck.num_levels: expected at least 4, the number of maps from C2 on, got 3",
+        ),
         (lambda: BiFPN(*ALL, repeats=0), "neck.repeats: expected at least 1"),
     ],
 )
@@ -183,12 +187,12 @@ def test_every_parameter_gets_a_gradient_whatever_the_neck(models, word: str):
 @pytest.mark.parametrize("word", ["finest_level", "single_map", "feature_hierarchy"])
 def test_sampled_rpn_loss_equals_the_dense_one_whatever_the_neck(models, word: str):
     model, batch = models[word], make_batch(canvas=(96, 160), sizes=[(90, 160), (96, 100)])
-    assert model.rpn.samples_loss
+    assert model.rpn.head.samples_loss
     results = []
     for samples_loss in (True, False):
-        model.rpn.samples_loss = samples_loss
+        model.rpn.head.samples_loss = samples_loss
         results.append((model(batch, 3).terms, gradients(model, batch, 3)))
-    model.rpn.samples_loss = True
+    model.rpn.head.samples_loss = True
     for mine, theirs in zip(results[0][0].values(), results[1][0].values(), strict=True):
         assert mine.item() == pytest.approx(theirs.item(), rel=1e-4)
     for name, mine in results[0][1].items():

@@ -7,6 +7,7 @@ hundreds of detections pass.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from functools import cache
 from pathlib import Path
 
@@ -160,11 +161,11 @@ def test_losses_and_gradients_equal_those_of_torchvision(name: str):
     """With samplers that take all there is, images with many objects, one and none; norms in training."""
     theirs, ours = copy.deepcopy(torchvision_model(name)).train(), copy.deepcopy(our_model(name)).train()
     theirs.rpn._post_nms_top_n = {"training": 100, "testing": 100}
-    ours.rpn.train_filter.post_nms = 100
+    ours.rpn.train_filter = dataclasses.replace(ours.rpn.train_filter, post_nms=100)
     for part in (theirs.rpn, theirs.roi_heads):
         part.fg_bg_sampler.batch_size_per_image = 100_000
     for part in (ours.rpn, ours.roi_head):
-        part.sampler.num_samples = 100_000
+        part.sampler = dataclasses.replace(part.sampler, num_samples=100_000)
     images, targets = images_of((96, 128), (112, 96), (96, 96), seed=4), drawn(9, 1, 0)
 
     expected = theirs([image / 255 for image in images], targets)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import torchvision
 from compare import assert_close
 
+from fpn_det.interop.conventions import TorchvisionLevelAssigner
 from fpn_det.models.roi_align import LevelAssigner, RoIAlign, gather_neighborhoods
 from fpn_det.structures import Pyramid
 
@@ -35,7 +36,7 @@ def test_level_assigner_at_the_limits():
     sides = torch.tensor([0, 111.999, 112, 112.00001, 223.9999, 224, 447.9999, 448, 5000])
     boxes = torch.stack([torch.zeros(9), torch.zeros(9), sides, sides], dim=1)
     assert (assign(boxes) + 2).tolist() == [2, 2, 3, 3, 3, 4, 5, 5, 5]  # FPN eq. 1 with the peers' epsilon
-    outside = LevelAssigner(STRIDES, epsilon=0.0, epsilon_outside=1e-6)
+    outside = TorchvisionLevelAssigner(STRIDES)
     assert (outside(boxes) + 2).tolist() == [2, 2, 3, 3, 4, 4, 5, 5, 5]  # torchvision's
 
 

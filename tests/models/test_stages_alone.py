@@ -11,11 +11,13 @@ from compare import assert_close
 from test_detector import gradients, make_batch, make_model, spread_out
 
 from fpn_det.boxes import box_iou
-from fpn_det.models.backbone import ResNet
+from fpn_det.models.box_heads import TwoLayerHead
 from fpn_det.models.detector import Detector
 from fpn_det.models.necks.fpn import FPN
-from fpn_det.models.roi_head import ROIHead, TwoLayerHead
-from fpn_det.models.rpn import RPN, ProposalFilter
+from fpn_det.models.resnet import ResNet
+from fpn_det.models.roi_head import ROIHead
+from fpn_det.models.rpn import RPN
+from fpn_det.models.selection import ProposalFilter
 from fpn_det.models.views import Views, look
 from fpn_det.structures import Batch, Proposals
 

@@ -10,6 +10,7 @@ from compare import assert_close
 from test_detector import make_batch, make_model, spread_out
 
 from fpn_det.models.nms import nms_keep
+from fpn_det.models.selection import DetectionFilter
 from fpn_det.models.views import Views, carry, look
 from fpn_det.structures import Batch, Candidates, Targets
 
@@ -63,7 +64,10 @@ def test_one_plain_view_is_the_detector_to_the_bit():
 
 def test_two_equal_views_say_what_one_says():
     # boxes without area overlap nothing, not even themselves
-    model, batch = spread_out(make_model(roi_head={"min_side": 0.01})).eval(), make_batch(sizes=[[96, 128], [70, 90]])
+    model, batch = (
+        spread_out(make_model(roi_head={"test_filter": DetectionFilter(min_side=0.01)})).eval(),
+        make_batch(sizes=[[96, 128], [70, 90]]),
+    )
     once, twice = model.detect(batch), model.detect(batch, Views((1.0, 1.0)))
     assert once.valid.any()
     for mine, theirs in zip(once.images(), twice.images(), strict=True):

@@ -60,7 +60,7 @@ def test_anchors_proposals_and_rois_are_dealt_out_to_levels(levels, model, batch
     with torch.no_grad():
         output = model.eval().rpn(model.pyramid(batch))
         proposals = model.propose(batch)
-    match = model.rpn.matcher(batch.targets, output.anchors, output.allowed)
+    match = model.rpn.matcher(batch.targets, output.anchors, output.inside)
     assert sum(map(len, levels.matched)) == int(match.positive.sum()) > 0
     best = proposals.boxes[0, :NUM_BOXES]
     shown = np.concatenate(levels.proposed)

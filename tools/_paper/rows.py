@@ -73,7 +73,7 @@ DETECTORS = (
     Row(
         "image_pyramid",
         "image pyramid: (a) at three scales",
-        (f"model.image_scales={SCALES}",),
+        (f"model.image_pyramid.test={SCALES}",),
         weights_of="table3_a",
     ),
     Row(
@@ -83,8 +83,8 @@ DETECTORS = (
             "experiment=paper/table3_a",
             "reduced=detector",
             TWO_LAYERS,
-            f"model.image_scales={SCALES}",
-            f"model.train_image_scales={SCALES}",
+            f"model.image_pyramid.test={SCALES}",
+            f"model.image_pyramid.train={SCALES}",
         ),
         seeds=1,
     ),

@@ -1,4 +1,4 @@
-"""What the Feature Pyramid Network was compared with: the other pyramids of its paper's Figure 1 and Tables 1 to 3."""
+"""The pyramids that the FPN paper compares with: Figure 1 and Tables 1 to 3."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fpn_det.models.layers import Norm
-from fpn_det.models.necks.fpn import ExtraLevels, Neck, TopDown, apply_each, projection
+from fpn_det.models.necks.base import ExtraLevels, Neck, TopDown, apply_each, projection
 from fpn_det.schema import Count
 
 MAPS = ("C2", "C3", "C4", "C5")
@@ -78,7 +78,7 @@ class TopDownOnly(Neck):
         self.strides = self.extra.strides(in_strides)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Maps C2..C5, of which all but the last only say how large a level is, to P2..P6."""
+        """Maps C2..C5, of which all but the last give only the sizes of the levels, to P2..P6."""
         levels = [self.lateral(features[-1])]
         for feature in features[-2::-1]:
             levels.insert(0, self.top_down.upsampled(levels[0], feature))
@@ -86,7 +86,7 @@ class TopDownOnly(Neck):
 
 
 class FinestLevel(Neck):
-    """Of the FPN's levels only P2, where all anchors lie and all boxes are pooled (Table 1 f).
+    """P2 of the FPN alone, with all anchors on it; all boxes are pooled from it (Table 1 f).
 
     Args:
         in_channels, in_strides: of the backbone's maps, fine to coarse.
@@ -117,12 +117,12 @@ class FinestLevel(Neck):
 
 
 class SingleMap(Neck):
-    """One map of the backbone, where all anchors lie and all boxes are pooled (Table 1 a and b; Figure 1 b).
+    """One map of the backbone, with all anchors on it; all boxes are pooled from it (Table 1 a and b; Figure 1 b).
 
     Args:
         in_channels, in_strides: of the backbone's maps, fine to coarse.
-        level: which map, C2 to C5. The backbone ends with it.
-        channels: width, by a 1x1 and a 3x3 convolution as in the FPN; None = the map as it is.
+        level: the map, C2 to C5. The backbone is truncated after it.
+        channels: width, by a 1x1 and a 3x3 convolution as in the FPN; None = the map unchanged.
         norm: after each convolution, one of `layers.NORMS`; None = none, with bias.
     """
 
@@ -147,21 +147,20 @@ class SingleMap(Neck):
         )
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Maps C2.. to the one."""
+        """Maps C2.. to one level."""
         return [self.project(features[self.index])]
 
 
 class FeatureHierarchy(Neck):
-    """SSD's pyramid: maps from high up in the backbone, then added strided layers; each level has its own features only
-    (Figure 1 c; Liu et al. 2016).
+    """SSD's pyramid: maps of the backbone, then added strided layers, without merging (Figure 1 c; Liu et al. 2016).
 
-    A level of the backbone is brought to the common width by a 1x1 convolution. An added one is a 1x1 convolution to half
-    the width and a strided 3x3, each with ReLU, on the level before.
+    A 1x1 convolution projects a map of the backbone to the common width. An added level is a 1x1 convolution to half the
+    width and a strided 3x3, each with ReLU, on the level before.
 
     Args:
         in_channels, in_strides: of the backbone's maps, fine to coarse.
-        first: the finest map in use, C2 to C5; those below it are not reused. C3 has the stride of SSD's conv4_3.
-        num_levels: in all.
+        first: the finest map used, C2 to C5. C3 has the stride of SSD's conv4_3.
+        num_levels: of the pyramid.
         channels: width of every level.
         norm: after each convolution, one of `layers.NORMS`; None = none, with bias.
     """
@@ -181,7 +180,7 @@ class FeatureHierarchy(Neck):
         num_added = num_levels - len(widths)
         if num_added < 0:
             raise ValueError(
-                f"neck.num_levels: expected at least {len(widths)}, as many as from {first} on, got {num_levels}."
+                f"neck.num_levels: expected at least {len(widths)}, the number of maps from {first} on, got {num_levels}."
             )
         self.channels = channels
         self.strides = (*self.roi_strides, *(in_strides[-1] << number for number in range(1, num_added + 1)))

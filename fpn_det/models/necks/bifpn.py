@@ -1,4 +1,4 @@
-"""The bidirectional pyramid: up and down several times, by learned weights (EfficientDet, Tan et al. 2020, section 3)."""
+"""BiFPN, the bidirectional feature pyramid (EfficientDet, Tan et al. 2020, section 3)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fpn_det.models.layers import Norm
-from fpn_det.models.necks.fpn import ExtraLevels, Neck, apply_each, projection
+from fpn_det.models.necks.base import ExtraLevels, Neck, apply_each, projection
 from fpn_det.schema import Count
 
 
 class BiFPN(Neck):
-    """Fuse all levels, the extra ones too, top-down and then bottom-up, `repeats` times.
+    """Fuses all levels, including the extra ones, top-down and then bottom-up, `repeats` times.
 
     Args:
         in_channels, in_strides: of the backbone's maps, fine to coarse.
         channels: width of every level.
         norm: after each convolution, one of `layers.NORMS`; None = none, with bias.
-        repeats: how often.
+        repeats: number of layers.
         extra_levels, extra_method: coarser levels on top; see `ExtraLevels`.
     """
 
@@ -50,7 +50,7 @@ class BiFPN(Neck):
 
 
 class _Layer(nn.Module):
-    """Once down and once up (Figure 2 d); a middle level also keeps a path straight from its input."""
+    """One top-down and one bottom-up pass (Figure 2 d), with a shortcut from the input of each middle level."""
 
     def __init__(self, channels: int, num_levels: int, norm: Norm | None) -> None:
         super().__init__()
@@ -66,14 +66,14 @@ class _Layer(nn.Module):
         up = [down[0]]
         for number, node in enumerate(self.up, start=1):
             finer = F.max_pool2d(up[-1], 3, stride=2, padding=1)
-            # the coarsest level has not changed on the way down
+            # the top-down pass leaves the coarsest level unchanged
             own = [levels[number], down[number]] if number < len(levels) - 1 else [levels[number]]
             up.append(node([*own, finer]))
         return up
 
 
 class _Node(nn.Module):
-    """Mix maps of one size by weights that are positive and sum to about 1 (3.3), then swish and a separable convolution."""
+    """Weighted sum of maps of one size (3.3), then swish and a separable convolution."""
 
     def __init__(self, channels: int, num_inputs: int, norm: Norm | None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The path aggregation network: the FPN, and a way back up (Liu et al. 2018, 3.1)."""
+"""PAFPN, the FPN with a bottom-up path added (PANet, Liu et al. 2018, 3.1)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fpn_det.models.layers import Norm
-from fpn_det.models.necks.fpn import FPN, apply_each, projection
+from fpn_det.models.necks.base import apply_each, projection
+from fpn_det.models.necks.fpn import FPN
 from fpn_det.schema import Count
 
 
 class PAFPN(FPN):
-    """Bring the places that fine levels know to the coarse ones by a short path.
+    """Adds a short bottom-up path, by which coarse levels get the localization of fine ones.
 
-    Q_2 = P_2, Q_k = P_k + down_{k-1}(Q_{k-1}), each but the finest through a 3x3 convolution of its own at the end.
+    Q_2 = P_2, Q_k = P_k + down_{k-1}(Q_{k-1}), followed by a 3x3 convolution for each level but the finest.
 
-    Args: as of `FPN`.
+    Args: see `FPN`.
     """
 
     def __init__(

@@ -1,0 +1,217 @@
+"""ResNet (He et al. 2016): torchvision's blocks and parameter names, with fixed norms folded into the convolutions."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import get_model_weights
+from torchvision.models import resnet as torchvision_resnet
+
+from fpn_det.models.backbone import Backbone
+from fpn_det.models.layers import Norm, conv_norm, make_norm
+from fpn_det.schema import Amount
+
+
+class _Residual:
+    """The shortcut of both blocks."""
+
+    def shortcut(self, input: Tensor) -> Tensor:
+        downsample = self.downsample  # type: ignore[attr-defined]
+        return input if downsample is None else conv_norm(input, downsample[0], downsample[1])
+
+
+class BasicBlock(_Residual, torchvision_resnet.BasicBlock):
+    """Two 3x3 convolutions with a shortcut (ResNet-18 and 34)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = conv_norm(x, self.conv1, self.bn1).relu_()
+        output = conv_norm(output, self.conv2, self.bn2)
+        return output.add_(self.shortcut(x)).relu_()
+
+
+class Bottleneck(_Residual, torchvision_resnet.Bottleneck):
+    """1x1, 3x3, 1x1 convolutions with a shortcut (ResNet-50 and 101)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = conv_norm(x, self.conv1, self.bn1).relu_()
+        output = conv_norm(output, self.conv2, self.bn2).relu_()
+        output = conv_norm(output, self.conv3, self.bn3)
+        return output.add_(self.shortcut(x)).relu_()
+
+
+_BLOCKS: dict[int, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
+    18: (BasicBlock, [2, 2, 2, 2]),
+    34: (BasicBlock, [3, 4, 6, 3]),
+    50: (Bottleneck, [3, 4, 6, 3]),
+    101: (Bottleneck, [3, 4, 23, 3]),
+}
+
+
+class ResNet(torchvision_resnet.ResNet, Backbone):
+    """Maps C2..C5 of a ResNet.
+
+    Args:
+        depth: 18, 34, 50 or 101.
+        weights: `imagenet` (torchvision's IMAGENET1K_V1), the path of a ResNet state dict, or None for random ones.
+        norm: one of `layers.NORMS`; None = frozen with pretrained weights, batch without.
+        frozen_stages: the first of stem, C2, C3, C4, C5 that are not trained; None = 2 with pretrained weights, 0 without.
+        stride_in_1x1: stride on a bottleneck's first convolution, as in the original weights of MSRA; else on its 3x3.
+        norm_eps: added to the variance; 0 for weights that were trained without it.
+
+    Raises:
+        ValueError: unknown depth or norm, stages out of range.
+    """
+
+    conv1: nn.Conv2d
+    bn1: nn.Module
+    maxpool: nn.Module
+    layer2: Any
+    layer3: Any
+    layer4: Any
+
+    def __init__(
+        self,
+        depth: int = 50,
+        weights: str | None = None,
+        norm: Norm | None = None,
+        frozen_stages: int | None = None,
+        stride_in_1x1: bool = False,
+        norm_eps: Amount = 1e-5,
+    ) -> None:
+        if depth not in _BLOCKS:
+            raise ValueError(f"backbone.depth: expected one of {', '.join(map(str, _BLOCKS))}, got {depth}.")
+        norm = norm or ("frozen" if weights else "batch")
+        frozen_stages = frozen_stages if frozen_stages is not None else (2 if weights else 0)
+        if not 0 <= frozen_stages <= 5:
+            raise ValueError(f"backbone.frozen_stages: expected 0 (none) to 5 (all), got {frozen_stages}.")
+        block, layers = _BLOCKS[depth]
+        super().__init__(block, layers, norm_layer=partial(make_norm, norm, eps=norm_eps))
+        del self.fc, self.avgpool
+        self.depth = depth
+        self.weights = weights
+        self.norm = norm
+        self.frozen_stages = frozen_stages
+        self.channels = tuple(width * block.expansion for width in (64, 128, 256, 512))
+        self.strides: tuple[int, ...] = (4, 8, 16, 32)
+        if stride_in_1x1 and block is Bottleneck:
+            for layer in (self.layer2, self.layer3, self.layer4):
+                layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
+        for part in self._frozen_parts():
+            part.requires_grad_(False)
+
+    def truncate(self, num_maps: int) -> None:
+        """Remove the stages after the first `num_maps` maps."""
+        for number in range(num_maps + 1, len(self.channels) + 1):
+            delattr(self, f"layer{number}")
+        self.channels, self.strides = self.channels[:num_maps], self.strides[:num_maps]
+
+    def _stages(self) -> list[nn.Module]:
+        return [getattr(self, f"layer{number}") for number in range(1, len(self.channels) + 1)]
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        return [self.conv1, self.bn1, *self._stages()][: self.frozen_stages + 1] if self.frozen_stages else []
+
+    def train(self, mode: bool = True) -> ResNet:
+        """Frozen stages keep their statistics: their norms stay in eval."""
+        super().train(mode)
+        for part in self._frozen_parts():
+            part.eval()
+        return self
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Normalized images [B, 3, H, W] to [C2, C3, C4, C5], or the first of them."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen_stages < 1):
+            x = self.maxpool(conv_norm(x, self.conv1, self.bn1).relu_())
+        outputs = []
+        for number, stage in enumerate(self._stages(), start=2):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen_stages < number):
+                x = stage(x)
+            outputs.append(x)
+        return outputs
+
+    def check_pretrained(self) -> None:
+        """Refuse what `load_pretrained` would refuse, as far as that is known without reading a file.
+
+        Raises:
+            ValueError: no such file, or random weights that would stay as they are.
+        """
+        if self.weights is None and (self.norm == "frozen" or self.frozen_stages):
+            raise ValueError(
+                f"model.backbone: expected trained weights under norm={self.norm} and frozen_stages={self.frozen_stages}, got "
+                f"random ones. Set model.backbone.weights or init_from, or norm=batch and frozen_stages=0."
+            )
+        if self.weights not in (None, "imagenet"):
+            check_file(self.depth, Path(self.weights))
+
+    def load_pretrained(self) -> None:
+        """Load the weights that `weights` names; None leaves the random ones.
+
+        Raises:
+            ValueError: no such file and none to be fetched, or a file that does not fit; or random weights that would
+                stay as they are.
+        """
+        self.check_pretrained()
+        if self.weights is None:
+            return
+        state = pretrained_state(self.depth, self.weights)
+        left_out = ("fc.", *(f"layer{number}." for number in range(len(self.channels) + 1, 5)))
+        state = {name: value for name, value in state.items() if not name.startswith(left_out)}
+        load_state(self, state, self.depth, self.weights)
+
+
+def pretrained_state(depth: int, weights: str) -> dict[str, Tensor]:
+    """The state dict of a ResNet: torchvision's (`imagenet`), or that of a file.
+
+    Raises:
+        ValueError: no such file, or none to be fetched.
+    """
+    return _imagenet_state(depth) if weights == "imagenet" else _file_state(depth, Path(weights))
+
+
+def load_state(module: nn.Module, state: dict[str, Tensor], depth: int, weights: str) -> None:
+    """Load the state dict of a ResNet, or of a part of it.
+
+    Args:
+        depth, weights: where the state is from, for messages.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in unexpected if not name.endswith("num_batches_tracked")]
+    if missing or unexpected:
+        raise ValueError(
+            f"ResNet({depth}): weights '{weights}' do not fit: {len(missing)} missing "
+            f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])}). "
+            f"Give the weights of a ResNet-{depth} in torchvision's names."
+        )
+
+
+def _imagenet_state(depth: int) -> dict[str, Tensor]:
+    url = get_model_weights(f"resnet{depth}")["IMAGENET1K_V1"].url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"ResNet({depth}): no file for weights 'imagenet' at {path}, and {url} could not be fetched ({error}). "
+            f"Put the file there, give a path, or set model.backbone.weights=null."
+        ) from error
+
+
+def _file_state(depth: int, path: Path) -> dict[str, Tensor]:
+    check_file(depth, path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def check_file(depth: int, path: Path) -> None:
+    """Refuse a file of weights that is not there."""
+    if not path.is_file():
+        raise ValueError(
+            f"ResNet({depth}): no file for weights at {path.absolute()}. Give another path, or set model.backbone.weights=null."
+        )

@@ -1,0 +1,101 @@
+"""Selection of boxes by score: proposals of the RPN and detections of the ROI head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fpn_det.boxes import box_sides
+from fpn_det.models.nms import NmsMethod, nms_keep
+from fpn_det.schema import Amount, Count, Fraction
+from fpn_det.structures import Batch, Candidates, Detections
+
+
+@dataclass(frozen=True)
+class ProposalFilter:
+    """Selects the RPN's boxes that become proposals.
+
+    Args:
+        pre_nms: best boxes per level that enter suppression.
+        post_nms: best boxes per image that are kept after it.
+        nms_iou: suppression threshold, within a level.
+        min_side: smallest width and height of a clipped box, px; boxes without area are always left out.
+        nms_method: see `nms_keep`.
+    """
+
+    pre_nms: Count
+    post_nms: Count
+    nms_iou: Fraction = 0.7
+    min_side: Amount = 0.0
+    nms_method: NmsMethod = "auto"
+
+    def __post_init__(self) -> None:
+        if self.pre_nms < 1 or self.post_nms < 1:
+            raise ValueError(
+                f"proposals: expected pre_nms and post_nms of at least 1, got {self.pre_nms} and {self.post_nms}."
+            )
+
+    def top(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and indices [B, up to pre_nms] of the best boxes of a level, best first.
+
+        Args:
+            logits: of all boxes of the level [B, M_l]; -inf excludes a box.
+        """
+        return logits.topk(min(self.pre_nms, logits.shape[1]))
+
+    def suppress(self, boxes: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
+        """Mask [B, L, K] of the boxes [B, L, K, 4] that survive suppression within their level."""
+        keep = nms_keep(
+            boxes.flatten(0, 1), scores.flatten(0, 1), valid.flatten(0, 1), self.nms_iou, method=self.nms_method
+        )
+        return keep.view_as(valid)
+
+
+@dataclass(frozen=True)
+class DetectionFilter:
+    """Selects detections: a threshold, suppression within each class, and the best of what is left.
+
+    Args:
+        score_threshold: a detection's score must exceed it.
+        nms_iou: suppression threshold, within a class.
+        max_detections: D, per image.
+        min_side: smallest width and height of a clipped box, px.
+        nms_method: see `nms_keep`.
+    """
+
+    score_threshold: Fraction = 0.05
+    nms_iou: Fraction = 0.5
+    max_detections: Count = 100
+    min_side: Amount = 0.0
+    nms_method: NmsMethod = "auto"
+
+    @torch.no_grad()
+    def __call__(self, candidates: Candidates, batch: Batch) -> Detections:
+        """The detections of each image, best first."""
+        num_classes = candidates.scores.shape[2]
+        width, height = box_sides(candidates.boxes)
+        passes = (candidates.scores > self.score_threshold) & candidates.valid[..., None]  # NaN fails
+        passes = passes & (width >= self.min_side) & (height >= self.min_side)
+        ranked = torch.where(passes, candidates.scores, -1.0).flatten(1)
+        most = passes.flatten(1).sum(dim=1).max().clamp(min=1)
+        _, order = ranked.topk(int(most), sorted=False)  # a host read
+        order = order.sort(dim=1).values  # of equal scores the first proposal wins
+        ranked = ranked.gather(1, order)
+        valid = ranked > 0
+        proposal, labels = order // num_classes, order % num_classes
+        one_box_per_proposal = candidates.boxes.shape[2] == 1
+        column = proposal if one_box_per_proposal else order
+        boxes = candidates.boxes.flatten(1, 2).gather(1, column[..., None].expand(-1, -1, 4))
+        keep = self.suppress(boxes, ranked, valid, labels, batch)
+        scores, best = ranked.masked_fill(~keep, -1.0).sort(dim=1, descending=True, stable=True)
+        scores, best = scores[:, : self.max_detections], best[:, : self.max_detections]
+        boxes = boxes.gather(1, best[..., None].expand(-1, -1, 4))
+        valid = scores > 0
+        boxes = torch.where(valid[..., None], boxes, 0.0)
+        return Detections(boxes, scores.masked_fill(~valid, 0.0), labels.gather(1, best), valid)
+
+    def suppress(self, boxes: Tensor, scores: Tensor, valid: Tensor, labels: Tensor, batch: Batch) -> Tensor:
+        """Mask [B, P] of the boxes [B, P, 4] that survive suppression within their class."""
+        return nms_keep(boxes, scores, valid, self.nms_iou, labels, self.nms_method)
