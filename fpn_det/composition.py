@@ -36,6 +36,7 @@ from fpn_det.training.config import TrainConfig
 # Modules and packages whose classes a `_target_` may name: parts of detectors and recipes, which have no effects outside.
 PACKAGES = (
     "fpn_det.models",
+    "fpn_det.boxes",
     "fpn_det.interop",
     "fpn_det.data.transforms",
     "fpn_det.data.mixing",

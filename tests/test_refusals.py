@@ -104,7 +104,7 @@ COMPOSED = [
     # what may be built
     (
         "model._target_=os.system",
-        "model._target_: expected a class of fpn_det.models, fpn_det.interop, fpn_det.data.transforms, fpn_det.data.mixing, "
+        "model._target_: expected a class of fpn_det.models, fpn_det.boxes, fpn_det.interop, fpn_det.data.transforms, fpn_det.data.mixing, "
         "fpn_det.training.optimizers, fpn_det.training.schedule, albumentations or torch.optim, got 'os.system'.",
     ),
     (
