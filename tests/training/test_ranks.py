@@ -18,11 +18,11 @@ from parts import TinyDetector, TinyLoader, make_annotations, make_batch, make_o
 
 from fpn_det.data.sampling import micro_batches
 from fpn_det.errors import SystemFault, translate_system_errors
-from fpn_det.models.resnet import ResNet
+from fpn_det.models.box_heads import TwoLayerHead
 from fpn_det.models.detector import Detector
 from fpn_det.models.layers import SyncBatchNorm2d
 from fpn_det.models.necks.fpn import FPN
-from fpn_det.models.box_heads import TwoLayerHead
+from fpn_det.models.resnet import ResNet
 from fpn_det.models.roi_head import ROIHead
 from fpn_det.runtime import Ranks, all_reduce_mean, broadcast_object, current_ranks, process_group, run_on_main
 from fpn_det.structures import Batch, Targets
