@@ -33,7 +33,8 @@ setup(
         "rich>=13.7",
     ],
     extras_require={
-        "dev": ["ruff==0.17.6", "mypy==2.4.1", "pytest==9.2.0", "pytest-xdist==3.8.0"],
+        "dev": ["ruff==0.17.6", "mypy==2.4.1", "pytest==9.2.0", "pytest-xdist==3.8.0", "hotcoco>=1.3"],
+        "fast-eval": ["hotcoco>=1.3"],
         "slurm": ["hydra-submitit-launcher>=1.2"],
         "sweep": ["hydra-joblib-launcher>=1.2"],
     },

@@ -16,7 +16,7 @@ import yaml  # type: ignore[import-untyped]
 from fpn_det.data.bad_images import OnBadImage
 from fpn_det.data.config import DataConfig, SplitName
 from fpn_det.data.loaders import EvalLoader
-from fpn_det.evaluation.coco import EvaluationSettings as EvaluationConfig
+from fpn_det.evaluation.config import EvaluationConfig
 from fpn_det.inference.predictor import Predictor
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views

@@ -35,7 +35,8 @@ RANKS = {
 IMPORTERS = {
     "hydra": {"fpn_det/composition.py", "fpn_det/cli/launch.py"},
     "omegaconf": {"fpn_det/composition.py", "fpn_det/cli/launch.py"},
-    "pycocotools": {"fpn_det/evaluation/coco.py"},
+    "pycocotools": {"fpn_det/evaluation/engines.py"},
+    "hotcoco": {"fpn_det/evaluation/engines.py"},
     "torch.utils.tensorboard": {"fpn_det/runs/log.py"},
     "tensorboard": {"fpn_det/runs/log.py"},
     "albumentations": {"fpn_det/data/transforms.py"},

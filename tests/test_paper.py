@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fpn_det.composition import CONFIGS, compose
-from fpn_det.evaluation.coco import EvaluationSettings
+from fpn_det.evaluation.config import EvaluationConfig
 from fpn_det.evaluation.evaluate import evaluate
 from fpn_det.runtime import Ranks
 from fpn_det.schema import build
@@ -84,5 +84,5 @@ def test_every_row_trains_a_step_and_is_scored(row, shapes_dataset, saved_propos
     evaluation = evaluate(model, loader, val, settings.evaluation)
     assert evaluation.num_images == 2 and evaluation.metrics[settings.trainer.best_metric] is not None
     if model.rpn and model.roi_head:  # a whole detector is also scored by its proposals
-        evaluation = evaluate(model, loader, val, EvaluationSettings((10, 20), target="proposals"))
+        evaluation = evaluate(model, loader, val, EvaluationConfig((10, 20), target="proposals"))
         assert set(evaluation.metrics) >= {"AR10", "AR20", "ARs20"} and len(evaluation.detections) == 40

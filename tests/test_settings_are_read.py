@@ -12,7 +12,7 @@ import pytest
 from tiny import TINY
 
 from fpn_det.data.config import DataConfig, SplitConfig
-from fpn_det.evaluation.coco import EvaluationSettings
+from fpn_det.evaluation.config import EvaluationConfig
 from fpn_det.training.config import EarlyStopping, TrainConfig, TrainerConfig
 
 ELSEWHERE = {
@@ -34,7 +34,7 @@ ASKED_FOR = (
 @pytest.fixture
 def unread(monkeypatch) -> set[str]:
     """The names of settings that nobody has looked at yet. Copying them all, or checking them, is no look."""
-    classes = (TrainConfig, DataConfig, SplitConfig, TrainerConfig, EarlyStopping, EvaluationSettings)
+    classes = (TrainConfig, DataConfig, SplitConfig, TrainerConfig, EarlyStopping, EvaluationConfig)
     names = {f"{kind.__name__}.{item.name}" for kind in classes for item in fields(kind)}
 
     def watch(kind: type) -> None:

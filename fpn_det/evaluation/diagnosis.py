@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from fpn_det.evaluation.coco import DetectionTable, EvaluationSettings, precision_and_recall
+from fpn_det.evaluation.config import EvaluationConfig
+from fpn_det.evaluation.detection_table import DetectionTable
+from fpn_det.evaluation.engines import precision_and_recall
 from fpn_det.structures import Annotations
 
 ABOUT_ZERO = 0.01
@@ -112,7 +114,7 @@ class _Truth:
         self._sizes = annotations.sizes.numpy()
 
     def ap50(self, found: DetectionTable, by_class: bool = False) -> float:
-        settings = EvaluationSettings(max_dets=(100,), area_ranges={})
+        settings = EvaluationConfig(max_dets=(100,), area_ranges={})
         precision, _ = precision_and_recall(self.annotations, found, self.rows, settings, class_agnostic=not by_class)
         values = precision[0, ..., 0, -1]
         return float(np.nanmean(values)) if not np.isnan(values).all() else 0.0

@@ -17,6 +17,7 @@ from fpn_det.interop.coco_classes import assumed_class_names
 from fpn_det.interop.conversion import EPS, convert, recognize
 from fpn_det.interop.naming import COUNTER, DELTAS, LOGITS, Layout, Project
 from fpn_det.interop.reading import read_weights
+from fpn_det.models.weights import refuse_nonfinite_weights
 
 LEAST_SHARE = 0.5  # of a model's numbers that a file has to fill
 # Files trained without the norms' epsilon, by the start of their SHA-256: fasterrcnn_resnet50_fpn_coco-258fb6c6.pth.
@@ -133,6 +134,7 @@ def load_weights(
     """
     if not isinstance(weights, Weights):
         weights = read_as_ours(weights)
+    refuse_nonfinite_weights(weights.state, str(weights.source))
     own = model.state_dict()
     state, remarks = dict(weights.state), []
     counters = [key for key in {*own, *state} if key.endswith(COUNTER)]

@@ -26,7 +26,7 @@ from fpn_det.runtime import current_ranks, run_on_main
 
 LOCK = ".lock"
 NAN_DUMP = "nan_dump"  # what a step that was not finite leaves, see `training.nonfinite`
-PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "hydra-core", "tensorboard", "albumentations")
+PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "hotcoco", "hydra-core", "tensorboard", "albumentations")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fpn_det.evaluation.coco import DetectionTable
+from fpn_det.evaluation.detection_table import DetectionTable
 from fpn_det.image_io import read_image
 from fpn_det.structures import Annotations, Batch
 

@@ -10,7 +10,9 @@ from broken import FAULTS, WARNINGS, clean, write, write_pictures
 
 from fpn_det.annotations.image_inspection import inspect_images
 from fpn_det.annotations.reading import read_annotations
-from fpn_det.evaluation.coco import DetectionTable, EvaluationSettings, score
+from fpn_det.evaluation.coco import score
+from fpn_det.evaluation.config import EvaluationConfig
+from fpn_det.evaluation.detection_table import DetectionTable
 from fpn_det.structures import Annotations
 
 
@@ -41,7 +43,7 @@ def ap_of(perfect: dict[str, list[tuple]], annotations: Annotations) -> float | 
     rows = [(row, *box, label) for row in range(len(annotations)) for box, label in perfect[annotations.path(row).stem]]
     columns = np.array(rows, dtype=np.float64).reshape(-1, 6)
     table = DetectionTable(columns[:, 0].astype(int), columns[:, 1:5], np.ones(len(columns)), columns[:, 5].astype(int))
-    return score(annotations, table, np.arange(len(annotations)), EvaluationSettings()).metrics["AP"]
+    return score(annotations, table, np.arange(len(annotations)), EvaluationConfig()).metrics["AP"]
 
 
 @pytest.mark.parametrize("name", FAULTS)

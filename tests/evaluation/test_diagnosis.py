@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from fpn_det.evaluation.coco import DetectionTable, EvaluationSettings, score
+from fpn_det.evaluation.coco import score
+from fpn_det.evaluation.config import EvaluationConfig
+from fpn_det.evaluation.detection_table import DetectionTable
 from fpn_det.evaluation.diagnosis import ABOUT_ZERO, diagnose
 from fpn_det.structures import Annotations
 
@@ -56,7 +58,7 @@ def found(annotations: Annotations, change=lambda boxes, sizes: boxes, rename=la
 
 
 def causes(annotations: Annotations, detections: DetectionTable) -> list[str]:
-    evaluation = score(annotations, detections, np.arange(NUM_IMAGES), EvaluationSettings())
+    evaluation = score(annotations, detections, np.arange(NUM_IMAGES), EvaluationConfig())
     assert evaluation.metrics["AP"] is not None and evaluation.metrics["AP"] < 0.15
     return diagnose(annotations, detections, np.arange(NUM_IMAGES))
 

@@ -5,19 +5,22 @@ import multiprocessing
 import os
 import socket
 from dataclasses import replace
+from importlib import metadata
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fpn_det.evaluation.coco import DetectionTable, EvaluationSettings, score
+from fpn_det.evaluation.coco import score
+from fpn_det.evaluation.config import EvaluationConfig
+from fpn_det.evaluation.detection_table import DetectionTable
 from fpn_det.evaluation.evaluate import evaluate, evaluation_mode, replaced, to_host, write_evaluation
 from fpn_det.models.roi_align import LevelAssigner
 from fpn_det.runtime import process_group
 from fpn_det.structures import Annotations, Batch, Detections, Targets
 
-SETTINGS = EvaluationSettings()
+SETTINGS = EvaluationConfig()
 NUM_IMAGES = 5
 
 
@@ -75,7 +78,7 @@ def test_evaluate_scores_in_the_original_frame():
     annotations = annotations_of_images()
     evaluation = evaluate(Oracle(), batches_of(annotations, [3, 0, 1, 4, 2]), annotations, SETTINGS)
     assert evaluation.metrics["AP"] == pytest.approx(1)
-    assert (evaluation.num_images, evaluation.cap, evaluation.capped_images) == (5, 8, 0)
+    assert (evaluation.num_images, evaluation.max_detections, evaluation.capped_images) == (5, 8, 0)
     assert len(evaluation.detections) == len(annotations.boxes)
     assert evaluation.seconds > 0
     # 10 objects in 5 images, of 32 x 60 px in the input frame: all of the size of the finest level
@@ -150,6 +153,14 @@ def work(rank: int, port: int, answers) -> None:
         )
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_evaluate_refuses_weights_that_are_not_finite(value):
+    annotations, model = annotations_of_images(), Oracle()
+    model.register_buffer("weight", torch.tensor([1.0, value]))
+    with pytest.raises(ValueError, match=r"^evaluate: expected finite weights, got NaN or infinity in weight\. Use"):
+        evaluate(model, batches_of(annotations, [0, 1]), annotations, SETTINGS)
+
+
 def test_evaluate_on_two_ranks_equals_one_process():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -177,6 +188,8 @@ def test_write_evaluation_leaves_what_can_be_scored_again(tmp_path):
     assert {name: record[name] for name in evaluation.metrics} == evaluation.metrics
     assert record["APl"] is None
     assert (record["step"], record["checkpoint"], record["weights"]) == (20, "best.pt", "ema")
+    engine, version = record["engine"].split()
+    assert engine in ("pycocotools", "hotcoco") and version == metadata.version(engine)
     assert record["per_class"]["cat"]["AP"] == evaluation.per_class["cat"]["AP"]
 
     again = DetectionTable.from_results(tmp_path / "predictions.json", annotations)

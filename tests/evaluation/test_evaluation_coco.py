@@ -14,11 +14,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from fpn_det.annotations.reading import read_annotations
-from fpn_det.evaluation.coco import DetectionTable, EvaluationSettings, precision_and_recall, recall_of_proposals, score
+from fpn_det.evaluation.coco import score
+from fpn_det.evaluation.config import EvaluationConfig
+from fpn_det.evaluation.detection_table import DetectionTable
+from fpn_det.evaluation.engines import precision_and_recall, recall_of_proposals
 from fpn_det.structures import Annotations
 
 COCO_METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
-DEFAULT = EvaluationSettings()
+DEFAULT = EvaluationConfig()
 
 
 def annotations_of(images: list[list[tuple]], num_classes: int = 2, image_ids=None, category_ids=None) -> Annotations:
@@ -140,7 +143,7 @@ def test_score_of_half_the_objects_by_hand():
     assert evaluation.metrics["AR1"] == evaluation.metrics["AR100"] == 0.5
     assert evaluation.metrics["APs"] is None and evaluation.metrics["APl"] is None
     assert evaluation.per_class["class1"] == {"AP": None, "AP50": None, "AR": None, "objects": 0, "detections": 1}
-    assert evaluation.remarks() == ["1 of 2 classes have no objects here; the means leave them out."]
+    assert evaluation.remarks() == ["1 of 2 classes have no objects; the means exclude them."]
 
 
 def test_score_counts_iou_thresholds_by_hand():
@@ -197,7 +200,7 @@ def test_precision_and_recall_without_classes_equal_pycocotools():
 def test_recall_of_proposals_equals_pycocotools_at_every_limit():
     annotations, found = random_scene(8)
     found = replace(found, labels=np.zeros_like(found.labels))  # proposals have no class
-    settings = EvaluationSettings((1, 3, 10, 100), target="proposals")
+    settings = EvaluationConfig((1, 3, 10, 100), target="proposals")
     recall = recall_of_proposals(annotations, found, np.arange(len(annotations)), settings)
     theirs = pycocotools_run(annotations, found, use_cats=False, max_dets=settings.max_dets).eval["recall"][:, 0]
     np.testing.assert_array_equal(np.nan_to_num(recall, nan=-1), theirs)
@@ -215,7 +218,7 @@ def test_recall_of_proposals_by_hand():
             (1, 0, 0, 10, 10, 0.8, 0),
         ]
     )
-    settings = EvaluationSettings((1, 2, 3), target="proposals")
+    settings = EvaluationConfig((1, 2, 3), target="proposals")
     evaluation = score(annotations, found, np.arange(3), settings)
     assert evaluation.metrics == {
         **{"AR1": 0, "AR2": pytest.approx(0.05), "AR3": pytest.approx(0.55)},
@@ -228,13 +231,13 @@ def test_recall_of_proposals_by_hand():
 
 def test_recall_of_no_proposals_is_zero():
     annotations = annotations_of([[(0, 0, 10, 10, 0, 0)]])
-    metrics = score(annotations, table_of([]), np.arange(1), EvaluationSettings((100,), target="proposals")).metrics
+    metrics = score(annotations, table_of([]), np.arange(1), EvaluationConfig((100,), target="proposals")).metrics
     assert (metrics["AR100"], metrics["ARs100"], metrics["ARl100"]) == (0, 0, None)
 
 
 def test_score_reads_the_headline_at_the_last_limit():
     annotations, _ = random_scene(1)
-    settings = EvaluationSettings(max_dets=(1, 10, 1000))
+    settings = EvaluationConfig(max_dets=(1, 10, 1000))
     metrics = score(annotations, perfect(annotations), np.arange(len(annotations)), settings).metrics
     assert metrics["AP"] == metrics["AR1000"] == metrics["ARs"] == pytest.approx(1)
     assert [name for name in metrics if name.startswith("AR")] == ["AR1", "AR10", "AR1000", "ARs", "ARm", "ARl"]
@@ -243,7 +246,7 @@ def test_score_reads_the_headline_at_the_last_limit():
 def test_score_names_area_ranges_as_the_settings_do():
     annotations = annotations_of([[(0, 0, 4, 4, 0, 0), (50, 50, 90, 90, 0, 0)]], num_classes=1)
     found = table_of([(0, 0, 0, 4, 4, 0.9, 0)])
-    settings = EvaluationSettings(area_ranges={"tiny": (0, 100), "huge": (1e6, 1e7), "rest": (100, 1e6)})
+    settings = EvaluationConfig(area_ranges={"tiny": (0, 100), "huge": (1e6, 1e7), "rest": (100, 1e6)})
     metrics = score(annotations, found, np.arange(1), settings).metrics
     assert (metrics["APtiny"], metrics["APhuge"], metrics["APrest"]) == (pytest.approx(1), None, 0.0)
     assert "APs" not in metrics
@@ -253,7 +256,7 @@ def test_score_of_no_detections_is_zero():
     annotations = annotations_of([[(0, 0, 40, 40, 0, 0)], []])
     evaluation = score(annotations, DetectionTable.join([]), np.arange(2), DEFAULT)
     assert evaluation.metrics["AP"] == evaluation.metrics["AR100"] == 0.0
-    assert "There is not a single detection." in evaluation.remarks()
+    assert "There are no detections." in evaluation.remarks()
     assert list(DetectionTable.join([]).results(annotations)) == []
 
 
@@ -267,10 +270,10 @@ def test_score_without_objects_is_undefined(images):
 def test_score_counts_images_at_the_cap():
     annotations = annotations_of([[(0, 0, 40, 40, 0, 0)]] * 3)
     found = table_of([(0, 0, 0, 40, 40, 0.9, 0)] * 2 + [(2, 0, 0, 40, 40, 0.9, 0)])
-    evaluation = score(annotations, found, np.arange(3), DEFAULT, cap=2)
-    assert (evaluation.cap, evaluation.capped_images) == (2, 1)
-    assert "1 of 3 images reached the cap of 2 detections." in evaluation.remarks()
-    assert score(annotations, found, np.arange(3), DEFAULT, cap=300).cap == 100
+    evaluation = score(annotations, found, np.arange(3), DEFAULT, max_detections=2)
+    assert (evaluation.max_detections, evaluation.capped_images) == (2, 1)
+    assert "1 of 3 images reached the limit of 2 detections." in evaluation.remarks()
+    assert score(annotations, found, np.arange(3), DEFAULT, max_detections=300).max_detections == 100
 
 
 def test_score_prints_nothing(capsys):
@@ -304,6 +307,40 @@ def test_detection_table_refuses_foreign_results(tmp_path, change):
         DetectionTable.from_results(file, annotations)
 
 
+BOX = [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("results", "words"),
+    [
+        (
+            {"images": [], "annotations": []},
+            r"expected a list of detections .*, got a dict with 'images', 'annotations'",
+        ),
+        (3, "got int"),
+        ([5], "detection 0: expected image_id, category_id, .* got a int"),
+        ([{"image_id": 1, "category_id": 3, "bbox": BOX}], "detection 0: .* got no score"),
+        ([{"bbox": BOX, "score": 1}], "got no image_id and no category_id"),
+        ([{"image_id": [], "category_id": 3, "bbox": BOX, "score": 1}], r"got image_id \[\]"),
+        ([{"image_id": 1, "category_id": 3, "bbox": BOX[:3], "score": 1}], r"got bbox \[1, 2, 3\]"),
+        ([{"image_id": 1, "category_id": 3, "bbox": BOX, "score": None}], "got score None"),
+        ([{"image_id": 1, "category_id": 3, "bbox": BOX, "score": float("nan")}], "got score nan"),
+    ],
+)
+def test_detection_table_refuses_results_of_another_format(tmp_path, results, words):
+    file = tmp_path / "predictions.json"
+    file.write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=rf"predictions\.json: .*{words}"):
+        DetectionTable.from_results(file, random_scene(2)[0])
+
+
+def test_detection_table_refuses_a_file_that_is_not_json(tmp_path):
+    file = tmp_path / "predictions.json"
+    file.write_bytes(b"[{\xff")
+    with pytest.raises(ValueError, match=r"predictions\.json: expected COCO results in JSON"):
+        DetectionTable.from_results(file, random_scene(2)[0])
+
+
 def test_detection_table_joins_in_the_order_of_images():
     first, second = table_of([(2, 0, 0, 1, 1, 0.5, 0), (2, 0, 0, 2, 2, 0.4, 1)]), table_of([(1, 0, 0, 3, 3, 0.9, 0)])
     joined = DetectionTable.join([first, second])
@@ -323,7 +360,7 @@ def test_detection_table_joins_in_the_order_of_images():
 )
 def test_settings_refuse_nonsense(arguments, words):
     with pytest.raises(ValueError, match=words):
-        EvaluationSettings(**arguments)
+        EvaluationConfig(**arguments)
 
 
 @pytest.fixture

@@ -104,6 +104,14 @@ def test_another_model_is_refused_with_what_does_not_fit(make_detector: Maker, w
         load_weights(make_detector(), replace(weights, state={"extra": torch.zeros(7)}, class_names=CLASSES))
 
 
+def test_weights_that_are_not_finite_are_refused(make_detector: Maker, weights: Weights):
+    state = dict(weights.state)
+    name = next(name for name in state if name.endswith("conv1.weight"))
+    state[name] = torch.full_like(state[name], float("nan"))
+    with pytest.raises(ValueError, match=rf"expected finite weights, got NaN or infinity in {name}\."):
+        load_weights(make_detector(), replace(weights, state=state))
+
+
 def test_weights_that_came_from_caffe_are_named_where_the_model_gives_rgb(make_detector: Maker, weights: Weights):
     plain = {"backbone.bn1.running_mean": torch.zeros(64), "backbone.bn1.running_var": torch.ones(64)}
     caffe = replace(weights, state=weights.state | plain, project="detectron2")

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fpn_det.evaluation.coco import DetectionTable, Evaluation
+from fpn_det.evaluation.coco import Evaluation
+from fpn_det.evaluation.detection_table import DetectionTable
 from fpn_det.runs.log import RunLog
 from fpn_det.runs.meters import Pace
 from fpn_det.runtime import Ranks
@@ -79,7 +80,7 @@ def test_log_shows_undefined_as_na_and_keeps_it_out_of_the_curves(tmp_path, caps
     shown = capsys.readouterr().out
     assert "n/a" in shown and "0.250" in shown and "[class] 1" in shown and "-1" not in shown
     assert "evaluation at step 20: 40 images in 12.0 s" in shown
-    assert "7 of 40 images reached the cap of 100 detections." in shown
+    assert "7 of 40 images reached the limit of 100 detections." in shown
     assert points(tmp_path)["val/AP"] == [(20, 0.25)]
     assert points(tmp_path)["detections/P2"] == [(10, 4.5), (20, 4.5)]
     assert points(tmp_path)["val_class_AP/[class] 0"] == [(20, 0.25)]

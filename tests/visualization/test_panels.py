@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fpn_det.evaluation.coco import DetectionTable
+from fpn_det.evaluation.detection_table import DetectionTable
 from fpn_det.structures import Annotations, Batch, Targets
 from fpn_det.visualization.panels import GREY, SIDE, class_color, draw_batch, draw_boxes, draw_comparison, some_images
 

@@ -1,0 +1,138 @@
+"""Detections of many images as flat arrays, and the COCO results format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fpn_det.structures import Annotations
+
+RESULT_KEYS = ("image_id", "category_id", "bbox", "score")
+
+
+@dataclass(frozen=True)
+class DetectionTable:
+    """Detections of many images as flat arrays, in the original frame; those of one image by descending score."""
+
+    images: NDArray[np.int64]  # [D], rows of Annotations
+    boxes: NDArray[np.floating]  # [D, 4], xyxy
+    scores: NDArray[np.floating]  # [D]
+    labels: NDArray[np.int64]  # [D]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, rows: NDArray) -> DetectionTable:
+        """Select rows, in the given order."""
+        return DetectionTable(self.images[rows], self.boxes[rows], self.scores[rows], self.labels[rows])
+
+    @classmethod
+    def join(cls, tables: Sequence[DetectionTable]) -> DetectionTable:
+        """Concatenate tables and sort by image, so that the result does not depend on how images were split over ranks."""
+        empty = cls(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
+        tables = tables or [empty]
+        images = np.concatenate([table.images for table in tables])
+        joined = cls(
+            images,
+            np.concatenate([table.boxes for table in tables]),
+            np.concatenate([table.scores for table in tables]),
+            np.concatenate([table.labels for table in tables]),
+        )
+        return joined.take(np.argsort(images, kind="stable"))
+
+    @classmethod
+    def from_results(cls, file: Path, annotations: Annotations) -> DetectionTable:
+        """Read a file in the COCO results format: a list of {image_id, category_id, bbox (xywh), score}.
+
+        Raises:
+            ValueError: the file has another format, or an image or a category is not in `annotations`.
+        """
+        rows = _read_results(file)
+        image_of = {image_id: row for row, image_id in enumerate(annotations.image_ids.tolist())}
+        label_of = {category_id: label for label, category_id in enumerate(annotations.category_ids)}
+        unknown = [row["image_id"] for row in rows if row["image_id"] not in image_of]
+        if rows and len(unknown) == len(rows):
+            known = ", ".join(map(str, list(image_of)[:3]))
+            raise ValueError(
+                f"{file}: none of its image ids is in the annotations: it has {unknown[0]}, ..., they have {known}, ... "
+                f"Use the annotations that the detections were made for."
+            )
+        for row in rows:
+            if row["image_id"] not in image_of or row["category_id"] not in label_of:
+                what = f"image {row['image_id']}, category {row['category_id']}"
+                raise ValueError(
+                    f"{file}: {what} is not in the annotations. Use the annotations that the detections were made for."
+                )
+        xywh = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
+        table = cls(
+            np.array([image_of[row["image_id"]] for row in rows], np.int64),
+            np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
+            np.array([row["score"] for row in rows], np.float64),
+            np.array([label_of[row["category_id"]] for row in rows], np.int64),
+        )
+        return cls.join([table])
+
+    def results(self, annotations: Annotations) -> Iterator[dict[str, Any]]:
+        """Yield the rows of a COCO results file: ids of the data set, boxes xywh. Nothing is rounded, so metrics are equal."""
+        columns = (
+            annotations.image_ids.numpy()[self.images].tolist(),
+            np.array(annotations.category_ids, np.int64)[self.labels].tolist(),
+            xyxy_to_xywh(self.boxes).tolist(),
+            self.scores.astype(np.float64).tolist(),
+        )
+        for image_id, category_id, box, score in zip(*columns, strict=True):
+            yield {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+
+
+def xyxy_to_xywh(boxes: NDArray) -> NDArray[np.float64]:
+    """Convert boxes [n, 4] to float64 (x, y, width, height)."""
+    boxes = boxes.astype(np.float64)
+    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+
+
+def _read_results(file: Path) -> list[dict[str, Any]]:
+    """Parse a results file and validate the types of its rows."""
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: expected COCO results in JSON, got a file that cannot be parsed: {error}.") from None
+    if not isinstance(rows, list):
+        got = f"a dict with {', '.join(map(repr, list(rows)[:4]))}" if isinstance(rows, dict) else type(rows).__name__
+        raise ValueError(
+            f"{file}: expected a list of detections (COCO results format), got {got}. "
+            "Pass the file of detections, not the annotations."
+        )
+    for number, row in enumerate(rows):
+        problem = _problem_of(row)
+        if problem:
+            raise ValueError(
+                f"{file}: detection {number}: expected image_id, category_id, bbox [x, y, width, height] and score, "
+                f"got {problem}. Write the file again in COCO's results format."
+            )
+    return rows
+
+
+def _problem_of(row: Any) -> str:
+    """Describe what is wrong with a row of a results file; empty if nothing is."""
+    if not isinstance(row, dict):
+        return f"a {type(row).__name__}"
+    missing = [key for key in RESULT_KEYS if key not in row]
+    if missing:
+        return f"no {' and no '.join(missing)}"
+    for key in ("image_id", "category_id"):
+        if type(row[key]) is not int:
+            return f"{key} {row[key]!r}"
+    box = row["bbox"]
+    if not isinstance(box, list) or len(box) != 4 or not all(_is_finite_number(side) for side in box):
+        return f"bbox {box!r}"[:100]
+    return "" if _is_finite_number(row["score"]) else f"score {row['score']!r}"
+
+
+def _is_finite_number(value: Any) -> bool:
+    return type(value) in (int, float) and bool(np.isfinite(value))
