@@ -271,7 +271,7 @@ def test_experiments_of_a_search_path_run_nothing(name, sweep, tmp_path, traces,
     [
         "runs.log.RunLog",
         "cli.launch.SweepResults",
-        "data.image_cache.PictureCache",
+        "data.image_cache.ImageCache",
         "training.trainer.Trainer",
         "runtime.Ranks",
         "locations.Path",
