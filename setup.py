@@ -29,6 +29,7 @@ setup(
         "hydra-core>=1.3.6",
         "tensorboard>=2.16",
         "albumentations>=2.0.8",
+        "opencv-python-headless>=4.11",  # older versions fill truncated JPEG files with grey
         "numpy>=1.26",
         "rich>=13.7",
     ],

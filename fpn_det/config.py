@@ -103,19 +103,26 @@ class DetectorConfig:
     def build_predictor(
         self, model: Detector, class_names: Sequence[str], device: torch.device, tta: Views | None = None
     ) -> Predictor:
-        """`model` with all that turns images into its input."""
+        """Combine a model with the preprocessing of its evaluation.
+
+        Args:
+            model: moved to `device`.
+            class_names: of its labels.
+            device: to run on.
+            tta: test-time augmentation; None uses images as they are.
+        """
         data = self.data
         return Predictor(
             model.to(device),
             class_names,
             data.transforms(train=False),
             data.eval_batch_size,
-            data.canvas,
+            data.collator(model.stride),
             device,
             dtype=PRECISIONS[self.precision],
             tta=tta,
-            resize_on=data.resize_on,
-            reduce=data.reduced_decoding == "always",
+            reduced_decoding=data.reduced_decoding == "always",
+            max_pixels=data.max_image_pixels,
         )
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 MAX_PIXELS = 1 << 28  # default limit of width * height: 768 MiB of RGB
-MAX_BYTES_PER_PIXEL = 8  # limit of the file size, as a multiple of the limit of pixels
+MAX_BYTES_PER_PIXEL, MAX_METADATA_BYTES = 8, 1 << 24  # limits of the file size
 Image.MAX_IMAGE_PIXELS = None  # replaced by the limit of this module, which also applies to OpenCV
 warnings.filterwarnings("ignore", module=r"PIL\.")  # such as corrupt EXIF data, which has no effect on the pixels
 
@@ -36,8 +36,7 @@ IMAGE_SUFFIXES = frozenset(
 JPEG_MAGIC = b"\xff\xd8"
 TIFF_MAGIC = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 OPENCV_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")  # decoded by OpenCV, which is faster; Pillow decodes the others
-READS_RGB = hasattr(cv2, "IMREAD_COLOR_RGB")  # OpenCV 4.11 and later
-COLOR = (cv2.IMREAD_COLOR_RGB if READS_RGB else cv2.IMREAD_COLOR) | cv2.IMREAD_IGNORE_ORIENTATION
+COLOR = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION  # the former needs OpenCV 4.11
 REDUCED = {
     1: 0,
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2,  # the flag of the reduction without that of color
@@ -101,7 +100,7 @@ def read_file(path: Path, max_pixels: int = MAX_PIXELS) -> bytes:
         BadImage: it cannot be read, is not a regular file, is empty, or is larger than any image of `max_pixels`.
     """
     with _open_regular(path) as file:
-        size, limit = os.fstat(file.fileno()).st_size, max_pixels * MAX_BYTES_PER_PIXEL
+        size, limit = os.fstat(file.fileno()).st_size, max_pixels * MAX_BYTES_PER_PIXEL + MAX_METADATA_BYTES
         if size > limit:
             raise BadImage(path, f"{path}: expected an image file of at most {limit:,} bytes, got {size:,}.")
         try:
@@ -130,7 +129,7 @@ def decode_image(content: bytes, path: Path, reduction: int = 1, max_pixels: int
             flags = COLOR | (REDUCED[reduction] if content.startswith(JPEG_MAGIC) else 0)
             pixels = _decode_opencv(content, flags)
             if pixels is not None:
-                return _upright(pixels if READS_RGB else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), header.orientation)
+                return _upright(pixels, header.orientation)
         return _decode_pillow(picture, path, len(content))
     except MemoryError as error:
         raise BadImage(
@@ -218,21 +217,6 @@ def find_damaged_jpegs(paths: list[Path], decode: Callable[[list[Path]], None]) 
         return {paths[0]: damage.group().decode()}
     half = len(paths) // 2
     return find_damaged_jpegs(paths[:half], decode) | find_damaged_jpegs(paths[half:], decode)
-
-
-def check_decoders() -> str | None:
-    """Encode and decode an image in each common format with the installed libraries; return the first failure."""
-    pixels = np.full((16, 24, 3), (200, 100, 50), np.uint8)
-    for kind in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"):
-        buffer = io.BytesIO()
-        try:
-            Image.fromarray(pixels).save(buffer, kind)
-            found = decode_image(buffer.getvalue(), Path(f"test.{kind.lower()}"))
-        except Exception as error:  # any failure of a library
-            return f"{kind}: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        if found.shape != pixels.shape or np.abs(found.astype(int) - pixels).max() > 16:
-            return f"{kind}: decoded to other pixels than were encoded"
-    return None
 
 
 def _open_regular(path: Path) -> IO[bytes]:
@@ -395,8 +379,8 @@ def _run_with_captured_stderr(function: Callable[[], None]) -> bytes:
     """Run a function while file descriptor 2 of the process is redirected, and return what was written to it."""
     with _stderr_lock, tempfile.TemporaryFile() as file:
         original = os.dup(2)
-        os.dup2(file.fileno(), 2)
         try:
+            os.dup2(file.fileno(), 2)
             function()
         finally:
             os.dup2(original, 2)

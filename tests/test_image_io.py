@@ -17,7 +17,6 @@ from fpn_det.image_io import (
     IMAGE_SUFFIXES,
     BadImage,
     array_to_rgb,
-    check_decoders,
     find_damaged_jpegs,
     image_size,
     image_to_rgb,
@@ -64,7 +63,11 @@ def assert_upright(path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "orientation"),
     # Pillow writes TIFF and AVIF files with regular orientations only.
-    [(kind, value) for kind in FORMATS for value in (ORIENTATIONS if kind in ("JPEG", "PNG", "WEBP") else range(1, 10))],
+    [
+        (kind, value)
+        for kind in FORMATS
+        for value in (ORIENTATIONS if kind in ("JPEG", "PNG", "WEBP") else range(1, 10))
+    ],
 )
 def test_orientation_is_that_of_exif_transpose(tmp_path, kind, orientation):
     path = tmp_path / "image"
@@ -196,7 +199,7 @@ def test_only_regular_files_are_opened(tmp_path):
         assert image_size(path) is None
     with (tmp_path / "huge.jpg").open("wb") as file:
         file.truncate(1 << 40)  # sparse
-    with pytest.raises(BadImage, match=r"expected an image file of at most 2,147,483,648 bytes, got 1,099,511,627,776"):
+    with pytest.raises(BadImage, match=r"expected an image file of at most 2,164,260,864 bytes, got 1,099,511,627,776"):
         read_file(tmp_path / "huge.jpg")
     for name in ("null\0byte.jpg", "surrogate\udce4.jpg"):
         with pytest.raises(BadImage, match="cannot be read"):
@@ -285,10 +288,6 @@ def test_damage_inside_a_jpeg_is_found(tmp_path):
     found = find_damaged_jpegs(paths, decode)
     assert {path.name for path in found} == {"hole.jpg", "short.jpg"}
     assert all(damage.startswith("Corrupt JPEG data: ") for damage in found.values())
-
-
-def test_installed_decoders_work():
-    assert check_decoders() is None
 
 
 def mutated(content: bytes, draw: random.Random) -> bytes:

@@ -133,7 +133,7 @@ def test_a_bad_image_costs_that_image_and_no_more(run_tool, shapes_dataset, tmp_
     assert skipped.returncode == 0, skipped.stderr
     run = tmp_path / "runs" / "demo"
     (line,) = (run / "bad_files.txt").read_text().splitlines()
-    assert line.startswith(f"{bad}\t{bad}: expected a complete picture")
+    assert line.startswith(f"{bad}\t{bad}: expected a complete image")
     assert (run / "log.txt").read_text().count("left out:") == 1
     (events,) = (run / "tensorboard").iterdir()
     assert b"data/bad_files" in events.read_bytes()

@@ -1,114 +1,114 @@
-"""One look into every picture file: whether it decodes, how large it is, and what is in it, in bytes.
+"""Inspection of image files: each file is decoded once, and its size, format, digest and faults are cached.
 
-A look takes as long as reading and decoding, so many threads look at once, and what was seen is remembered under the
-user's cache folder for as long as a file keeps its size and time of change.
+The cache lies in the user's cache folder; an entry is valid while its file keeps its size and modification time.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import warnings
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import cv2
-import numpy as np
 import PIL
-from PIL import ExifTags, Image
+from PIL import Image
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
-from fpn_det.image_io import read_image
+from fpn_det.image_io import MAX_PIXELS, BadImage, find_damaged_jpegs, read_file, verify_image
 
-MOST_THREADS = 32
-SEEN_WITH = f"1 {cv2.__version__} {PIL.__version__}"  # another decoder may see other things
+MAX_THREADS = 32
+FILES_PER_ROUND = 512  # damage reported by the decoder is attributed by decoding the files of a round again
+DECODERS = f"2 {cv2.__version__} {PIL.__version__}"  # results of other versions are not used
 
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What a picture file showed."""
+    """The result of the inspection of an image file."""
 
-    height: int = 0  # as a person sees it
-    width: int = 0
-    orientation: int = 1  # EXIF; from 5 on the sides are exchanged
+    height: int = 0  # px, upright
+    width: int = 0  # px, upright
+    orientation: int = 1  # EXIF, 1..8
     kind: str = ""  # Pillow's name of the format
-    digest: str = ""  # of its bytes
+    digest: str = ""  # of the file's bytes
     fault: str = ""  # why it cannot be used
 
     @property
     def is_turned(self) -> bool:
+        """True if the stored image is rotated by 90 degrees against the upright one."""
         return self.orientation >= 5
 
 
-def inspect_images(paths: Iterable[str], folder: Path) -> dict[str, ImageInfo]:
-    """A look at each of these files, from memory where nothing has changed since. Files that are not there are left out.
+def inspect_images(paths: Iterable[str], folder: Path, max_pixels: int = MAX_PIXELS) -> dict[str, ImageInfo]:
+    """Inspect image files; files without a valid cache entry are decoded in many threads.
 
     Args:
-        paths: the files.
-        folder: under whose name the looks are remembered.
+        paths: the files; those that do not exist are left out of the result.
+        folder: root of the data set, which has a cache file of its own.
+        max_pixels: largest width * height; larger images have a fault.
     """
-    memory = _memory_of(folder)
-    seen = _recall(memory)
+    cache_file = _cache_file(folder)
+    decoders = f"{DECODERS} {max_pixels}"
+    seen = _read_cache(cache_file, decoders)
     stamps = {path: stamp for path in dict.fromkeys(paths) if (stamp := _stamp(path)) is not None}
     new = [path for path, stamp in stamps.items() if path not in seen or seen[path][0] != stamp]
-    threads = min(MOST_THREADS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as pool:
-        console = Console(stderr=True)
-        looks = track(
-            pool.map(_look, new),
-            "looking at pictures",
-            len(new),
-            console=console,
-            disable=not console.is_terminal or not new,
-        )
-        seen |= {path: (stamps[path], look) for path, look in zip(new, looks, strict=True)}
     if new:
-        _remember(memory, seen)
+        seen |= {path: (stamps[path], info) for path, info in _inspect_all(new, max_pixels).items()}
+        _write_cache(cache_file, decoders, seen)
     return {path: seen[path][1] for path in stamps}
 
 
-def is_mislabeled(path: str, look: ImageInfo) -> bool:
-    """Whether the ending of the file's name promises another format. It decodes all the same."""
-    promised = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
-    return bool(promised and look.kind) and promised != look.kind and {promised, look.kind} != {"JPEG", "MPO"}
+def is_mislabeled(path: str, info: ImageInfo) -> bool:
+    """True if the suffix of the file name is that of another format. Such a file is decoded all the same."""
+    by_suffix = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
+    return bool(by_suffix and info.kind) and by_suffix != info.kind and {by_suffix, info.kind} != {"JPEG", "MPO"}
 
 
-def _look(path: str) -> ImageInfo:
+def _inspect_all(paths: Sequence[str], max_pixels: int) -> dict[str, ImageInfo]:
+    """Inspect files in threads, in rounds whose decoder messages are searched for damaged JPEG data."""
+    infos: dict[str, ImageInfo] = {}
+    # A descriptor of its own, because descriptor 2 is redirected while images are decoded.
+    with os.fdopen(os.dup(2), "w", encoding=sys.stderr.encoding or "utf-8", errors="replace") as screen:
+        console = Console(file=screen)
+        with (
+            ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool,
+            Progress(console=console, disable=not console.is_terminal, transient=True) as progress,
+        ):
+
+            def decode(some: list[Path]) -> None:
+                for path, info in zip(some, pool.map(lambda path: _inspect(str(path), max_pixels), some), strict=True):
+                    infos[str(path)] = info
+
+            task = progress.add_task("checking images", total=len(paths))
+            for start in range(0, len(paths), FILES_PER_ROUND):
+                files = [Path(path) for path in paths[start : start + FILES_PER_ROUND]]
+                for path, damage in find_damaged_jpegs(files, decode).items():
+                    if not infos[str(path)].fault:
+                        fault = f"the pixels are damaged ({damage}). Copy or download the file again"
+                        infos[str(path)] = replace(infos[str(path)], fault=fault)
+                progress.advance(task, len(files))
+    return {path: infos[str(Path(path))] for path in paths}
+
+
+def _inspect(path: str, max_pixels: int) -> ImageInfo:
+    digest = ""
     try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        return ImageInfo(fault=f"cannot be read: {error.strerror}")
-    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-    if not content:
-        return ImageInfo(digest=digest, fault="the file is empty (0 bytes)")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large pictures
-            with Image.open(io.BytesIO(content)) as picture:
-                (width, height), kind = picture.size, picture.format or ""
-                orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # Pillow has many ways to refuse a broken header; `read_image` has the last word
-        width, height, kind, orientation = 0, 0, "", 1
-    try:
-        # An eighth of the size is decoded in half of the time, and fails on the same files.
-        small = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8) if height else None
-        if small is None:
-            height, width = read_image(Path(path)).shape[:2]
-        elif orientation >= 5:
-            height, width = width, height
-    except (ValueError, cv2.error, MemoryError) as error:
-        return ImageInfo(kind=kind, digest=digest, fault=str(error).removeprefix(f"{path}: "))
-    return ImageInfo(height, width, orientation, kind, digest)
+        content = read_file(Path(path), max_pixels)
+        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        header = verify_image(content, Path(path), max_pixels)
+    except BadImage as error:
+        return ImageInfo(digest=digest, fault=str(error).removeprefix(f"{Path(path)}: ").rstrip("."))
+    return ImageInfo(header.height, header.width, header.orientation, header.format, digest)
 
 
 def _stamp(path: str) -> list[int] | None:
-    """Size and time of change of a file; None if there is none."""
+    """Return size and modification time of a file; None if it does not exist."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):  # ValueError: a null byte in the name
@@ -116,33 +116,38 @@ def _stamp(path: str) -> list[int] | None:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _memory_of(folder: Path) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (
-        cache
-        / "fpn_det"
-        / f"pictures_{hashlib.blake2b(str(folder.absolute()).encode(), digest_size=8).hexdigest()}.json"
-    )
-
-
-def _recall(memory: Path) -> dict[str, tuple[list[int], ImageInfo]]:
+def _cache_file(folder: Path) -> Path | None:
+    """Return the cache file of a data set; None without a home directory."""
     try:
-        content = json.loads(memory.read_bytes())
-        if content["seen_with"] != SEEN_WITH:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no home directory
+        return None
+    digest = hashlib.blake2b(os.fsencode(folder.absolute()), digest_size=8).hexdigest()
+    return cache / "fpn_det" / f"pictures_{digest}.json"
+
+
+def _read_cache(file: Path | None, decoders: str) -> dict[str, tuple[list[int], ImageInfo]]:
+    if file is None:
+        return {}
+    try:
+        content = json.loads(file.read_bytes())
+        if content["decoders"] != decoders:
             return {}
-        return {path: (stamp, ImageInfo(**look)) for path, (stamp, look) in content["looks"].items()}
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or half of one
+        return {path: (stamp, ImageInfo(**info)) for path, (stamp, info) in content["images"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # missing or damaged
         return {}
 
 
-def _remember(memory: Path, seen: Mapping[str, tuple[list[int], ImageInfo]]) -> None:
-    """Where the folder cannot be written, the next run looks again."""
-    content = {"seen_with": SEEN_WITH, "looks": {path: (stamp, asdict(look)) for path, (stamp, look) in seen.items()}}
-    unfinished = memory.with_suffix(f".{os.getpid()}")
+def _write_cache(file: Path | None, decoders: str, seen: Mapping[str, tuple[list[int], ImageInfo]]) -> None:
+    """Write the cache if possible; otherwise the next run inspects the files again."""
+    if file is None:
+        return
+    content = {"decoders": decoders, "images": {path: (stamp, asdict(info)) for path, (stamp, info) in seen.items()}}
+    unfinished = file.with_suffix(f".{os.getpid()}")
     try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(json.dumps(content))
-        unfinished.replace(memory)
+        unfinished.replace(file)
     except OSError:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)

@@ -14,7 +14,6 @@ from typing import Any
 from fpn_det.annotations.findings import Finding
 
 Record = dict[str, Any]
-PICTURE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 
 OTHER_NAMES = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}  # of splits
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from fpn_det.annotations.findings import Finding
@@ -23,6 +25,7 @@ from fpn_det.data.proposals import SavedProposals, read_proposals
 from fpn_det.data.sampling import GlobalBatches, repeat_factors
 from fpn_det.data.transforms import Pipeline
 from fpn_det.data.workers import StartMethod, Workers
+from fpn_det.image_io import MAX_PIXELS, read_image
 from fpn_det.runtime import Ranks, broadcast_object, current_ranks
 from fpn_det.schema import Amount, Count, CountOrZero, Fraction, Node, Positive, Share, build
 from fpn_det.structures import Annotations
@@ -76,6 +79,7 @@ class DataConfig:
         "fail"  # for broken annotations and images; see annotations and bad_images
     )
     max_bad_fraction: Fraction = 0.1  # under on_error=skip, end the run if more of the images turn out to be bad
+    max_image_pixels: Count = MAX_PIXELS  # largest width * height of an image file; larger ones are refused unread
     check: bool = True  # decode every image once before the run; the result is cached until the file changes
     keep_empty: bool = False  # train on images without objects too
     num_workers: CountOrZero = 4  # processes that read and transform images; 0 uses the main process
@@ -120,7 +124,7 @@ class DataConfig:
         """
         self.transforms(train=True)
         self.transforms(train=False)
-        self._collator(stride)
+        self.collator(stride)
         if self.proposals is not None:
             self.proposal_file("train")
             self.proposal_file("val")
@@ -192,10 +196,9 @@ class DataConfig:
                 f"data.{split}: expected images and annotations, got none. "
                 f"Set data.{split}.images and data.{split}.annotations."
             )
+        inspect = partial(_inspect_once, max_pixels=self.max_image_pixels) if self.check else None
         raw = load_raw(source.annotations, source.images, source.format, split)
-        return check_raw(
-            raw, class_names, self.classes is not None, self.on_error, _inspect_once if self.check else None
-        )
+        return check_raw(raw, class_names, self.classes is not None, self.on_error, inspect)
 
     def _limited(self, annotations: Annotations) -> Annotations:
         if self.max_images is None:
@@ -233,12 +236,12 @@ class DataConfig:
             reduced_decoding=self.reduced_decoding != "never",
             replace_bad=on_bad_image is not None,
             proposals=self._proposals("train", annotations, train=True),
-            image_cache=self._image_cache(),
+            read=self._image_reader(),
         )
         repeats = repeat_factors(annotations, self.repeat_threshold)[0] if self.repeat_threshold else None
         parts = ranks.world_size * accumulate
         batches = GlobalBatches(annotations.sizes, batch_size, seed, parts, self.group_by_aspect, repeats)
-        collator, workers = self._collator(stride), Workers(self.num_workers, self.start_method)
+        collator, workers = self.collator(stride), Workers(self.num_workers, self.start_method)
         return TrainLoader(dataset, batches, ranks, accumulate, collator, workers, device, on_bad_image)
 
     def eval_loader(
@@ -269,9 +272,9 @@ class DataConfig:
             seed,
             reduced_decoding=self.reduced_decoding == "always",
             proposals=self._proposals(split, annotations, train=False),
-            image_cache=self._image_cache(),
+            read=self._image_reader(),
         )
-        collator, workers = self._collator(stride), Workers(self.num_workers, self.start_method)
+        collator, workers = self.collator(stride), Workers(self.num_workers, self.start_method)
         return EvalLoader(dataset, self.eval_batch_size, ranks, collator, workers, device, on_bad_image)
 
     def single_images(
@@ -303,13 +306,16 @@ class DataConfig:
         limit = self.proposals.train_limit if train else self.proposals.eval_limit
         return read_proposals(self.proposal_file(split), annotations, limit)
 
-    def _collator(self, stride: int) -> Collator:
+    def collator(self, stride: int) -> Collator:
+        """Build what makes batches of examples, for a model of this stride."""
         return Collator(stride, self.canvas, self.resize_on)
 
-    def _image_cache(self) -> ImageCache | None:
-        return ImageCache(Path(self.cache)) if self.cache else None
+    def _image_reader(self) -> Callable[[Path, int], np.ndarray]:
+        if self.cache:
+            return ImageCache(Path(self.cache), self.max_image_pixels).read
+        return partial(read_image, max_pixels=self.max_image_pixels)
 
 
-def _inspect_once(paths: Iterable[str], folder: Path) -> Mapping[str, ImageInfo]:
+def _inspect_once(paths: Iterable[str], folder: Path, max_pixels: int) -> Mapping[str, ImageInfo]:
     """Inspect the image files on rank 0 and send the result to all ranks."""
-    return broadcast_object(inspect_images(paths, folder) if current_ranks().is_main else None)
+    return broadcast_object(inspect_images(paths, folder, max_pixels) if current_ranks().is_main else None)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from fpn_det.data.bad_images import Key, load_or_replace
 from fpn_det.data.flip_resize import FlipResize, Size
-from fpn_det.data.image_cache import ImageCache
 from fpn_det.data.mixing import Scene
 from fpn_det.data.proposals import SavedProposals
 from fpn_det.data.transforms import Pipeline
@@ -44,7 +45,7 @@ class DetectionDataset:
         reduced_decoding: decode JPEG files at 1/2, 1/4 or 1/8 of their size if the transforms only flip and shrink.
         replace_bad: replace bad images by others instead of raising BadImage, see `bad_images`.
         proposals: precomputed proposals, which become part of the examples.
-        image_cache: cache of decoded images.
+        read: decodes the image file of a path at a reduction, as `image_io.read_image` does.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class DetectionDataset:
         reduced_decoding: bool = False,
         replace_bad: bool = False,
         proposals: SavedProposals | None = None,
-        image_cache: ImageCache | None = None,
+        read: Callable[[Path, int], np.ndarray] = read_image,
     ) -> None:
         self.annotations = annotations
         self.transform = transform
@@ -63,7 +64,7 @@ class DetectionDataset:
         self.reduced_decoding = reduced_decoding
         self.replace_bad = replace_bad
         self.proposals = proposals
-        self.image_cache = image_cache
+        self._read_file = read
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -119,7 +120,7 @@ class DetectionDataset:
         path = self.annotations.path(index)
         reduction = reduction_to(size, least) if self.reduced_decoding and least else 1
         try:
-            pixels = read_image(path, reduction) if self.image_cache is None else self.image_cache.read(path, reduction)
+            pixels = self._read_file(path, reduction)
         except BadImage as error:
             raise BadImage(path, f"{error} It is {self._describe(index)}.") from None
         found = pixels.shape[:2]

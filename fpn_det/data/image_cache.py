@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fpn_det.image_io import read_image
+from fpn_det.image_io import MAX_PIXELS, read_image
 
 MIN_FREE_FRACTION = 0.1  # of the disk; the cache stops growing at this limit
 
@@ -23,13 +23,15 @@ class ImageCache:
 
     Args:
         folder: created if it does not exist.
+        max_pixels: largest width * height of an image.
 
     Raises:
         ValueError: the folder cannot be created.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS) -> None:
         self.folder = folder
+        self.max_pixels = max_pixels
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -42,10 +44,10 @@ class ImageCache:
         """Return what `image_io.read_image` returns, from the cache if possible."""
         entry = self._entry(path, reduction)
         if entry is None:
-            return read_image(path, reduction)
+            return read_image(path, reduction, self.max_pixels)
         with suppress(OSError, ValueError, EOFError):  # no entry yet, or one cut short by a crash of the machine
             return np.load(entry)
-        pixels = read_image(path, reduction)
+        pixels = read_image(path, reduction, self.max_pixels)
         self._write(pixels, entry)
         return pixels
 

@@ -1,4 +1,4 @@
-"""Detect on pictures that nobody has annotated, through the same preprocessing as evaluation: one pipeline, one collation."""
+"""Detection on single images, with the preprocessing of evaluation."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from fpn_det.data.collation import Canvas, Collator, ResizeOn
+from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import Example
 from fpn_det.data.flip_resize import Size
 from fpn_det.data.sampling import evaluation_batches
 from fpn_det.data.transforms import Pipeline
-from fpn_det.image_io import image_size, read_image, reduction_to
+from fpn_det.image_io import MAX_PIXELS, array_to_rgb, image_size, image_to_rgb, read_image, reduction_to
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
 from fpn_det.runtime import Ranks
@@ -27,7 +27,7 @@ Picture = str | Path | Image.Image | np.ndarray
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was found on one picture, best first; on the CPU."""
+    """The detections of one image, best first; on the CPU."""
 
     boxes: Tensor  # f32 [D, 4] xyxy, original frame
     scores: Tensor  # f32 [D] in [0, 1]
@@ -36,18 +36,19 @@ class Prediction:
 
 
 class Predictor:
-    """A trained detector and all that turns pictures into its input.
+    """A trained detector with the preprocessing of its evaluation.
 
     Args:
-        model: on `device`; goes to evaluation mode.
+        model: on `device`; switched to evaluation mode.
         class_names: of its labels.
         transform: from the original frame to the input frame.
-        batch_size: pictures at a time; those of like shape go together.
-        canvas: `batch` or a fixed (H, W).
-        dtype: that of autocast; None computes as the model is.
-        tta: test-time augmentation; None looks once.
-        resize_on: whether pictures are resized on the host or on the device.
-        reduce: decode JPEG files at a fraction of their size where that is enough.
+        batch_size: images per batch; images of similar aspect ratio are batched together.
+        collator: makes the batches.
+        device: of the model.
+        dtype: of autocast; None disables it.
+        tta: test-time augmentation; None uses the image as it is.
+        reduced_decoding: decode JPEG files at 1/2, 1/4 or 1/8 of their size if that is large enough.
+        max_pixels: largest width * height of an image file.
     """
 
     def __init__(
@@ -56,33 +57,39 @@ class Predictor:
         class_names: Sequence[str],
         transform: Pipeline,
         batch_size: int,
-        canvas: Canvas,
+        collator: Collator,
         device: torch.device,
         dtype: torch.dtype | None = None,
         tta: Views | None = None,
-        resize_on: ResizeOn = "worker",
-        reduce: bool = False,
+        reduced_decoding: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.model = model.eval()
         self.class_names = tuple(class_names)
         self.transform = transform
         self.batch_size = batch_size
-        self.canvas = canvas
+        self.collator = collator
         self.device = device
         self.dtype = dtype
         self.tta = tta
-        self.resize_on: ResizeOn = resize_on
-        self.reduce = reduce
+        self.reduced_decoding = reduced_decoding
+        self.max_pixels = max_pixels
 
     def predict(self, images: Sequence[Picture]) -> list[Prediction]:
-        """Detect on each picture: a path, a PIL image, or u8 RGB [h, w, 3].
+        """Detect objects in images.
+
+        Args:
+            images: paths, PIL images, or uint8 or uint16 arrays [h, w, 3] RGB or [h, w] grey.
+
+        Returns:
+            A prediction for each image, in their order.
 
         Raises:
-            ValueError: a picture is none of these, or cannot be read.
+            ValueError: an image is of another type, or cannot be read.
         """
         if not isinstance(images, list | tuple):
             raise ValueError(
-                f"predict: expected a list of pictures, got a {type(images).__name__}. Put a single one in a list."
+                f"predict: expected a list of images, got a {type(images).__name__}. Put a single image in a list."
             )
         sizes = torch.tensor([_size(image) for image in images]).view(-1, 2)
         predictions: dict[int, Prediction] = {}
@@ -98,35 +105,39 @@ class Predictor:
         return [predictions[index] for index in range(len(images))]
 
     def batch_of(self, images: Sequence[Picture]) -> Batch:
-        """Pictures as the model gets them, without objects."""
+        """Preprocess images to a batch without objects."""
         examples = [self._example(image, index) for index, image in enumerate(images)]
-        return Collator(self.model.stride, self.canvas, self.resize_on).collate(examples, self.device)
+        return self.collator.collate(examples, self.device)
 
     def _example(self, image: Picture, index: int) -> Example:
         size = _size(image)
 
         def read(least: Size | None) -> np.ndarray:
-            return _pixels(image, reduction_to(size, least) if self.reduce and least else 1)
+            reduction = reduction_to(size, least) if self.reduced_decoding and least else 1
+            return _pixels(image, reduction, self.max_pixels)
 
         no_boxes, no_labels = np.zeros((0, 4)), np.zeros(0, np.int64)
         pixels, boxes, labels, flip_resize = self.transform.prepare(size, no_boxes, no_labels, read, (0, 0, index))
         return Example(pixels, flip_resize, boxes, labels, size, index)
 
 
-def _size(image: Picture) -> tuple[int, int]:
-    """(h, w), without reading more of a file than it takes."""
+def _size(image: Picture) -> Size:
+    """Return the (h, w) of the upright image; of a file, from its header."""
     if isinstance(image, str | Path):
-        return image_size(Path(image)) or (1, 1)  # what is wrong with it, reading it will tell
+        return image_size(Path(image)) or (1, 1)  # reading the pixels raises the error
     return _pixels(image).shape[:2]
 
 
-def _pixels(image: Picture, reduction: int = 1) -> np.ndarray:
-    """U8 RGB [h, w, 3]; of a file, perhaps reduced."""
+def _pixels(image: Picture, reduction: int = 1, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Return an image as u8 [h, w, 3] RGB."""
     if isinstance(image, str | Path):
-        return read_image(Path(image), reduction)
+        return read_image(Path(image), reduction, max_pixels)
     if isinstance(image, Image.Image):
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-        return image
-    found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
-    raise ValueError(f"predict: expected paths, PIL images or uint8 RGB arrays [h, w, 3], got {found}.")
+        return image_to_rgb(image)
+    pixels = array_to_rgb(image) if isinstance(image, np.ndarray) else None
+    if pixels is None:
+        found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
+        raise ValueError(
+            f"predict: expected paths, PIL images, or uint8 or uint16 arrays [h, w, 3] RGB or [h, w] grey, got {found}."
+        )
+    return pixels

@@ -53,7 +53,7 @@ def test_training_replaces_a_bad_image_by_another(broken):
     assert set(seen) == {0, 1, 2, 4, 5, 7}
     assert {bad.path.name for bad in reported} == {"cut3.png", "cut6.png"} and len(reported) >= 6
     for bad in reported:
-        assert str(bad).startswith(f"{bad.path}: expected a complete picture")
+        assert str(bad).startswith(f"{bad.path}: expected a complete image")
         assert str(bad).endswith(
             "It is image 37, annotations 5, 6."
             if bad.path.name == "cut3.png"
@@ -90,7 +90,7 @@ def test_evaluation_skips_bad_images(broken, workers):
         batches = list(EvalLoader(dataset, batch_size, Ranks(), Collator(32), Workers(workers), CPU, reported.append))
         assert sorted(torch.cat([batch.indices for batch in batches]).tolist()) == [0, 1, 2, 4, 5, 7]
         assert sorted(bad.path.name for bad in reported) == ["cut3.png", "cut6.png"]
-    with pytest.raises(ValueError, match=r"cut.\.png: expected a complete picture"):
+    with pytest.raises(ValueError, match=r"cut.\.png: expected a complete image"):
         list(EvalLoader(dataset, 1, Ranks(), Collator(32), Workers(workers), CPU))
 
 
@@ -99,7 +99,8 @@ def test_a_data_set_of_bad_images_is_an_error(document, write, pictures, tmp_pat
         (tmp_path / record["file_name"]).touch()
     dataset = DetectionDataset(read_annotations(write(document), tmp_path), Pipeline([]), seed=0, replace_bad=True)
     with pytest.raises(
-        ValueError, match=r"got an empty file\. It is image .* It is the last of 11 randomly drawn images"
+        ValueError,
+        match=r"got an empty file\. Copy or download it again\. It is image .* It is the last of 11 randomly drawn images",
     ):
         dataset[0, 0]
 

@@ -200,7 +200,7 @@ def test_reduced_reading_is_upright_and_refuses_truncated_files(tmp_path):
         np.abs(read_image(path, 2).astype(int) - cv2.resize(SMOOTH, (40, 24), interpolation=cv2.INTER_AREA)).mean() < 3
     )
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"cut\.jpg: expected a complete picture"):
+    with pytest.raises(ValueError, match=r"cut\.jpg: expected a complete image"):
         read_image(path, 2)
 
 

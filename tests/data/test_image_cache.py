@@ -75,8 +75,8 @@ def test_a_folder_that_cannot_be_created_is_refused(tmp_path):
 def test_a_data_set_does_not_depend_on_its_cache(document, write, pictures, tmp_path):
     annotations = read_annotations(write(document), pictures)
     plain, cached = (
-        DetectionDataset(annotations, Pipeline([]), 0, image_cache=cache)
-        for cache in (None, ImageCache(tmp_path / "cache"))
+        DetectionDataset(annotations, Pipeline([]), 0, read=read)
+        for read in (read_image, ImageCache(tmp_path / "cache").read)
     )
     for _ in range(2):
         for index in range(8):

@@ -211,7 +211,7 @@ def test_a_broken_image_is_a_one_line_error_from_any_process(document, write, pi
     dataset = DetectionDataset(read_annotations(write(document), pictures), Pipeline([]), seed=0)
     with pytest.raises(ValueError) as caught:
         list(islice(loader(dataset, workers=workers).iterate(0), 4))
-    assert str(caught.value).startswith(f"{tmp_path}/cut.png: expected a complete picture")
+    assert str(caught.value).startswith(f"{tmp_path}/cut.png: expected a complete image")
     assert "\n" not in str(caught.value)
 
 

@@ -44,9 +44,8 @@ def predictor(settings, annotations) -> Predictor:
     model = settings.build_model(annotations.num_classes)
     torch.nn.init.normal_(model.roi_head.predictor.class_logits.weight, std=1.0)
     transform = settings.data.transforms(train=False)
-    return Predictor(
-        model, annotations.class_names, transform, settings.data.eval_batch_size, settings.data.canvas, CPU
-    )
+    collator = settings.data.collator(model.stride)
+    return Predictor(model, annotations.class_names, transform, settings.data.eval_batch_size, collator, CPU)
 
 
 @pytest.mark.parametrize("tta", [None, Views((0.5, 1.0), flip=True)])
@@ -86,9 +85,9 @@ def test_pictures_of_any_sizes_come_back_in_their_order_and_frame(predictor):
 
 
 def test_other_things_are_refused(predictor, tmp_path):
-    with pytest.raises(ValueError, match="expected a list of pictures, got a str. Put a single one in a list"):
+    with pytest.raises(ValueError, match="expected a list of images, got a str. Put a single image in a list"):
         predictor.predict("image.jpg")
-    with pytest.raises(ValueError, match=r"uint8 RGB arrays \[h, w, 3\], got float64 \[4, 4, 3\]"):
+    with pytest.raises(ValueError, match=r"arrays \[h, w, 3\] RGB or \[h, w\] grey, got float64 \[4, 4, 3\]"):
         predictor.predict([np.zeros((4, 4, 3))])
     with pytest.raises(ValueError, match="got a int"):
         predictor.predict([7])

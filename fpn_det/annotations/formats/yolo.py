@@ -8,8 +8,8 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from fpn_det.annotations.findings import Finding, near_matches
-from fpn_det.annotations.raw import PICTURE_SUFFIXES, RawDataset, parse_number, read_text, split_aliases
-from fpn_det.image_io import image_size
+from fpn_det.annotations.raw import RawDataset, parse_number, read_text, split_aliases
+from fpn_det.image_io import IMAGE_SUFFIXES, image_size
 
 
 def load(source: Path, folder: Path | None, split: str) -> RawDataset:
@@ -154,7 +154,7 @@ def _resolve(described: Path, content: dict[str, Any], entry: str) -> Path:
 
 
 def _under(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _common(files: list[Path]) -> Path:
