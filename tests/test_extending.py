@@ -1,0 +1,52 @@
+"""Parts of a user's own, exactly as docs/extending.md shows them: its files are written, and its commands are run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+
+import pytest
+from tiny import ROOT
+
+PAGE = (ROOT / "docs" / "extending.md").read_text()
+FEW = (
+    "device=cpu",
+    "data.num_workers=0",
+    "trainer.max_steps=1",
+    "trainer.batch_size=2",
+    "data.max_images=2",
+    "data.train_transforms.resize=null",
+    "data.eval_transforms.resize=null",
+    "run_dir=run",
+)
+
+
+@pytest.mark.parametrize(
+    ("part", "target"),
+    [
+        ("neck", "my_package.necks.Plain"),
+        ("backbone", "my_package.backbones.Strided"),
+        ("loss", "my_package.losses.GIoULoss"),
+    ],
+)
+def test_a_part_is_added_by_the_files_and_the_command_of_the_page(
+    part, target, tmp_path, monkeypatch, shapes_dataset, run_tool
+):
+    section = re.search(rf"## A {part}\n(.*?)(\n## |\Z)", PAGE, re.DOTALL)
+    assert section is not None
+    *texts, command = re.findall(r"```\w*\n(.*?)```", section[1], re.DOTALL)
+    assert sum(len(text.splitlines()) for text in (*texts, command)) <= 30
+    for name, text in zip(re.findall(r"`(my_\S+)`:\n", section[1]), texts, strict=True):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+
+    search, program, verb, *words = shlex.split(command)
+    assert (search, program, verb) == ("PYTHONPATH=.", "fpn-det", "train")
+    monkeypatch.syspath_prepend(tmp_path)
+    few = [word for word in FEW if word.split("=")[0] not in command]
+    trained = run_tool("train.py", *words, *few, f"data.root={shapes_dataset}")
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["num_images"] == 2
+    assert target in (tmp_path / "run" / "config.yaml").read_text()
