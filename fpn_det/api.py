@@ -48,6 +48,7 @@ def train(config: TrainConfig | Sequence[str], overrides: Sequence[str] = ()) ->
     if not isinstance(config, TrainConfig):
         overrides, config = config, compose(config)
     with process_group(config.device, config.trainer.timeout_minutes) as (ranks, device):
+        config.set_precision()
         trainer = Trainer(config, ranks, device)
         folder = choose_folder(config.experiment, config.run_dir, config.resume, config.set_aside)
         with folder.held(), translate_system_errors(folder.rescue), RunLog(folder.path, ranks) as log:
@@ -71,6 +72,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
     suffix += "_proposals" if config.evaluation.target == "proposals" else ""
     folder = folder_of_run(path) / "eval" / f"{path.stem}{suffix}"
     with process_group(config.device, config.timeout_minutes) as (ranks, device):
+        config.set_precision()
         annotations = config.data.read_split(config.split, state["class_names"], config.seed)
         model = config.build_model(annotations.num_classes)
         weights = fill_model(model, state, str(path), config.weights)

@@ -20,13 +20,18 @@ from fpn_det.evaluation.config import EvaluationConfig
 from fpn_det.inference.predictor import Predictor
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
-from fpn_det.runtime import Ranks
+from fpn_det.runtime import Ranks, set_float32_precision
 from fpn_det.schema import CountOrZero, Node, Positive, build
 from fpn_det.structures import Annotations
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 # dtype of autocast; None computes in float32
-PRECISIONS: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS: dict[Precision, torch.dtype | None] = {
+    "fp32": None,
+    "tf32": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +43,7 @@ class DetectorConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: CountOrZero = 0  # of all random draws
     device: str = "auto"  # cpu, cuda, cuda:<number>, mps; auto = the best one available
-    precision: Precision = "fp32"  # of the forward pass; bf16 and fp16 use autocast
+    precision: Precision = "fp32"  # fp32 in full; tf32 for convolutions and matmuls of a GPU; bf16 and fp16 by autocast
     allow_targets: list[str] = field(
         default_factory=list
     )  # more packages whose classes a `_target_` may name; command line only
@@ -64,6 +69,10 @@ class DetectorConfig:
             num_classes: foreground classes; None leaves the last layers to `Detector.reset_classifier`.
         """
         return build(self.model, "model")(num_classes=num_classes)
+
+    def set_precision(self) -> None:
+        """Choose the precision of float32 operators on CUDA; under autocast it concerns what stays in float32."""
+        set_float32_precision(allow_tf32=self.precision != "fp32")
 
     def eval_loader(
         self,
@@ -112,6 +121,7 @@ class DetectorConfig:
             tta: test-time augmentation; None uses images as they are.
         """
         data = self.data
+        self.set_precision()
         return Predictor(
             model.to(device),
             class_names,

@@ -117,16 +117,19 @@ def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Ranks, 
     Raises:
         ValueError: only some of the launcher's variables are set.
     """
+    _adopt_slurm_variables()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and missing:
         raise ValueError(
             f"distributed: WORLD_SIZE is set but {', '.join(missing)} are not. Launch with torchrun, or unset WORLD_SIZE."
         )
-    if missing:
-        yield Ranks(), pick_device(device)
-        return
     chosen = pick_device(device)
+    if missing:
+        if chosen.type == "cuda" and chosen.index is not None:
+            torch.cuda.set_device(chosen)  # libraries allocate on the current device
+        yield Ranks(), chosen
+        return
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(chosen)
@@ -141,6 +144,38 @@ def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Ranks, 
     finally:
         _host_group = None
         dist.destroy_process_group()
+
+
+def _adopt_slurm_variables() -> None:
+    """Set torchrun's variables from those of `srun`, for a job step with several tasks.
+
+    Raises:
+        ValueError: the step has several tasks, and the address of the first is unknown.
+    """
+    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) < 2 or "SLURM_PROCID" not in os.environ:
+        return
+    address = os.environ.get("MASTER_ADDR") or os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
+    if int(os.environ.get("SLURM_NNODES", 1)) == 1:
+        address = address or "localhost"
+    if not address:
+        raise ValueError(
+            f"distributed: expected the address of the first node of {os.environ['SLURM_NTASKS']} tasks, got none. Set "
+            "MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1) before srun."
+        )
+    port = 20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000  # the same on all tasks of a job
+    os.environ |= {
+        "RANK": os.environ["SLURM_PROCID"],
+        "WORLD_SIZE": os.environ["SLURM_NTASKS"],
+        "LOCAL_RANK": os.environ.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": os.environ.get("MASTER_PORT", str(port)),
+    }
+
+
+def set_float32_precision(allow_tf32: bool) -> None:
+    """Choose the precision of float32 convolutions and matrix products on CUDA: full, or TensorFloat-32."""
+    torch.backends.cudnn.allow_tf32 = allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
 
 
 # Group of the host collectives.

@@ -93,7 +93,7 @@ COMPOSED = [
         "evaluation.area_ranges.s: expected [smallest, largest] in px^2, got [9.0, 1.0].",
     ),
     # words of a few
-    ("precision=fp8", "precision: expected one of fp32, bf16 or fp16, got 'fp8'."),
+    ("precision=fp8", "precision: expected one of fp32, tf32, bf16 or fp16, got 'fp8'."),
     ("data.on_error=ignore", "data.on_error: expected one of fail, fix or skip, got 'ignore'."),
     (
         "model.neck.norm=gruop",

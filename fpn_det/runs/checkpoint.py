@@ -20,6 +20,7 @@ import os
 import pickle
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -29,6 +30,9 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fpn_det.runtime import broadcast_object, current_ranks, host_all_reduce_min, run_on_main
+
+State = dict[str, Any]
 FORMAT = "fpn_det checkpoint 1"
 PLAIN = (str, int, float, bool, type(None))
 
@@ -112,6 +116,51 @@ def fill_model(model: nn.Module, state: dict[str, Any], where: str, weights: str
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{where}: expected the weights of this model, got others: {reason}.") from None
     return "ema" if average else "raw"
+
+
+def load_on_all_ranks(load: Callable[[], State | None]) -> State | None:
+    """Load a checkpoint on rank 0, and the same one on all other ranks.
+
+    A rank that sees no file or another one, as on machines without a shared file system, gets the state from rank 0.
+
+    Args:
+        load: reads the checkpoint to resume from; returns None to start a new run.
+
+    Raises:
+        ValueError: rank 0 cannot load; on all ranks.
+    """
+    ranks = current_ranks()
+    if ranks.world_size == 1:
+        return load()
+    own: list[State | None] = [None]
+
+    def load_on_main() -> tuple[int, int] | None:
+        own[0] = load()
+        return _fingerprint(own[0])
+
+    expected = run_on_main(load_on_main)
+    if expected is None:
+        return None
+    if not ranks.is_main:
+        try:
+            own[0] = load()
+        except ValueError:  # a damaged copy; that of rank 0 is whole
+            own[0] = None
+    if host_all_reduce_min(int(_fingerprint(own[0]) == expected)):
+        return own[0]
+    return broadcast_object(own[0])
+
+
+def _fingerprint(state: State | None) -> tuple[int, int] | None:
+    """The step of a checkpoint and a check sum of its weights."""
+    if state is None:
+        return None
+    checksum = 0
+    for name, tensor in state["model"].items():
+        checksum = zlib.crc32(
+            tensor.contiguous().view(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), checksum)
+        )
+    return state["progress"]["step"], checksum
 
 
 def assert_plain(value: Any, where: str = "checkpoint") -> None:

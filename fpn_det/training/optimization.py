@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from fpn_det.config import PRECISIONS
 from fpn_det.models.detector import Detector
-from fpn_det.runtime import wrap_in_ddp
+from fpn_det.runtime import all_reduce_mean, wrap_in_ddp
 from fpn_det.structures import Batch, Losses
 from fpn_det.training.ema import EMA
 from fpn_det.training.schedule import Schedule
@@ -172,6 +172,8 @@ class Optimization:
     def _update(self, step: int, finite: Tensor) -> None:
         gradients = [weight.grad for weight in self.parameters.values() if weight.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / self.scale.value
+        if self.scale.grows:  # an overflow is told from a bad loss alike on all ranks
+            finite = all_reduce_mean(finite.float()) == 1
         bad = ~(finite & torch.isfinite(norm))
         first_alarm = bad & (self.alarm < 0) & (~finite | (self.scale.value <= 1))
         self.alarm = torch.where(first_alarm, step, self.alarm)

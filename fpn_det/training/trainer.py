@@ -18,6 +18,7 @@ from fpn_det.evaluation.evaluate import evaluate, write_evaluation
 from fpn_det.interop import loading
 from fpn_det.runs.bad_files import BadFiles
 from fpn_det.runs.best import Best
+from fpn_det.runs.checkpoint import load_on_all_ranks
 from fpn_det.runs.folder import NAN_DUMP, RunFolder, versions, write_settings
 from fpn_det.runs.log import RunLog, shown_path
 from fpn_det.runs.meters import Meters, Pace, memory_mib
@@ -104,7 +105,7 @@ class Trainer:
         config = self.config
         data = config.data.read_train_and_val(config.seed)
         self.train_annotations, self.val_annotations = data.train, data.val
-        state = folder.load(log.info)
+        state = load_on_all_ranks(lambda: folder.load(log.info))
         self._prepare_model(is_new=state is None)
         if config.trainer.batch_size == "auto":
             self._settle_batch_size(resumes=state is not None)

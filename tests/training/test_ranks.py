@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from compare import assert_close
-from parts import TinyDetector, TinyLoader, make_annotations, make_batch, make_optimization, snapshot
+from parts import TinyDetector, TinyLoader, differences, make_annotations, make_batch, make_optimization, snapshot
 
 from fpn_det.data.sampling import micro_batches
 from fpn_det.errors import SystemFault, translate_system_errors
@@ -24,6 +24,7 @@ from fpn_det.models.layers import SyncBatchNorm2d
 from fpn_det.models.necks.fpn import FPN
 from fpn_det.models.resnet import ResNet
 from fpn_det.models.roi_head import ROIHead
+from fpn_det.runs.checkpoint import CheckpointFolder
 from fpn_det.runtime import Ranks, all_reduce_mean, broadcast_object, current_ranks, process_group, run_on_main
 from fpn_det.structures import Batch, Targets
 from fpn_det.training.nonfinite import explain, first_bad_step, load_dump
@@ -145,6 +146,42 @@ def stopped_run(ranks: Ranks, folder: Path) -> dict:
         "resumed": snapshot(codes[-1][1].optimization),
         "best": [(run.best.value, run.best.step) for _, run in codes],
     }
+
+
+def unshared_folder(ranks: Ranks, folder: Path) -> dict:
+    """A run is stopped and resumed, and rank 1 sees no checkpoint, as on a machine without a shared file system."""
+    from test_trainer import make_run
+
+    def stop(step, batch):
+        if step == 5 and ranks.is_main:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
+    options = {"ranks": ranks, "val_batches": [[0, 1], [2]] if ranks.is_main else [[3]]}
+    make_run(folder / "run", touch=stop, **options).train()
+    if not ranks.is_main:
+        CheckpointFolder.load = lambda self, warn, first=None: None  # type: ignore[method-assign]
+    resumed = make_run(folder / "run", "auto", **options)
+    return {"first_step": resumed.first_step, "weights": snapshot(resumed.optimization)}
+
+
+def test_a_rank_that_sees_no_checkpoint_gets_the_state_of_rank_0(tmp_path):
+    one, other = spawn(unshared_folder, tmp_path)
+    assert one["first_step"] == other["first_step"] == 6
+    assert differences(one["weights"], other["weights"]) == []
+
+
+def one_overflow(ranks: Ranks, folder: Path) -> dict:
+    """Under fp16, the loss of rank 1 alone is not finite."""
+    optimization = make_optimization(TinyDetector(norm=False), precision="fp16")
+    batch = make_batch([2 * ranks.rank, 2 * ranks.rank + 1])
+    bad = dataclasses.replace(batch, pixels=batch.pixels.float() * float("nan")) if ranks.rank == 1 else batch
+    optimization.step([bad], 0)
+    return {"alarm": int(optimization.alarm), "scale": float(optimization.scale.value)}
+
+
+def test_a_bad_loss_of_one_rank_is_no_overflow_on_the_others(tmp_path):
+    assert spawn(one_overflow, tmp_path) == [{"alarm": 0, "scale": 2.0**16}] * 2
 
 
 def failing_choice(ranks: Ranks, folder: Path) -> dict:

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from fpn_det.runtime import _adopt_slurm_variables
+
+STEP = {"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "1234567"}
+OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets variables for a test; those that it makes are removed afterwards."""
+    for name in (*OURS, "SLURM_LAUNCH_NODE_IPADDR", "SLURM_NNODES"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+    def set_all(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_all
+
+
+def test_tasks_of_srun_become_ranks(environment):
+    environment(**STEP, SLURM_NNODES="4", SLURM_LAUNCH_NODE_IPADDR="10.0.0.7")
+    _adopt_slurm_variables()
+    assert [os.environ[name] for name in OURS] == ["5", "8", "1", "10.0.0.7", str(20000 + 1234567 % 20000)]
+
+
+def test_tasks_on_one_node_meet_there(environment):
+    environment(**STEP, SLURM_NNODES="1")
+    _adopt_slurm_variables()
+    assert os.environ["MASTER_ADDR"] == "localhost"
+
+
+def test_tasks_without_a_known_address_are_refused(environment):
+    environment(**STEP, SLURM_NNODES="2")
+    with pytest.raises(ValueError, match=r"distributed: expected the address of the first node of 8 tasks, got none"):
+        _adopt_slurm_variables()
+
+
+@pytest.mark.parametrize("variables", [{}, {**STEP, "SLURM_NTASKS": "1"}, {**STEP, "RANK": "0"}])
+def test_other_launchers_keep_their_variables(environment, variables):
+    environment(**variables)
+    before = {name: os.environ.get(name) for name in OURS}
+    _adopt_slurm_variables()
+    assert {name: os.environ.get(name) for name in OURS} == before
