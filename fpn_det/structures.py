@@ -11,16 +11,23 @@ mask; what lies under False is defined (zeros, or the unit box) but means nothin
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+def offsets_of(counts: Any) -> Tensor:
+    """Return the start of each row of a ragged array, and the end of the last, i64 [len(counts) + 1]."""
+    return torch.cat([torch.zeros(1, dtype=torch.int64), torch.as_tensor(counts, dtype=torch.int64).cumsum(0)])
 
 
 def _map_tensors(record: T, function) -> T:
@@ -37,11 +44,11 @@ def _map_tensors(record: T, function) -> T:
 
 @dataclass(frozen=True)
 class Annotations:
-    """A whole data set as flat arrays: made by `data`, read by `evaluation`, shared by all workers.
+    """A data set as flat arrays, shared by all workers.
 
-    Row i of the images owns the boxes `offsets[i]:offsets[i + 1]`. Boxes are in the original frame, xyxy; labels are
-    contiguous in [0, K); crowd regions are kept here (training leaves them out, evaluation honours them).
-    Paths are one run of UTF-8 bytes: a Python list of strings would be copied by every worker that reads it.
+    Image row i owns the boxes `offsets[i]:offsets[i + 1]`. Boxes are xyxy in the original frame; labels are contiguous
+    in [0, K). Crowd regions are kept: training leaves them out, evaluation honors them. Paths are stored as one run of
+    bytes, because every worker would copy a Python list of strings.
     """
 
     image_ids: Tensor  # i64 [I], the ids of the file
@@ -65,12 +72,12 @@ class Annotations:
         return len(self.class_names)
 
     def path(self, index: int) -> Path:
-        """Where the picture of row `index` lies."""
+        """Return the image file of row `index`."""
         start, stop = self.path_offsets[index : index + 2].tolist()
-        return Path(self.path_bytes[start:stop].numpy().tobytes().decode())
+        return Path(self.path_bytes[start:stop].numpy().tobytes().decode(errors="surrogateescape"))
 
     def rows(self, index: int) -> slice:
-        """The rows of `boxes`, `labels`, ... that belong to image row `index`."""
+        """Return the rows of `boxes`, `labels`, ... that belong to image row `index`."""
         start, stop = self.offsets[index : index + 2].tolist()
         return slice(start, stop)
 
@@ -94,8 +101,22 @@ class Annotations:
         """Number of boxes of each class, crowd regions included, i64 [K]."""
         return torch.bincount(self.labels, minlength=self.num_classes)
 
+    def digest(self) -> str:
+        """Return a short hash of everything that training uses except the pixels and the folders of the images."""
+        result = hashlib.blake2b(digest_size=8)
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in ("path_bytes", "path_offsets"):
+                continue
+            content = value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode(errors="replace")
+            result.update(len(content).to_bytes(8, "little") + content)
+        paths, stops = self.path_bytes.numpy().tobytes(), self.path_offsets.tolist()
+        for start, stop in itertools.pairwise(stops):
+            result.update(paths[start:stop].rpartition(b"/")[2] + b"/")
+        return result.hexdigest()
+
     def share_memory(self) -> Annotations:
-        """Move every array to shared memory, in place, so that forked and spawned workers read the same pages."""
+        """Move every array to shared memory, in place, so forked and spawned workers read the same pages."""
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, Tensor):

@@ -1,30 +1,33 @@
-"""From the records of objects to the columns of Annotations: every fault found, named, and repaired or left out.
+"""Check object records and turn them into the columns of Annotations: every fault is found, named, and repaired or left out.
 
-Boxes become xyxy here, the first of their five hops. Crowd regions stay: evaluation honors them, training leaves them
-out. Work is done on whole columns at once.
+Boxes become xyxy here. Crowd regions are kept: evaluation honors them, training leaves them out. All checks work on
+whole columns.
 
-Real sets are never quite clean, so two things are let pass. A box that passes the border by at most BORDER_TOLERANCE
-is a matter of rounding and is clipped. And a kind of box fault that is as rare as TOLERATED_SHARE of the annotations is
-repaired with a warning: COCO's train2017 has 2 boxes without area among 860,001. Under 100,000 boxes nothing is.
+Real data sets are never quite clean, so two kinds of faults are tolerated. A box that exceeds the border by at most
+BORDER_TOLERANCE is clipped, because this is rounding. A kind of box fault that affects at most TOLERATED_SHARE of the
+annotations is repaired with a warning: COCO's train2017 has 2 boxes without area among 860,001. With fewer than 100,000
+boxes none is.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fpn_det.annotations.box_layout import corners, detect_layout, to_file_frame
-from fpn_det.annotations.check_images import ImageTable, OnError
-from fpn_det.annotations.classes import LEFT_OUT, UNKNOWN, Classes
-from fpn_det.annotations.findings import Finding, Severity
-from fpn_det.annotations.raw import Record, parse_id, parse_number
-from fpn_det.annotations.subsets import offsets_of
-from fpn_det.structures import Annotations
+from fpn_det.annotations.box_layout import detect_layout, to_corners, to_file_frame
+from fpn_det.annotations.check_images import ImageTable
+from fpn_det.annotations.classes import IGNORED_CLASS, UNKNOWN_CLASS, Classes
+from fpn_det.annotations.findings import Finding, OnError, Severity
+from fpn_det.annotations.parsing import parse_id, parse_number
+from fpn_det.annotations.raw import Record
+from fpn_det.structures import Annotations, offsets_of
+
+FlaggedObjects = Literal["crowd", "keep", "drop"]  # crowd regions; ordinary objects; left out
 
 BORDER_TOLERANCE = 1.0  # px
 TOLERATED_SHARE = 1e-5
@@ -32,73 +35,78 @@ TINY_SIDE = 2.0  # px
 
 
 def check_objects(
-    records: list[Record], pictures: ImageTable, classes: Classes, policy: OnError, findings: list[Finding]
+    records: list[Record],
+    images: ImageTable,
+    classes: Classes,
+    on_error: OnError,
+    flagged_objects: FlaggedObjects,
+    findings: list[Finding],
 ) -> Annotations:
-    """The data set without what cannot be used; what was wrong goes to `findings`.
+    """Return the data set without objects that cannot be used, and append what is wrong to `findings`.
 
-    Under `fail`, warnings change nothing: what is scored is what the file says.
+    Under `fail`, warnings change nothing: evaluation uses what the file says.
+
+    Args:
+        records: of the objects.
+        images: usable images.
+        classes: label of each category id.
+        on_error: policy.
+        flagged_objects: what to make of objects flagged as difficult or ignored.
+        findings: is extended.
     """
-    found = _Objects(records, pictures, findings)
+    objects = _Objects(records, images, findings)
     labels = np.array(
-        [classes.labels.get(parse_id(record.get("category_id")), UNKNOWN) for record in records], dtype=np.int64
+        [classes.labels.get(parse_id(record.get("category_id")), UNKNOWN_CLASS) for record in records], dtype=np.int64
     )
-    wanted = np.array([image_id not in pictures.left_out for image_id in found.image_ids], dtype=bool) & (
-        labels != LEFT_OUT
-    )
-    keep = wanted & (found.rows >= 0) & (labels != UNKNOWN)
-    found.report("image_unknown", wanted & (found.rows < 0), "expected the id of an image", "image_id")
-    found.report(
-        "class_unknown",
-        wanted & (found.rows >= 0) & (labels == UNKNOWN),
-        "expected the id of a category",
-        "category_id",
-    )
+    flagged = objects.column("ignore") == 1
+    has_image = np.array([image_id not in images.left_out for image_id in objects.image_ids], dtype=bool)
+    wanted = has_image & (labels != IGNORED_CLASS) & ~(flagged & (flagged_objects == "drop"))
+    keep = wanted & (objects.rows >= 0) & (labels != UNKNOWN_CLASS)
+    objects.report("image_unknown", wanted & (objects.rows < 0), "expected the id of an image", "image_id")
+    unknown = wanted & (objects.rows >= 0) & (labels == UNKNOWN_CLASS)
+    objects.report("class_unknown", unknown, "expected the id of a category", "category_id")
     for key in ("image_id", "category_id"):
-        found.report(f"{key}_is_text", keep & found.is_text(key), "expected a number", key)
+        objects.report(f"{key}_is_text", keep & objects.is_text(key), "expected a number", key)
 
-    boxes, keep = _boxes(found, keep, policy)
+    boxes, keep = _check_boxes(objects, keep, on_error)
     sides = boxes[:, 2:] - boxes[:, :2]
-    found.report(
-        "box_tiny",
-        keep & (sides < TINY_SIDE).any(axis=1),
-        f"expected sides of at least {TINY_SIDE:g} px",
-        "bbox",
-        "warning",
-    )
+    tiny = keep & (sides < TINY_SIDE).any(axis=1)
+    objects.report("box_tiny", tiny, f"expected sides of at least {TINY_SIDE:g} px", "bbox", "warning")
 
-    numbers = np.array([value if isinstance(value, int) else 0 for value in found.ids], dtype=np.int64)
-    misnumbered = (numbers < 1) | _repeats(numbers) | found.is_text("id")
-    found.report("annotation_id", keep & misnumbered, "expected a positive integer that is used once", "id")
+    numbers = np.array([value if isinstance(value, int) else 0 for value in objects.ids], dtype=np.int64)
+    misnumbered = (numbers < 1) | _repeats(numbers) | objects.is_text("id")
+    objects.report("annotation_id", keep & misnumbered, "expected a positive integer that is used once", "id")
 
-    area, box_area = found.column("area"), sides.prod(axis=1)
+    area, box_area = objects.column("area"), sides.prod(axis=1)
     no_area = ~(area >= 0)  # NaN too
     rounding = 2 * BORDER_TOLERANCE * sides.sum(axis=1)
-    too_much = ~no_area & (area > 1.05 * box_area + rounding)
-    found.report("area_missing", keep & no_area, "expected a number that is not negative", "area")
-    found.report("area_beyond_box", keep & too_much, "expected no more than its box has", "area", "warning")
+    too_large = ~no_area & (area > 1.05 * box_area + rounding)
+    objects.report("area_missing", keep & no_area, "expected a number that is not negative", "area")
+    objects.report("area_beyond_box", keep & too_large, "expected no more than its box has", "area", "warning")
 
-    flags = found.column("iscrowd")
-    no_crowd = ~np.isin(flags, (0, 1)) | found.is_text("iscrowd")
-    found.report("iscrowd_missing", keep & no_crowd, "expected 0 or 1", "iscrowd")
+    crowd = objects.column("iscrowd")
+    no_crowd = ~np.isin(crowd, (0, 1)) | objects.is_text("iscrowd")
+    objects.report("iscrowd_missing", keep & no_crowd, "expected 0 or 1", "iscrowd")
+    iscrowd = (crowd == 1) | (flagged & (flagged_objects == "crowd"))
+    _report_flagged(int((flagged & has_image).sum()), flagged_objects, findings)
 
     copies = np.zeros(len(records), dtype=bool)
-    copies[np.flatnonzero(keep)[_repeats(np.column_stack([found.rows, labels, flags == 1, boxes])[keep])]] = True
-    found.report(
-        "box_twice", copies, "expected each object once; its class and box have come before", "bbox", "warning"
-    )
+    copies[np.flatnonzero(keep)[_repeats(np.column_stack([objects.rows, labels, iscrowd, boxes])[keep])]] = True
+    twice = "expected each object once; one with this class and box precedes it"
+    objects.report("box_twice", copies, twice, "bbox", "warning")
 
-    repairs = policy != "fail"
+    repairs = on_error != "fail"
     order = np.flatnonzero(keep & ~copies if repairs else keep)
-    order = order[np.argsort(found.rows[order], kind="stable")]
-    area = np.where(no_area | (too_much & repairs), box_area, area)
+    order = order[np.argsort(objects.rows[order], kind="stable")]
+    area = np.where(no_area | (too_large & repairs), box_area, area)
     return Annotations(
-        image_ids=torch.tensor(pictures.image_ids, dtype=torch.int64),
-        **_pack_paths(pictures.paths),
-        sizes=torch.tensor(pictures.sizes, dtype=torch.int64).reshape(-1, 2),
-        offsets=offsets_of(np.bincount(found.rows[order], minlength=len(pictures.paths))),
+        image_ids=torch.tensor(images.image_ids, dtype=torch.int64),
+        **_pack_paths(images.paths),
+        sizes=torch.tensor(images.sizes, dtype=torch.int64).reshape(-1, 2),
+        offsets=offsets_of(np.bincount(objects.rows[order], minlength=len(images.paths))),
         boxes=torch.from_numpy(boxes[order]),
         labels=torch.from_numpy(labels[order]),
-        iscrowd=torch.from_numpy(flags[order] == 1),
+        iscrowd=torch.from_numpy(iscrowd[order]),
         area=torch.from_numpy(area[order]),
         annotation_ids=torch.from_numpy(np.arange(1, len(order) + 1) if misnumbered[order].any() else numbers[order]),
         class_names=classes.names,
@@ -107,16 +115,16 @@ def check_objects(
 
 
 class _Objects:
-    """The records as columns, and where each of them is."""
+    """Object records as columns, and the place of each for findings."""
 
-    def __init__(self, records: list[Record], pictures: ImageTable, findings: list[Finding]) -> None:
+    def __init__(self, records: list[Record], images: ImageTable, findings: list[Finding]) -> None:
         self.records = records
-        self.pictures = pictures
+        self.images = images
         self.findings = findings
-        self.boxes: np.ndarray | None = None  # xyxy, once they are known
+        self.boxes: np.ndarray | None = None  # xyxy, before clipping; set by `_check_boxes`
         self.ids = [parse_id(record.get("id")) for record in records]
         self.image_ids = [parse_id(record.get("image_id")) for record in records]
-        self.rows = np.array([pictures.row_of.get(image_id, -1) for image_id in self.image_ids], dtype=np.int64)
+        self.rows = np.array([images.row_of.get(image_id, -1) for image_id in self.image_ids], dtype=np.int64)
 
     def column(self, key: str) -> np.ndarray:
         return np.array([parse_number(record.get(key)) for record in self.records], dtype=np.float64)
@@ -133,80 +141,83 @@ class _Objects:
         severity: Severity = "error",
         tolerated: bool = False,
     ) -> None:
-        """One finding for each faulty object; a tolerated kind that is rare is only a warning."""
+        """Append a finding for each faulty object. If `tolerated`, a rare kind is only a warning."""
         places = np.flatnonzero(faulty).tolist()
         if tolerated and len(places) <= TOLERATED_SHARE * len(self.records):
             severity = "warning"
         for index in places:
-            self.add(kind, f"{message}, got {key} {_shown(self.records[index].get(key))}", severity, index)
+            self.add(kind, f"{message}, got {key} {_shorten(self.records[index].get(key))}", severity, index)
 
     def add(self, kind: str, message: str, severity: Severity, index: int) -> None:
-        """A finding about one object."""
+        """Append a finding about one object."""
         row, record = self.rows[index], self.records[index]
-        file_name = self.pictures.file_names[row] if row >= 0 else None
-        box = (
-            None
-            if self.boxes is None or not np.isfinite(self.boxes[index]).all()
-            else tuple(self.boxes[index].tolist())
-        )
+        file_name = self.images.file_names[row] if row >= 0 else None
+        box = None
+        if self.boxes is not None and np.isfinite(self.boxes[index]).all():
+            box = tuple(self.boxes[index].tolist())
         place = self.image_ids[index], file_name, self.ids[index], record.get("where")
         self.findings.append(Finding(kind, message, severity, *place, box))
 
 
-def _boxes(found: _Objects, keep: np.ndarray, policy: OnError) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes xyxy [T, 4] within their images, and which objects are still kept."""
-    pictures = found.pictures
-    written = [_four(record.get("bbox")) for record in found.records]
-    numbers = np.array([list(map(parse_number, four)) for four in written], dtype=np.float64).reshape(-1, 4)
-    is_text = np.array([any(isinstance(value, str) for value in four) for four in written], dtype=bool)
+def _check_boxes(objects: _Objects, keep: np.ndarray, on_error: OnError) -> tuple[np.ndarray, np.ndarray]:
+    """Return boxes xyxy [T, 4] clipped to their images, and which objects are still kept."""
+    images = objects.images
+    stated = [_four_values(record.get("bbox")) for record in objects.records]
+    numbers = np.array([[parse_number(value) for value in four] for four in stated], dtype=np.float64).reshape(-1, 4)
+    is_text = np.array([any(isinstance(value, str) for value in four) for four in stated], dtype=bool)
     finite = np.isfinite(numbers).all(axis=1)
-    found.report("box_is_text", keep & is_text & finite, "expected four numbers", "bbox")
+    objects.report("box_is_text", keep & is_text & finite, "expected four numbers", "bbox")
 
-    stated = np.array([*pictures.stated_sizes, (0, 0)], dtype=np.int64)[found.rows]  # row -1 is the last
-    layout = detect_layout(numbers[keep], stated[keep])
+    stated_sizes = np.array([*images.stated_sizes, (0, 0)], dtype=np.int64)[objects.rows]  # row -1 is the last
+    layout = detect_layout(numbers[keep], stated_sizes[keep])
     if layout != "xywh":
         first = int(np.flatnonzero(keep)[0])
-        such = f"in all {keep.sum()} boxes, such as {numbers[first].tolist()}"
+        which = f"in all {keep.sum()} boxes, such as {numbers[first].tolist()}"
         if layout == "xyxy":
-            found.add(
-                "boxes_are_corners",
-                f"expected x, y, width, height, got what looks like corners x1, y1, x2, y2 {such}",
-                "error",
-                first,
-            )
+            message = f"expected x, y, width, height, got what looks like corners x1, y1, x2, y2 {which}"
+            objects.add("boxes_are_corners", message, "error", first)
         else:
-            message = f"expected px, got fractions of the sides {such}. Multiply them by width and height"
-            found.add("boxes_are_fractions", message, "fatal", first)
-    boxes, carried = to_file_frame(corners(numbers, layout), found.rows, pictures)
-    found.findings.extend(carried)
-    found.boxes = boxes
+            message = f"expected px, got fractions of the sides {which}. Multiply them by width and height"
+            objects.add("boxes_are_fractions", message, "fatal", first)
+    boxes, moved = to_file_frame(to_corners(numbers, layout), objects.rows, images)
+    objects.findings.extend(moved)
+    objects.boxes = boxes
 
-    sizes = np.array([*pictures.sizes, (0, 0)], dtype=np.int64)[found.rows]
+    sizes = np.array([*images.sizes, (0, 0)], dtype=np.int64)[objects.rows]
     clipped = np.clip(boxes, 0, sizes[:, [1, 0, 1, 0]])
-    solid = finite & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-    inside = solid & (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
+    has_area = finite & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    inside = has_area & (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
     cut = inside & (np.abs(clipped - boxes).max(axis=1, initial=0) > BORDER_TOLERANCE)
-    found.report("box_not_numbers", keep & ~finite, "expected four finite numbers", "bbox")
-    found.report(
-        "box_without_area", keep & finite & ~solid, "expected a positive width and height", "bbox", tolerated=True
-    )
-    found.report("box_outside", keep & solid & ~inside, "expected a box that touches the image", "bbox", tolerated=True)
-    found.report("box_partly_outside", keep & cut, "expected a box within the image", "bbox", tolerated=True)
-    return clipped, keep & inside & ~(cut & (policy == "skip"))
+    flat, outside = keep & finite & ~has_area, keep & has_area & ~inside
+    objects.report("box_not_numbers", keep & ~finite, "expected four finite numbers", "bbox")
+    objects.report("box_without_area", flat, "expected a positive width and height", "bbox", tolerated=True)
+    objects.report("box_outside", outside, "expected a box that touches the image", "bbox", tolerated=True)
+    objects.report("box_partly_outside", keep & cut, "expected a box within the image", "bbox", tolerated=True)
+    return clipped, keep & inside & ~(cut & (on_error == "skip"))
 
 
-def _four(bbox: Any) -> list:
-    """What should be the four numbers of a box; NaN for anything else."""
+def _report_flagged(num_flagged: int, flagged_objects: FlaggedObjects, findings: list[Finding]) -> None:
+    if num_flagged:
+        outcome = {"crowd": "count as crowd regions", "keep": "count as ordinary objects", "drop": "are left out"}
+        setting = f"data.flagged_objects={flagged_objects}"
+        message = (
+            f"{num_flagged} object(s) are flagged as difficult or ignored; they {outcome[flagged_objects]} ({setting})"
+        )
+        findings.append(Finding("objects_flagged", message, "warning"))
+
+
+def _four_values(bbox: Any) -> list:
+    """The four values of a box; NaN for anything else."""
     return bbox if isinstance(bbox, list) and len(bbox) == 4 else [math.nan] * 4
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _repeats(table: np.ndarray) -> np.ndarray:
-    """Which rows of [T] or [T, n] have come before."""
+    """Which rows of [T] or [T, n] equal an earlier row."""
     columns = table if table.ndim == 2 else table[:, None]
     order = np.lexsort(columns.T)  # keeps the order of equal rows
     repeated = np.zeros(len(table), dtype=bool)

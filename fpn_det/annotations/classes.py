@@ -1,4 +1,4 @@
-"""Which category id means which class: by name, so that ids may be sparse, start anywhere and differ between files."""
+"""Classes: the label of each category id, matched by class name, so ids may be sparse, start anywhere and differ between files."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fpn_det.annotations.findings import Finding, near_matches
-from fpn_det.annotations.raw import RawDataset, Record, parse_id
+from fpn_det.annotations.files import near_matches
+from fpn_det.annotations.findings import SHOWN_PER_KIND, Finding
+from fpn_det.annotations.parsing import parse_id
+from fpn_det.annotations.raw import RawDataset, Record
 
-UNKNOWN, LEFT_OUT = -1, -2  # in place of a label, for category ids that have none
+UNKNOWN_CLASS, IGNORED_CLASS = -1, -2  # in place of a label: no such category; a class that is not used
 
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes in the order of their labels, and the label of each category id of one file."""
+    """Classes in the order of their labels, and the label of each category id of one file."""
 
     names: tuple[str, ...]
     category_ids: tuple[int, ...]
-    labels: dict[int | str | None, int]  # LEFT_OUT for classes that are not wanted
+    labels: dict[int | str | None, int]  # IGNORED_CLASS for classes that are not used
 
 
 def match_classes(
@@ -26,82 +28,90 @@ def match_classes(
     class_names: Sequence[str] | None,
     subset: bool,
     source: str,
-    lack_is_fault: bool = True,
+    require_all: bool = True,
 ) -> tuple[Classes, list[Finding]]:
-    """Give every category of a file its label.
+    """Assign a label to every category of a file.
 
     Args:
-        categories: the file's table.
+        categories: records of the file.
         class_names: the classes and their order; None takes those of the file, by category id.
-        subset: whether the file may hold more classes than asked for.
-        source: name of the file, for errors.
-        lack_is_fault: the file should have all of `class_names`; else it has those that occur.
+        subset: the file may hold more classes than `class_names`.
+        source: name of the file, for messages.
+        require_all: the file should have all of `class_names`; False for files whose classes are those that occur.
 
     Returns:
-        The classes, with names that the file lacks under a category id of their own; and where the file differs.
+        The classes, where names that the file lacks have a category id of their own; and the differences found.
 
     Raises:
-        ValueError: the table makes no sense, or `subset` asks for a name that the file lacks.
+        ValueError: the records are no classes, or `subset` asks for a name that the file lacks.
     """
     findings: list[Finding] = []
     ids_of = _ids_by_name(categories, source, findings)
-    if not ids_of and (class_names is None or lack_is_fault):
-        raise ValueError(f"{source}: expected at least one category, got none.")
+    if not ids_of and (class_names is None or require_all):
+        findings.append(Finding("no_classes", f"{source}: expected at least one category, got none", "fatal"))
+        if class_names is None or subset:
+            return Classes((), (), {}), findings
     for name, ids in ids_of.items():
         if len(ids) > 1:
             findings.append(Finding("class_duplicate", f"class {name!r} has the category ids {ids}; they count as one"))
     names = tuple(ids_of if class_names is None else class_names)
     if len(set(names)) < len(names):
-        raise ValueError(f"{source}: expected different class names, got {', '.join(names)}.")
+        raise ValueError(f"{source}: expected different class names, got {_shown(names)}.")
 
     missing = [name for name in names if name not in ids_of]
-    extra = [name for name in ids_of if name not in names]
-    if missing and subset and lack_is_fault:
-        wrong = "; ".join(f"{name!r}{_near(name, extra)}" for name in missing)
+    known = set(names)
+    extra = dict.fromkeys(name for name in ids_of if name not in known)
+    if missing and subset and require_all:
+        wrong = "; ".join(f"{name!r}{_near(name, extra)}" for name in missing[:SHOWN_PER_KIND])
         raise ValueError(
-            f"{source}: expected the classes of data.classes, got no {wrong}. The file has: {', '.join(ids_of)}."
+            f"{source}: expected the classes of data.classes, got no {wrong}. The file has: {_shown(list(ids_of))}."
         )
     respelled = {_fold(name): name for name in extra}
+    used_ids = {number for ids in ids_of.values() for number in ids}
+    num_hints = 0
     for name in missing:
         other = respelled.pop(_fold(name), None)
+        unused = _unused_id(name)
         if other is not None:
             findings.append(
                 Finding("class_spelling", f"class {name!r} of the training set is {other!r} here; they count as one")
             )
             ids_of[name] = ids_of.pop(other)
-            extra.remove(other)
-        elif (unused := _unused_id(name)) is not None and unused not in {
-            number for ids in ids_of.values() for number in ids
-        }:
+            del extra[other]
+        elif unused is not None and unused not in used_ids:
             ids_of[name] = [unused]
+            used_ids.add(unused)
         else:
-            if lack_is_fault:
-                findings.append(
-                    Finding("class_missing", f"class {name!r} of the training set is missing{_near(name, extra)}")
-                )
-            ids_of[name] = [1 + max((max(ids) for ids in ids_of.values()), default=0)]
+            if require_all:
+                num_hints += 1
+                hint = _near(name, extra) if num_hints <= SHOWN_PER_KIND else ""
+                findings.append(Finding("class_missing", f"class {name!r} of the training set is missing{hint}"))
+            ids_of[name] = [1 + max(used_ids, default=0)]
+            used_ids.add(ids_of[name][0])
     if not subset:
-        for name in extra:
-            findings.append(
-                Finding(
-                    "class_extra",
-                    f"class {name!r} is not in the training set{_near(name, missing)}; its objects are left out",
-                )
-            )
+        for position, name in enumerate(extra):
+            hint = _near(name, missing) if position < SHOWN_PER_KIND else ""
+            message = f"class {name!r} is not in the training set{hint}; its objects are left out"
+            findings.append(Finding("class_extra", message))
 
     label_of = {name: label for label, name in enumerate(names)}
     labels: dict[int | str | None, int] = {
-        number: label_of.get(name, LEFT_OUT) for name, ids in ids_of.items() for number in ids
+        number: label_of.get(name, IGNORED_CLASS) for name, ids in ids_of.items() for number in ids
     }
     return Classes(names, tuple(ids_of[name][0] for name in names), labels), findings
 
 
-def merge_class_names(parts: Iterable[RawDataset]) -> list[str]:
-    """The classes of several files: those of the first by category id, then what the others add. Letter case makes no other class."""
+def merge_class_names(datasets: Iterable[RawDataset]) -> list[str]:
+    """Return the classes of several files: those of the first by category id, then new ones of the others.
+
+    Names that differ by letter case or blanks only are one class.
+    """
     names: dict[str, None] = {}
-    for part in parts:
-        known = {_fold(name) for name in names}
-        names |= dict.fromkeys(name for name in part.class_names if _fold(name) not in known)
+    known: set[str] = set()
+    for dataset in datasets:
+        new = [name for name in dataset.class_names if _fold(name) not in known]
+        names |= dict.fromkeys(new)
+        known |= {_fold(name) for name in new}
     return list(names)
 
 
@@ -110,8 +120,8 @@ def _fold(name: str) -> str:
 
 
 def _unused_id(name: str) -> int | None:
-    """The id in `N/A <id>`: an output of weights that count raw category ids, for an id that no data set uses."""
-    match = re.fullmatch(r"N/A (\d+)", name)
+    """The id in `N/A <id>`: the name of an output for a category id that no data set uses."""
+    match = re.fullmatch(r"N/A ([0-9]{1,18})", name)
     return int(match[1]) if match else None
 
 
@@ -120,8 +130,8 @@ def _ids_by_name(categories: Sequence[Record], source: str, findings: list[Findi
     name_of: dict[int, str] = {}
     for record in categories:
         category_id, name = parse_id(record.get("id")), record.get("name")
-        if not isinstance(category_id, int) or not isinstance(name, str):
-            raise ValueError(f"{source}: expected categories with an integer id and a name, got {record}.")
+        if not isinstance(category_id, int) or not isinstance(name, str) or not _is_unicode(name):
+            raise ValueError(f"{source}: expected categories with an integer id and a name, got {str(record)[:200]}.")
         if isinstance(record["id"], str):
             findings.append(
                 Finding("category_id_is_text", f"category {name!r}: expected a number as id, got {record['id']!r}")
@@ -143,6 +153,20 @@ def _ids_by_name(categories: Sequence[Record], source: str, findings: list[Findi
     return ids_of
 
 
-def _near(name: str, names: Sequence[str]) -> str:
+def _is_unicode(text: str) -> bool:
+    """False for lone surrogates, which JSON can write and no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(names: Sequence[str]) -> str:
+    """The first names of a list, for a message."""
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def _near(name: str, names: Iterable[str]) -> str:
     near = near_matches(name, names)
     return f" (near: {', '.join(map(repr, near))})" if near else ""

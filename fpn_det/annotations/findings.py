@@ -1,34 +1,37 @@
-"""What is wrong with a data set, said so that a person can find the place."""
+"""Findings: what is wrong with a data set, at which place, and whether it stops training."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
+
+from fpn_det.schema import listed
+from fpn_det.terminal import printable
 
 Severity = Literal["fatal", "error", "warning", "note"]
+OnError = Literal["fail", "fix", "skip"]  # refuse faults; repair in memory; leave out what is faulty
 
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)  # the worst first
 SHOWN_PER_KIND = 5
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, at one place.
+    """One fault at one place.
 
-    A note stops nobody and is in reports only; a warning is said and goes on; an error stops the run unless a policy
-    repairs it; a fatal one cannot be repaired.
+    A note appears in reports only. A warning is reported and changes nothing. An error stops training under
+    `on_error=fail` and is repaired or left out under the other policies. A fatal finding stops training in any case.
     """
 
-    kind: str  # groups findings in a report: "box_without_area", "class_unknown", ...
+    kind: str  # groups findings: "box_without_area", "class_unknown", ...
     message: str
     severity: Severity = "error"
     image_id: int | str | None = None
     file_name: str | None = None
     annotation_id: int | str | None = None
-    where: str | None = None  # file and line, for formats without ids
-    box: tuple[float, ...] | None = None  # xyxy, as drawn
+    where: str | None = None  # file and line, for formats without annotation ids
+    box: tuple[float, ...] | None = None  # xyxy, original frame, before clipping
 
     def __str__(self) -> str:
         place = []
@@ -40,21 +43,26 @@ class Finding:
             place.append(self.where)
         elif self.annotation_id is not None:
             place.append(f"annotation {self.annotation_id}")
-        return f"{', '.join(place)}: {self.message}" if place else self.message
+        return one_line(f"{', '.join(place)}: {self.message}" if place else self.message)
 
 
-def group(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
-    """The findings of each kind, in the order in which the kinds were met."""
+def one_line(text: str) -> str:
+    """The text on one line without terminal commands, which names of a data set may hold."""
+    return printable(text).replace("\n", "\\n")
+
+
+def group_by_kind(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
+    """The findings of each kind, the worst kinds first, then in the order of their first occurrence."""
     kinds: dict[str, list[Finding]] = {}
-    for finding in findings:
+    for finding in sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)):
         kinds.setdefault(finding.kind, []).append(finding)
     return kinds
 
 
-def describe_findings(findings: Sequence[Finding], shown_per_kind: int = SHOWN_PER_KIND) -> str:
-    """One line for each kind with its count, and under it the first few places."""
+def describe_findings(findings: Iterable[Finding], shown_per_kind: int = SHOWN_PER_KIND) -> str:
+    """One line per kind with its count, followed by the first few places."""
     lines = []
-    for kind, members in group(findings).items():
+    for kind, members in group_by_kind(findings).items():
         lines.append(f"  {kind} ({len(members)})")
         lines += [f"    {finding}" for finding in members[:shown_per_kind]]
         if len(members) > shown_per_kind:
@@ -62,27 +70,50 @@ def describe_findings(findings: Sequence[Finding], shown_per_kind: int = SHOWN_P
     return "\n".join(lines)
 
 
-def near_matches(name: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """Up to `count` of `names` that somebody who wrote `name` may have meant, best first; letter case does not matter."""
-    folded: dict[str, str] = {}
-    for candidate in names:
-        folded.setdefault(candidate.casefold(), candidate)
-    return [folded[match] for match in difflib.get_close_matches(name.casefold(), folded, count)]
+def summarize_findings(findings: Mapping[str, Sequence[Finding]], on_error: OnError) -> dict[str, Any]:
+    """Plain values for a JSON file: counts by kind over all splits, and the first places of each kind by split."""
+    counts: dict[str, int] = {}
+    splits: dict[str, Any] = {}
+    for split, members in findings.items():
+        splits[split] = {}
+        for kind, same in group_by_kind(members).items():
+            counts[kind] = counts.get(kind, 0) + len(same)
+            first = [str(finding) for finding in same[:SHOWN_PER_KIND]]
+            splits[split][kind] = {"severity": same[0].severity, "count": len(same), "first": first}
+    return {"on_error": on_error, "counts": counts, "splits": splits}
 
 
-def existing_path(path: str | Path, what: str) -> Path:
-    """The absolute form of a path that has to be there.
+def stopping_findings(findings: Iterable[Finding], on_error: OnError) -> list[Finding]:
+    """The findings that stop training: the one definition of a data set that is not sound."""
+    severities = ("fatal", "error") if on_error == "fail" else ("fatal",)
+    return [finding for finding in findings if finding.severity in severities]
+
+
+def raise_for_faults(findings: Sequence[Finding], source: str, on_error: OnError) -> None:
+    """Raise if the findings stop training.
+
+    Args:
+        findings: of one data set.
+        source: name of the data set, for the message.
+        on_error: policy.
 
     Raises:
-        ValueError: it is not; with the path tried and up to three that are there and look like it.
+        ValueError: there are errors under `fail`, or fatal findings; lists them by kind.
     """
-    wanted = Path(path).expanduser().absolute()
-    if wanted.exists():
-        return wanted
-    missing = wanted
-    while not missing.parent.exists():
-        missing = missing.parent
-    siblings = sorted(entry.name for entry in missing.parent.iterdir()) if missing.parent.is_dir() else []
-    similar = near_matches(missing.name, siblings)
-    hint = f" Did you mean {' or '.join(str(missing.parent / name) for name in similar)}?" if similar else ""
-    raise ValueError(f"{what}: expected a path that exists, got {wanted}; {missing} is not there.{hint}")
+    if on_error not in get_args(OnError):
+        raise ValueError(f"data.on_error: expected {listed(get_args(OnError))}, got {on_error!r}.")
+    stopping = stopping_findings(findings, on_error)
+    if not stopping:
+        return
+    others = [finding for finding in findings if finding.severity in ("error", "warning") and finding not in stopping]
+    also = f"\nFound as well:\n{describe_findings(others)}" if others else ""
+    if len(stopping) == 1 and stopping[0].severity == "fatal" and str(stopping[0]) == one_line(stopping[0].message):
+        raise ValueError(f"{source}: {stopping[0]}.{also}")  # about the whole data set: there is no place to list
+    if on_error == "fail":
+        raise ValueError(
+            f"{source}: expected sound annotations, got {len(stopping)} fault(s). Correct the file, or set "
+            f"data.on_error=fix (repairs in memory) or data.on_error=skip (leaves out).\n{describe_findings(stopping)}"
+        )
+    raise ValueError(
+        f"{source}: expected annotations that can be repaired, got:\n{describe_findings(stopping)}\nCorrect the file.{also}"
+    )

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -43,6 +43,9 @@ class ImageInfo:
     def is_turned(self) -> bool:
         """True if the stored image is rotated by 90 degrees against the upright one."""
         return self.orientation >= 5
+
+
+ImageInspector = Callable[[Iterable[str], Path], Mapping[str, ImageInfo]]
 
 
 def inspect_images(paths: Iterable[str], folder: Path, max_pixels: int = MAX_PIXELS) -> dict[str, ImageInfo]:

@@ -1,20 +1,19 @@
-"""Data sets made of others: some of their images, or all of several."""
+"""Subsets and concatenations of data sets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fpn_det.structures import Annotations
+from fpn_det.structures import Annotations, offsets_of
 
 
 def select_images(annotations: Annotations, rows: Tensor) -> Annotations:
-    """The data set with only the images of `rows` (i64 [N]), in that order."""
+    """Return the images of `rows` (i64 [N]) with their objects, in that order."""
     objects, offsets = _select_ragged(annotations.offsets, rows)
     characters, path_offsets = _select_ragged(annotations.path_offsets, rows)
     return replace(
@@ -33,12 +32,12 @@ def select_images(annotations: Annotations, rows: Tensor) -> Annotations:
 
 
 def drop_empty(annotations: Annotations) -> Annotations:
-    """The data set without images that show nothing to learn: no object, or crowd regions only."""
+    """Return the images with at least one object that is not a crowd region."""
     return select_images(annotations, annotations.objects_per_image.nonzero().flatten())
 
 
 def split_images(annotations: Annotations, val_fraction: float, seed: int) -> tuple[Annotations, Annotations]:
-    """Part the images at random into training and validation, each in the order of the file.
+    """Split the images at random into training and validation, each in the order of the file.
 
     Raises:
         ValueError: one of the two would be empty.
@@ -55,9 +54,9 @@ def split_images(annotations: Annotations, val_fraction: float, seed: int) -> tu
 
 
 def concatenate(parts: Sequence[Annotations]) -> Annotations:
-    """All images of data sets of the same classes.
+    """Concatenate data sets of the same classes.
 
-    Image and annotation ids stay, unless they clash: then those of each further part are raised beyond the ones before.
+    Image and annotation ids stay unless they clash; then those of each further part are raised above the ones before.
     """
     if len(parts) == 1:
         return parts[0]
@@ -84,13 +83,8 @@ def concatenate(parts: Sequence[Annotations]) -> Annotations:
     )
 
 
-def offsets_of(counts: Any) -> Tensor:
-    """Where each run of a ragged array starts, and where the last one ends."""
-    return torch.cat([torch.zeros(1, dtype=torch.int64), torch.as_tensor(counts, dtype=torch.int64).cumsum(0)])
-
-
 def _select_ragged(offsets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the elements of `rows` lie in a ragged array, and the offsets of the array made of them."""
+    """Return the positions of the elements of `rows` in a ragged array, and the offsets of the selected array."""
     counts = offsets.diff()[rows]
     selected = offsets_of(counts)
     shift = torch.repeat_interleave(offsets[:-1][rows] - selected[:-1], counts)

@@ -11,10 +11,12 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fpn_det.annotations.findings import Finding
+from fpn_det.annotations.check_objects import FlaggedObjects
+from fpn_det.annotations.config import SplitConfig
+from fpn_det.annotations.findings import Finding, OnError, raise_for_faults
 from fpn_det.annotations.image_inspection import ImageInfo, inspect_images
-from fpn_det.annotations.reading import CheckedDataset, Format, check_raw, load_raw, raise_for_faults
-from fpn_det.annotations.split_overlap import drop_overlap
+from fpn_det.annotations.reading import CheckedDataset
+from fpn_det.annotations.splits import TrainData, are_same_images, drop_images, find_overlap
 from fpn_det.annotations.subsets import drop_empty, select_images, split_images
 from fpn_det.data.bad_images import OnBadImage
 from fpn_det.data.collation import Collator, ResizeOn
@@ -34,17 +36,6 @@ SplitName = Literal["train", "val", "test"]
 
 
 @dataclass(frozen=True)
-class SplitConfig:
-    """One part of a data set."""
-
-    images: str | list[str] | None = (
-        None  # folder, or one for each of the annotations; null = where the format has them
-    )
-    annotations: str | list[str] | None = None  # a JSON file, or what the format calls for; several are concatenated
-    format: Format | None = None  # null = recognized
-
-
-@dataclass(frozen=True)
 class ProposalsConfig:
     """Files of precomputed proposals in the COCO results format, for a model without an RPN."""
 
@@ -53,15 +44,6 @@ class ProposalsConfig:
     test: str | None = None  # path; needed to evaluate the test split only
     train_limit: Count = 2000  # proposals per image in training, the best ones
     eval_limit: Count = 1000  # proposals per image in evaluation
-
-
-@dataclass(frozen=True)
-class TrainData:
-    """The images to train on and to evaluate on, and what was found wrong with their annotations."""
-
-    train: Annotations
-    val: Annotations
-    findings: list[Finding]
 
 
 @dataclass(frozen=True)
@@ -75,9 +57,8 @@ class DataConfig:
     val_fraction: Share | None = None  # hold out this fraction of the training images instead of reading val
     max_images: Count | None = None  # use only the first images of each split, for trials
     classes: list[str] | None = None  # names of the classes to use; null = all
-    on_error: Literal["fail", "fix", "skip"] = (
-        "fail"  # for broken annotations and images; see annotations and bad_images
-    )
+    on_error: OnError = "fail"  # faults of annotations and images: refuse, repair in memory, or leave out
+    flagged_objects: FlaggedObjects = "crowd"  # difficult (VOC) or ignore (COCO): crowd regions, ordinary, or left out
     max_bad_fraction: Fraction = 0.1  # under on_error=skip, end the run if more of the images turn out to be bad
     max_image_pixels: Count = MAX_PIXELS  # largest width * height of an image file; larger ones are refused unread
     check: bool = True  # decode every image once before the run; the result is cached until the file changes
@@ -145,33 +126,21 @@ class DataConfig:
         Raises:
             ValueError: annotations or images have faults that `on_error` does not allow, or no training image has objects.
         """
-        checked = self.check_split("train", self.classes)
-        raise_for_faults(checked, f"data.train ({self.train.annotations})", self.on_error)
-        findings = list(checked.findings)
-        if self.val_fraction is not None:
-            train, val = split_images(self._limited(checked.annotations), self.val_fraction, seed)
-        else:
-            checked_val = self.check_split("val", checked.annotations.class_names)
-            raise_for_faults(checked_val, f"data.val ({self.val.annotations})", self.on_error)
-            findings += checked_val.findings
-            if self.train != self.val:
-                checked = drop_overlap(checked, checked_val, self.on_error)
-            train, val = self._limited(checked.annotations), self._limited(checked_val.annotations)
-        if not self.keep_empty:
-            train = drop_empty(train)
-            if not len(train):
-                raise ValueError(
-                    "data.train: expected images with objects, got none. "
-                    "Set data.keep_empty=true to train on images without."
-                )
-        return TrainData(train.share_memory(), val.share_memory(), findings)
+        datasets = {"train": self.check_split("train", self.classes)}
+        self._raise_for_faults("train", datasets["train"].findings)
+        if self.val_fraction is None:
+            datasets["val"] = self.check_split("val", datasets["train"].annotations.class_names)
+        data = self.check_together(datasets, seed)
+        for split, findings in data.findings.items():
+            self._raise_for_faults(split, findings)
+        return replace(data, train=data.train.share_memory(), val=data.val.share_memory())
 
     def read_split(self, split: SplitName, class_names: Sequence[str], seed: int) -> Annotations:
-        """Read the ground truth of a split for evaluation.
+        """Read the ground truth of a split for an evaluation.
 
         Args:
-            split: name of the split.
-            class_names: the classes of the model, in the order of its labels.
+            split: part to read; `val` is the held-out part of the training images under `val_fraction`.
+            class_names: classes that the weights were trained for.
             seed: of the random split under `val_fraction`.
 
         Raises:
@@ -179,26 +148,86 @@ class DataConfig:
         """
         source: SplitName = "train" if split == "val" and self.val_fraction is not None else split
         checked = self.check_split(source, class_names)
-        raise_for_faults(checked, f"data.{source} ({getattr(self, source).annotations})", self.on_error)
+        self._raise_for_faults(source, checked.findings)
         annotations = self._limited(checked.annotations)
         return annotations if source == split else split_images(annotations, self.val_fraction or 0, seed)[1]
 
     def check_split(self, split: SplitName, class_names: Sequence[str] | None) -> CheckedDataset:
-        """Read a split and check it; faults are returned, not raised.
+        """Read and check one split. Faults are returned.
 
         Args:
-            split: name of the split.
-            class_names: the classes, in the order of their labels; None takes them from the files.
+            split: part to read.
+            class_names: the classes and their order; None takes them from the files.
+
+        Raises:
+            ValueError: the files cannot be read, or do not say which images are of the split.
         """
         source: SplitConfig = getattr(self, split)
-        if source.annotations is None:
+        checked = source.load(
+            split,
+            class_names=class_names,
+            subset=self.classes is not None,
+            on_error=self.on_error,
+            flagged_objects=self.flagged_objects,
+            inspect=partial(_inspect_once, max_pixels=self.max_image_pixels) if self.check else None,
+        )
+        others = {"train": ["val"] if self.val_fraction is None else [], "val": ["train"], "test": ["train"]}[split]
+        same = [other for other in others if getattr(self, other) == source]
+        if same and None in checked.image_lists:
             raise ValueError(
-                f"data.{split}: expected images and annotations, got none. "
-                f"Set data.{split}.images and data.{split}.annotations."
+                f"data.{split}: expected a list or a folder of the images of the split, got all images of "
+                f"{source.annotations}, which are those of data.{same[0]} too. "
+                "Add ImageSets/Main/<split>.txt (VOC) or images/<split> (YOLO), or set data.val_fraction."
             )
-        inspect = partial(_inspect_once, max_pixels=self.max_image_pixels) if self.check else None
-        raw = load_raw(source.annotations, source.images, source.format, split)
-        return check_raw(raw, class_names, self.classes is not None, self.on_error, inspect)
+        return checked
+
+    def check_together(self, datasets: Mapping[str, CheckedDataset], seed: int) -> TrainData:
+        """Select the images to train and evaluate on, and find what concerns more than one object. Faults are returned.
+
+        Training and `check-data` both use this, so both refuse the same data.
+
+        Args:
+            datasets: `train`, and `val` without `val_fraction`.
+            seed: of the random split under `val_fraction`.
+        """
+        findings = {split: list(dataset.findings) for split, dataset in datasets.items()}
+        train = datasets["train"]
+        val = train.annotations
+        if self.val_fraction is not None:
+            train_images = self._limited(train.annotations)
+            try:
+                train_images, val = split_images(train_images, self.val_fraction, seed)
+            except ValueError as error:
+                findings["train"].append(Finding("val_fraction", str(error).rstrip("."), "fatal"))
+        else:
+            if "val" in datasets:
+                train = self._check_overlap(train, datasets["val"], findings)
+                val = self._limited(datasets["val"].annotations)
+            train_images = self._limited(train.annotations)
+        if any(finding.kind == "no_annotations" for finding in findings.get("val", [])):
+            message = "expected annotations to evaluate on, got a list of images without any"
+            findings["val"].append(Finding("no_ground_truth", message, "fatal"))
+        if not self.keep_empty:
+            train_images = drop_empty(train_images)
+            if not len(train_images):
+                message = "expected images with objects, got none. Set data.keep_empty=true to train on images without objects"
+                findings["train"].append(Finding("no_objects", message, "fatal"))
+        return TrainData(train_images, val, findings)
+
+    def _check_overlap(
+        self, train: CheckedDataset, val: CheckedDataset, findings: dict[str, list[Finding]]
+    ) -> CheckedDataset:
+        """Report images that are in both splits, and leave them out of training unless faults are refused."""
+        if are_same_images(train, val):
+            message = "the images are those of data.train; the metrics say nothing about other images"
+            findings["val"].append(Finding("val_is_train", message, "warning"))
+            return train
+        overlap = find_overlap(train, val, "val")
+        findings["train"] += overlap.values()
+        return train if self.on_error == "fail" else drop_images(train, overlap)
+
+    def _raise_for_faults(self, split: str, findings: Sequence[Finding]) -> None:
+        raise_for_faults(findings, f"data.{split} ({getattr(self, split).annotations})", self.on_error)
 
     def _limited(self, annotations: Annotations) -> Annotations:
         if self.max_images is None:

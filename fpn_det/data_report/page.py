@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from fpn_det.annotations.findings import Finding, group
+from fpn_det.annotations.findings import Finding, group_by_kind
 from fpn_det.data_report.anchor_coverage import AnchorCoverage
 from fpn_det.data_report.report import Report, summarize
 from fpn_det.image_io import read_image
@@ -79,7 +79,7 @@ def _splits(report: Report) -> str:
 def _findings(report: Report) -> str:
     lines = []
     for split, findings in report.findings.items():
-        for kind, members in group(findings).items():
+        for kind, members in group_by_kind(findings).items():
             severity = members[0].severity
             items = "".join(f"<li>{escape(str(finding))}</li>" for finding in members[:LISTED])
             more = f"<li>... and {len(members) - LISTED} more in data_report.json</li>" if len(members) > LISTED else ""
@@ -95,7 +95,9 @@ def _worst(report: Report) -> str:
     figures: list[str] = []
     for split, part in report.parts.items():
         row_of = {int(image_id): row for row, image_id in enumerate(part.annotations.image_ids)}
-        for members in group(finding for finding in report.findings[split] if finding.severity != "note").values():
+        for members in group_by_kind(
+            finding for finding in report.findings[split] if finding.severity != "note"
+        ).values():
             drawn = [finding for finding in members if finding.image_id in row_of][:IMAGES_PER_KIND]
             figures += [_figure_of(finding, split, part.annotations, row_of[finding.image_id]) for finding in drawn]  # type: ignore[index]
     return f"<h2>The worst findings</h2>{''.join(figures[:MAX_IMAGES])}" if figures else ""

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from itertools import combinations
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fpn_det.annotations.check_images import OnError
-from fpn_det.annotations.findings import Finding
+from fpn_det.annotations.findings import SEVERITIES, Finding, OnError, stopping_findings
 from fpn_det.annotations.reading import CheckedDataset, as_list
-from fpn_det.annotations.split_overlap import find_overlap
+from fpn_det.annotations.splits import are_same_images, find_overlap
 from fpn_det.data.config import DataConfig, SplitName
 from fpn_det.structures import Annotations
-
-SEVERITIES = ("fatal", "error", "warning", "note")  # the worst first
 
 
 @dataclass
@@ -39,7 +35,7 @@ class Report:
     @property
     def is_sound(self) -> bool:
         """True if training would accept the data."""
-        return not self._has("fatal", "error") if self.policy == "fail" else not self._has("fatal")
+        return not any(stopping_findings(findings, self.policy) for findings in self.findings.values())
 
     @property
     def verdict(self) -> str:
@@ -64,8 +60,13 @@ class Report:
         }
 
 
-def inspect_data(data: DataConfig) -> Report:
-    """Read every split that training reads, and the test split if its annotations exist."""
+def inspect_data(data: DataConfig, seed: int = 0) -> Report:
+    """Read every split that training reads, and the test split if its annotations exist.
+
+    Args:
+        data: settings of the planned training.
+        seed: of the training; it determines the images held out by `val_fraction`.
+    """
     report, class_names = Report(data.on_error), data.classes
     for split in _splits(data):
         try:
@@ -74,11 +75,19 @@ def inspect_data(data: DataConfig) -> Report:
             report.findings[split] = [Finding("cannot_be_read", str(error), "warning" if split == "test" else "fatal")]
             continue
         report.parts[split] = part
-        report.findings[split] = part.findings + find_notes(part.annotations)
+        report.findings[split] = list(part.findings)
         class_names = class_names or list(part.annotations.class_names)
-    for one, other in combinations(report.parts, 2):
-        if getattr(data, one) != getattr(data, other):
-            report.findings[one] += find_overlap(report.parts[one], report.parts[other], other).values()
+    together = {split: part for split, part in report.parts.items() if split != "test"}
+    if "train" in together:
+        report.findings |= data.check_together(together, seed).findings
+    test = report.parts.get("test")
+    if test is not None:
+        for trained, part in together.items():
+            if not are_same_images(part, test):
+                overlap = find_overlap(part, test, "test").values()
+                report.findings[trained] += [replace(finding, severity="warning") for finding in overlap]
+    for name, part in report.parts.items():
+        report.findings[name] += find_notes(part.annotations)
     return report
 
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fpn_det.annotations.findings import group
-from fpn_det.data_report.report import SEVERITIES, Report, summarize
+from fpn_det.annotations.findings import group_by_kind
+from fpn_det.data_report.report import Report, summarize
 
 COLORS = {"fatal": "bold red", "error": "red", "warning": "yellow", "note": "cyan"}
 SHOWN_CLASSES = 30
@@ -49,7 +49,7 @@ def _findings_table(report: Report) -> Table:
     table.columns[4].no_wrap = False
     table.columns[4].justify = "left"
     for split, findings in report.findings.items():
-        for kind, members in group(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))).items():
+        for kind, members in group_by_kind(findings).items():
             severity = members[0].severity
             table.add_row(f"[{COLORS[severity]}]{severity}[/]", split, kind, str(len(members)), escape(str(members[0])))
     if not table.row_count:

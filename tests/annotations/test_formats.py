@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from fpn_det.annotations.image_inspection import inspect_images
-from fpn_det.annotations.reading import format_of, read_annotations
+from fpn_det.annotations.reading import detect_format, read_annotations
 from fpn_det.structures import Annotations
 
 SIZES = {"a": (48, 64), "b": (57, 31), "c": (40, 40)}  # (h, w)
@@ -92,7 +92,7 @@ def assert_is_the_set(found: Annotations) -> None:
 @pytest.mark.parametrize("kind", MAKERS)
 def test_format_is_recognized_and_read(tmp_path, kind):
     root = MAKERS[kind](tmp_path / "set")
-    assert format_of(source_of(kind, root)) == kind
+    assert detect_format(source_of(kind, root)) == kind
     assert_is_the_set(read(kind, root))
 
 
@@ -373,7 +373,7 @@ def test_fault_is_named_and_repaired_or_left_out(tmp_path, caplog, name):
         ("yolo", edit("data.yaml", "names: [ant, bee]", ""), "expected 'names' with the names of the classes"),
         ("yolo", edit("data.yaml", "[ant, bee]", "{1: ant, 2: bee}"), "a list or a table that counts from 0"),
         ("yolo", edit("data.yaml", "names:", "nc: 3\nnames:"), "got nc 3 and 2 names"),
-        ("yolo", edit("data.yaml", "names: [", "names: [["), "expected YAML"),
+        ("yolo", edit("data.yaml", "names: [", "names: [["), "expected plain YAML"),
         ("yolo", edit("data.yaml", "images/train", "images/trian"), "expected a path that exists, got 'images/trian'"),
         ("yolo", lambda root: shutil.rmtree(root / "images" / "train"), "expected a path that exists"),
         ("csv", edit("train.csv", "class", "kind"), "got none named class. Its first line is"),

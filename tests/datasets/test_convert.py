@@ -118,7 +118,7 @@ def test_command_goes_round_all_formats(start, images, tmp_path, capsys):
     assert_same(found, read_annotations(start, images), with_crowd=False)
     assert (
         capsys.readouterr().out.splitlines()[-1]
-        == f"{end}: 3 pictures (1 without objects), 5 objects, classes zebra, ant."
+        == f"{end}: 3 images (1 without objects), 5 objects, classes zebra, ant."
     )
 
 
@@ -148,13 +148,74 @@ def test_yolo_second_split_joins_the_first(start, tmp_path, capsys):
     assert "data.yaml: expected the classes ant, zebra, got others" in capsys.readouterr().err
 
 
-def test_voc_refuses_two_pictures_of_one_name(start, tmp_path, capsys):
+@pytest.mark.parametrize("target", ["voc", "yolo"])
+def test_two_images_that_differ_by_their_ending_are_refused(start, tmp_path, capsys, target):
+    document = json.loads(start.read_text())
+    document["images"][1]["file_name"] = "a.png"
+    start.write_text(json.dumps(document))
+    with pytest.raises(SystemExit):
+        convert("coco", target, start, tmp_path / "output")
+    assert "got 'a' more than once: a.jpg and a.png" in capsys.readouterr().err
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("target", ["voc", "yolo"])
+def test_images_of_one_name_in_two_folders_keep_their_labels(start, images, tmp_path, target):
+    (images / "x").mkdir()
+    (images / "b.png").rename(images / "x" / "a.png")
     document = json.loads(start.read_text())
     document["images"][1]["file_name"] = "x/a.png"
     start.write_text(json.dumps(document))
+    output = convert("coco", target, start, tmp_path, "--split", "train")
+    found = read_annotations(output, images if target == "voc" else None, format=target)
+    counts = {str(found.path(row).relative_to(images)): len(found.boxes[found.rows(row)]) for row in range(len(found))}
+    assert counts == {"a.jpg": 4 if target == "voc" else 3, "x/a.png": 2, "empty.jpg": 0}
+
+
+@pytest.mark.parametrize("name", ["/etc/a.jpg", "../../a.jpg", "x/../../a.jpg"])
+@pytest.mark.parametrize("target", ["voc", "yolo"])
+def test_nothing_is_written_outside_of_the_output(start, tmp_path, capsys, target, name):
+    document = json.loads(start.read_text())
+    document["images"][0]["file_name"] = name
+    (tmp_path / "in").mkdir()
+    source = tmp_path / "in" / "start.json"
+    source.write_text(json.dumps(document))
+    before = set(tmp_path.rglob("*"))
     with pytest.raises(SystemExit):
-        convert("coco", "voc", start, tmp_path / "voc")
-    assert "got 'a' more than once" in capsys.readouterr().err
+        convert("coco", target, source, tmp_path / "out" / "deep")
+    assert "whose label file would be outside of the output" in capsys.readouterr().err
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_labels_of_another_image_are_not_overwritten(start, tmp_path, capsys):
+    convert("coco", "yolo", start, tmp_path / "yolo")
+    convert("coco", "yolo", start, tmp_path / "yolo")  # the same again is no change
+    labels = tmp_path / "yolo" / "labels" / "train" / "a.txt"
+    labels.write_text("0 0.5 0.5 0.1 0.1\n")
+    with pytest.raises(SystemExit):
+        convert("coco", "yolo", start, tmp_path / "yolo")
+    assert "a.txt: expected no such file, got one with other labels" in capsys.readouterr().err
+    assert labels.read_text() == "0 0.5 0.5 0.1 0.1\n"
+
+
+def test_the_source_is_not_overwritten(start, capsys):
+    before = start.read_bytes()
+    with pytest.raises(SystemExit):
+        convert("coco", "coco", start, start)
+    assert "expected an output that is not the input" in capsys.readouterr().err and start.read_bytes() == before
+
+
+@pytest.mark.parametrize("names", [("no", "1e3"), ("012", "null"), ("a: b", "#c"), ("M\u00e4use", "M\u00f6use")])
+@pytest.mark.parametrize("target", ["yolo", "csv", "voc"])
+def test_class_names_survive_every_format(start, images, tmp_path, target, names):
+    document = json.loads(start.read_text())
+    for record, name in zip(document["categories"], names, strict=True):
+        record["name"] = name
+    start.write_text(json.dumps(document))
+    output = tmp_path / "table.csv" if target == "csv" else tmp_path
+    convert("coco", target, start, output)
+    found = read_annotations(output, images, format=target)
+    assert set(found.class_names) == set(names)
 
 
 def test_faults_end_the_conversion_or_are_repaired_in_what_is_written(start, images, tmp_path, capsys):
@@ -188,7 +249,7 @@ def test_command_refuses_classes_and_options_that_do_not_fit(start, tmp_path, ca
 
 
 @pytest.mark.skipif("FPN_DET_DATA" not in os.environ, reason="FPN_DET_DATA names no folder with real pictures")
-def test_voc_of_real_pictures_leaves_out_the_boxes_without_area(tmp_path, caplog):
+def test_voc_of_real_pictures_leaves_out_the_boxes_without_area(tmp_path, capsys):
     folder = Path(os.environ["FPN_DET_DATA"]) / "bccd"
     counts = {}
     for split in ("train", "val", "test"):
@@ -197,5 +258,6 @@ def test_voc_of_real_pictures_leaves_out_the_boxes_without_area(tmp_path, caplog
         assert found.class_names == ("Platelets", "RBC", "WBC")
         counts[split] = len(found), len(found.boxes)
     assert counts == {"train": (205, 2804), "val": (87, 1137), "test": (72, 945)}  # 4,888 boxes, less two
+    printed = capsys.readouterr().out
     for place in ("BloodImage_00343.xml object", "BloodImage_00338.xml object"):
-        assert place in caplog.text
+        assert place in printed

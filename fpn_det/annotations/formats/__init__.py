@@ -1,1 +1,1 @@
-"""Readers: from the files of each format to `RawDataset`."""
+"""Readers of the annotation formats; each returns a `RawDataset`."""

@@ -1,15 +1,18 @@
-"""A table in a text file: a line for each object, corners in px."""
+"""CSV: one line per object, with corners in px."""
 
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
+from fpn_det.annotations.files import read_text
 from fpn_det.annotations.findings import Finding
-from fpn_det.annotations.raw import RawDataset, Record, parse_number, read_text
+from fpn_det.annotations.parsing import parse_number
+from fpn_det.annotations.raw import RawDataset, Record
 from fpn_det.image_io import image_size
 
-# How tools name the columns; the first is ours.
+# Names of the columns in the files of other tools; the first is ours.
 COLUMNS = {
     "file": ("file", "filename", "file_name", "image", "image_path", "path"),
     "x1": ("x1", "xmin", "x_min", "left"),
@@ -20,58 +23,79 @@ COLUMNS = {
     "width": ("width", "image_width", "w"),
     "height": ("height", "image_height", "h"),
 }
-OPTIONAL = ("width", "height")  # else the picture says
+OPTIONAL = ("width", "height")  # of the image; both or none
+CORNERS = ("x1", "y1", "x2", "y2")
 
 
 def load(source: Path, folder: Path | None) -> RawDataset:
-    """A picture without objects has one line, empty from x1 on. The classes are those that occur, by name.
+    """Load a table. An image without objects has one line that is empty from x1 on. Classes are those that occur.
+
+    Args:
+        source: the table, separated by commas, semicolons or tabs.
+        folder: of the images.
 
     Raises:
-        ValueError: columns are missing.
+        ValueError: the file is no table, or columns are missing.
     """
-    lines = read_text(source).splitlines()
-    header = lines[0] if lines else ""
+    raw = RawDataset(source, folder, [], [], [], image_list=str(source), lists_classes=False)
+    rows = _read_rows(source, raw)
+    names = sorted({row["class"] for _, row in rows if row["class"]})
+    category_of = {name: number for number, name in enumerate(names, start=1)}
+    raw.categories.extend({"id": number, "name": name} for name, number in category_of.items())
+    image_of: dict[str, Record] = {}
+    for line, row in rows:
+        where = f"{source.name} line {line}"
+        image = image_of.get(row["file"])
+        stated = [parse_number(row[side]) for side in OPTIONAL if row.get(side)]
+        size = {"width": stated[0], "height": stated[1]} if len(stated) == 2 else {}
+        if image is None:
+            from_file = image_size(folder / row["file"]) if not size and folder is not None and row["file"] else None
+            image = image_of[row["file"]] = raw.add_image(row["file"], from_file)
+            image |= size
+        elif size and any(image[side] != value for side, value in size.items()):
+            message = f"expected the same size as before, got width {row['width']}, height {row['height']}"
+            raw.findings.append(
+                Finding("image_size_differs", message, image_id=image["id"], file_name=row["file"], where=where)
+            )
+        if row["class"] or any(row[side] for side in CORNERS):
+            corners = [parse_number(row[side]) for side in CORNERS]
+            raw.add_box(image, category_of.get(row["class"]), corners, where)
+    return raw
+
+
+def _read_rows(source: Path, raw: RawDataset) -> list[tuple[int, dict[str, str]]]:
+    """Return (line number, our column -> cell) of every line; lines with too many cells are left out and reported."""
+    text = read_text(source)
+    header = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=header.count)
-    reader = csv.DictReader(lines, delimiter=delimiter)
-    given = {name.strip().lower(): name for name in reader.fieldnames or ()}
-    columns = {ours: next((given[name] for name in names if name in given), None) for ours, names in COLUMNS.items()}
+    # The csv module limits the length of a field, but not that of a file, which `read_text` does.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        lines = [(reader.line_num, cells) for cells in reader]
+    except csv.Error as error:
+        raise ValueError(
+            f"{source}: expected a table, got line {reader.line_num} that cannot be read: {error}."
+        ) from None
+    names = [name.strip().lower() for name in (lines[0][1] if lines else [])]
+    columns = {ours: next((n for n in theirs if n in names), None) for ours, theirs in COLUMNS.items()}
     missing = [name for name, column in columns.items() if column is None and name not in OPTIONAL]
     if missing:
         raise ValueError(
             f"{source}: expected the columns {', '.join(COLUMNS)}, got none named {', '.join(missing)}. "
             f"Its first line is: {header[:80]!r}."
         )
-    tables = RawDataset(source, folder, [], [], [], states_classes=False)
-    image_of: dict[str, Record] = {}
-    category_of: dict[str, int] = {}
+    repeated = [column for column in columns.values() if column is not None and names.count(column) > 1]
+    if repeated:
+        raise ValueError(f"{source}: expected each column once, got {repeated[0]} more than once. Rename one.")
+    position_of = {ours: names.index(column) for ours, column in columns.items() if column is not None}
     rows = []
-    for cells in reader:
-        row = {ours: (cells.get(column) or "").strip() for ours, column in columns.items() if column is not None}
+    for number, cells in lines[1:]:
+        extra = [cell for cell in cells[len(names) :] if cell.strip()]
+        if extra:
+            message = f"expected {len(names)} values, got {len(cells)}; left out. Quote values that hold {delimiter!r}"
+            raw.findings.append(Finding("label_columns", message, where=f"{source.name} line {number}"))
+            continue
+        row = {ours: cells[i].strip() if i < len(cells) else "" for ours, i in position_of.items()}
         if any(row.values()):
-            rows.append((reader.line_num, row))
-    for number, name in enumerate(sorted({row["class"] for _, row in rows if row["class"]}), start=1):
-        category_of[name] = number
-        tables.categories.append({"id": number, "name": name})
-    for line, row in rows:
-        where = f"{source.name} line {line}"
-        image = image_of.get(row["file"])
-        size = {side: parse_number(row[side]) for side in OPTIONAL if row.get(side)}
-        if image is None:
-            image = {"id": len(image_of) + 1, "file_name": row["file"], **size}
-            if len(size) < 2 and folder is not None:
-                image["height"], image["width"] = image_size(folder / row["file"]) or (None, None)
-            image_of[row["file"]] = image
-            tables.images.append(image)
-        elif any(image[side] != value for side, value in size.items()):
-            message = f"expected the same size as before, got width {row['width']}, height {row['height']}"
-            tables.findings.append(
-                Finding("image_size_differs", message, image_id=image["id"], file_name=row["file"], where=where)
-            )
-        if row["class"] or row["x1"]:
-            tables.add_box(
-                image,
-                category_of.get(row["class"]),
-                [parse_number(row[side]) for side in ("x1", "y1", "x2", "y2")],
-                where,
-            )
-    return tables
+            rows.append((number, row))
+    return rows
