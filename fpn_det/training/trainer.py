@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from fpn_det.annotations.findings import Finding, describe_findings, summarize_findings
 from fpn_det.data.sampling import check_divides, describe_repeats, repeat_factors
 from fpn_det.evaluation.coco import Evaluation
 from fpn_det.evaluation.evaluate import evaluate, write_evaluation
@@ -105,6 +107,7 @@ class Trainer:
         config = self.config
         data = config.data.read_train_and_val(config.seed)
         self.train_annotations, self.val_annotations = data.train, data.val
+        self._report_findings(data.findings)
         state = load_on_all_ranks(lambda: folder.load(log.info))
         self._prepare_model(is_new=state is None)
         if config.trainer.batch_size == "auto":
@@ -115,10 +118,22 @@ class Trainer:
             "category_ids": list(self.train_annotations.category_ids),
             "preprocessing": config.data.eval_transforms,
             "config": self.config.to_yaml(),
+            "data_digests": {"train": self.train_annotations.digest(), "val": self.val_annotations.digest()},
         }
         if self.ranks.is_main:
             write_settings(folder.path, self.metadata["config"], overrides)
         self._prepare_optimization(state)
+
+    def _report_findings(self, findings: Mapping[str, Sequence[Finding]]) -> None:
+        """Log what was found in the data, and repaired or left out, and write it to `data_report.json`."""
+        on_error = self.config.data.on_error
+        if self.ranks.is_main:
+            summary = summarize_findings(findings, on_error)
+            (self.folder.path / "data_report.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        for split, found in findings.items():
+            if shown := [finding for finding in found if finding.severity != "note"]:
+                outcome = "warnings" if on_error == "fail" else "warnings, and faults that were repaired or left out"
+                self.log.info(f"data.{split}: {outcome}:\n{describe_findings(shown)}")
 
     def _prepare_model(self, is_new: bool) -> None:
         """Give the model its classes and weights, and move it to the device."""
@@ -225,6 +240,12 @@ class Trainer:
         if state["best"]["metric"] == self.best.metric:
             self.best = Best(**state["best"])
         self.log.info(f"Resuming after step {self.first_step} of {self.total_steps}.")
+        digests = state.get("data_digests", {})  # absent in the earliest checkpoints
+        for split, digest in self.metadata["data_digests"].items():
+            if digests.get(split, digest) != digest:
+                self.log.info(
+                    f"data.{split}: images or annotations have changed since the checkpoint. The run continues with the new ones."
+                )
         table = changes_table(read_settings(state["config"]), read_settings(self.metadata["config"]))
         if table is not None:
             self.log.info("Settings have changed since the checkpoint:")

@@ -135,12 +135,13 @@ class TinyData:
     on_error: str = "fail"
     repeat_threshold: float | None = None
     proposals: None = None
+    findings: dict = field(default_factory=dict)
 
     def validate(self, stride: int) -> None:
         pass
 
     def read_train_and_val(self, seed: int) -> TrainData:
-        return TrainData(make_annotations(16), make_annotations(4), [])
+        return TrainData(make_annotations(16), make_annotations(4), self.findings)
 
     def train_loader(self, annotations, *, accumulate, ranks, **options) -> TinyLoader:
         return self.make_loader(accumulate=accumulate, ranks=ranks)

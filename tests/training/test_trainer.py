@@ -13,6 +13,7 @@ import torch
 from parts import TinyConfig, TinyData, TinyLoader, TinyTrainer, Watched, differences, make_batch, snapshot
 from rich.console import Console
 
+from fpn_det.annotations.findings import Finding
 from fpn_det.errors import SystemFault
 from fpn_det.runs.folder import choose_folder
 from fpn_det.runs.log import RunLog
@@ -36,6 +37,7 @@ def make_run(
     on_eval_batch=None,
     ranks=Ranks(),  # noqa: B008
     val_batches=([0, 1, 2], [3]),
+    findings=None,
     **changes,
 ) -> Trainer:
     """A run in `path`, ready to train.
@@ -48,7 +50,9 @@ def make_run(
     loader = functools.partial(TinyLoader, **({"touch": touch} if touch else {}))
     config = TinyConfig(
         model={},
-        data=TinyData(loader, Watched([make_batch(rows) for rows in val_batches], on_eval_batch)),
+        data=TinyData(
+            loader, Watched([make_batch(rows) for rows in val_batches], on_eval_batch), findings=findings or {}
+        ),
         optimizer={},
         schedule={},
         recipe=recipe,
@@ -175,6 +179,7 @@ def test_run_leaves_what_it_promises(tmp_path):
         "metrics.json",
         "metrics.jsonl",
         "predictions.json",
+        "data_report.json",
         "checkpoints/last.pt",
         "checkpoints/best.pt",
     }
@@ -185,7 +190,7 @@ def test_run_leaves_what_it_promises(tmp_path):
     steps = [json.loads(line)["step"] for line in (run.folder.path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [4, 8, 12]
     keys = {"format", "model", "ema", "optimizer", "schedule", "scaler", "progress", "best", "rng", "class_names"}
-    keys |= {"category_ids", "preprocessing", "config", "versions"}
+    keys |= {"category_ids", "preprocessing", "config", "versions", "data_digests"}
     assert torch.load(run.folder.path / "checkpoints/last.pt", weights_only=True).keys() == keys
 
 
@@ -343,3 +348,41 @@ def test_resume_refuses_other_classes(tmp_path):
     run.metadata["class_names"][:] = ["other"]
     with pytest.raises(ValueError, match="resume: expected the classes of the checkpoint, thing, got other"):
         run._restore(torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=True))
+
+
+def test_findings_are_on_the_log_and_in_the_run_folder(tmp_path):
+    findings = {"train": [Finding("box_outside", "expected a box that touches the image", image_id=3)] * 7, "val": []}
+    run = make_run(tmp_path / "run", findings=findings)
+    assert "box_outside (7)" in log_of(run) and "... and 2 more" in log_of(run)
+    report = json.loads((run.folder.path / "data_report.json").read_text())
+    assert report["counts"] == {"box_outside": 7} and len(report["splits"]["train"]["box_outside"]["first"]) == 5
+
+
+def test_resumed_run_tells_that_its_data_changed(tmp_path):
+    make_run(tmp_path / "run").train()
+    path = tmp_path / "run/checkpoints/last.pt"
+    state = torch.load(path, weights_only=True)
+    state["data_digests"]["train"] = "of other boxes"
+    path.unlink()  # it is a link to the checkpoint of the step
+    torch.save(state, path)
+    resumed = make_run(tmp_path / "run", resume="auto")
+    assert "data.train: images or annotations have changed since the checkpoint" in log_of(resumed)
+    assert "data.val: images" not in log_of(resumed)
+
+
+@pytest.mark.parametrize("what", ["figures", "memory"])
+def test_a_checkpoint_that_is_due_survives_its_evaluation(tmp_path, what):
+    """Step 12 is due for both."""
+    run = make_run(tmp_path / "run", eval_every=12, save_every=12)
+
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.") if what == "memory" else IndexError("a picture")
+
+    if what == "memory":
+        run.optimization.model_to_evaluate.detect = fail
+        with pytest.raises(SystemFault, match=r"^memory: expected room to evaluate 1 image\(s\) at a time, got: CUDA"):
+            run.train()
+    else:
+        run.log_figures = fail
+        assert run.train() == 0 and "figures of step 12 could not be drawn: IndexError: a picture" in log_of(run)
+    assert make_run(tmp_path / "run", resume="auto").first_step == 12
