@@ -47,11 +47,6 @@ def check_data(config: CheckDataConfig, words: Sequence[str]) -> None:
     if train is not None and len(train.annotations):
         model = config.build_model(train.annotations.num_classes)
         coverage = measure_coverage(train.annotations, model, config.data.transforms(train=False))
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "data_report.json").write_text(json.dumps(report.as_json(), indent=1, default=str), encoding="utf-8")
-    write_page(folder / "data_report.html", report, coverage)
-
     console = SafeConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     print_report(report, console)
     if coverage is not None:
@@ -59,6 +54,10 @@ def check_data(config: CheckDataConfig, words: Sequence[str]) -> None:
             f"Of {len(coverage.ious)} objects, {coverage.num_below_positive} have no anchor with IoU >= "
             f"{coverage.positive_iou:g}, and {coverage.num_below_negative} none with IoU >= {coverage.negative_iou:g}."
         )
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "data_report.json").write_text(json.dumps(report.as_json(), indent=1, default=str), encoding="utf-8")
+    write_page(folder / "data_report.html", report, coverage)
     console.print(f"{report.verdict} The report: {shown_path(folder / 'data_report.html')}")
     if not report.is_sound:
         sys.exit(1)

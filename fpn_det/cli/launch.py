@@ -109,7 +109,8 @@ def _sweep(command: Command, schema: type[C], config_name: str, words: Sequence[
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's short message would advise to write +name=value
     # Hydra refuses names that YAML files do not list; which names exist is decided when a job composes its settings.
     sys.argv[1:] = ["-m", *(word if _is_hydras(word) or word[0] in "+~" else f"++{word}" for word in words)]
-    main()
+    with translate_system_errors():
+        main()
 
 
 def _is_hydras(word: str) -> bool:

@@ -30,9 +30,9 @@ def main() -> None:
 
 def run(command: str) -> None:
     """Run a command with the words of the command line, or print its help."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows ? for what it lacks
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+            stream.reconfigure(encoding="ascii", errors="backslashreplace")  # the same bytes in every encoding
     if any(word in HELP[:2] for word in sys.argv[1:]):
         print(command_help(command))
         return

@@ -64,7 +64,7 @@ def write_page(path: Path, report: Report, coverage: AnchorCoverage | None) -> N
             _best_anchors(report.parts["train"].annotations, coverage),
         ]
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Data report</title><style>{STYLE}</style>'
-    path.write_text(f"{head}<body>{''.join(parts)}</body></html>", encoding="utf-8")
+    path.write_text(f"{head}<body>{''.join(parts)}</body></html>", encoding="utf-8", errors="backslashreplace")
 
 
 def _splits(report: Report) -> str:

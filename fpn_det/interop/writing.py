@@ -6,6 +6,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,13 +31,17 @@ def write_weights(
             f"{path}: expected the name of a torch file (.pth) for {project}, got a pickle's. Only detectron2 reads those."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".pkl":
-        arrays = {name: value.numpy() for name, value in tensors.items()}
-        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "fpn_det"}))
-    elif project == "detectron2":
-        torch.save({"model": tensors}, path)
+    content: Any = tensors
+    if project == "detectron2":
+        content = {"model": tensors}
     elif project == "mmdet":
-        meta = {"dataset_meta": {"classes": tuple(class_names)}} if class_names else {}
-        torch.save({"meta": meta, "state_dict": tensors}, path)
-    else:
-        torch.save(tensors, path)
+        content = {
+            "meta": {"dataset_meta": {"classes": tuple(class_names)}} if class_names else {},
+            "state_dict": tensors,
+        }
+    with path.open("wb") as file:  # torch does not tell the cause if it cannot open a file
+        if path.suffix == ".pkl":
+            arrays = {name: value.numpy() for name, value in tensors.items()}
+            pickle.dump({"model": arrays, "__author__": "fpn_det"}, file)
+        else:
+            torch.save(content, file)
