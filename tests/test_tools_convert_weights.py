@@ -33,7 +33,7 @@ def torchvision_file(tmp_path_factory) -> Path:
 def load_small(*sources: Path, **options: Path) -> Predictor:
     """A predictor for images of 160 px, which takes less time than 800."""
     predictor = api.load(*sources, **options, device="cpu")
-    (resize,) = predictor.transform.tail
+    (resize,) = predictor.transform.deferred
     resize.sides, resize.max_side = [160], 200
     return predictor
 
