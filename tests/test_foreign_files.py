@@ -220,8 +220,11 @@ def test_commands_that_read_a_foreign_run_run_nothing(kind, settings, trained, t
         state = load_checkpoint(run / "checkpoints" / name) | {"config": text}
         (run / "checkpoints" / name).unlink()
         save_checkpoint(run / "checkpoints" / name, {key: item for key, item in state.items() if key != "format"})
-    (run / "nan_dump").mkdir()
-    shutil.copy(run / "checkpoints" / "best.pt", run / "nan_dump" / "step.pt")
+    (run / "nan_dump" / "rank0").mkdir(parents=True)
+    shutil.copy(run / "checkpoints" / "best.pt", run / "nan_dump" / "checkpoint.pt")
+    share = {"step": 0, "rank": 0, "world_size": 1, "precision": "fp32", "lr": 0.1, "loss_scale": 1.0}
+    lists = {name: [] for name in ("batches", "images", "examinations")}
+    save_checkpoint(run / "nan_dump" / "rank0" / "step.pt", share | lists | {"gradient_norms": {}})
     for tool, words in COMMANDS.values():
         result = run_tool(tool, *words)
         assert "Traceback" not in result.stderr and len(result.stderr.strip().splitlines()) <= 2, (tool, result.stderr)

@@ -8,6 +8,7 @@ one class that does nothing, and what contains it is dropped and listed.
 from __future__ import annotations
 
 import collections
+import mmap
 import pickle
 import pickletools
 import sys
@@ -79,18 +80,21 @@ def read_weights(path: str | Path) -> WeightFile:
     is_torch = zipfile.is_zipfile(path) or start == TORCH_MAGIC
     try:
         content, foreign = _read_torch(path) if is_torch else (_read_pickle(path), [])
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, IndexError, KeyError, TypeError) as error:
+        dropped = {where: f"not plain data (the file names {', '.join(foreign)})" for where in _inert_parts(content)}
+    except Exception as error:  # of any kind: a damaged pickle may ask for anything
+        if isinstance(error, ValueError) and str(error).startswith(f"{path}: expected"):
+            raise
         reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path}: expected a file of weights, got one that is damaged or holds more than that ({reason})."
         ) from None
-    dropped = {where: f"not plain data (the file names {', '.join(foreign)})" for where in _inert_parts(content)}
     return _find_weights(path, content, dropped)
 
 
 def _read_torch(path: Path) -> tuple[Any, list[str]]:
     """The content of a file made by torch.save, and the names of the classes that it asks for and does not get."""
     if zipfile.is_zipfile(path):
+        check_archive(path)
         foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
     else:
         foreign = sorted(_old_foreign_names(path))
@@ -98,6 +102,21 @@ def _read_torch(path: Path) -> tuple[Any, list[str]]:
         _refuse_code(path, name)
     with torch.serialization.safe_globals([(Inert, name) for name in foreign]):
         return torch.load(path, map_location="cpu", weights_only=True), foreign
+
+
+def check_archive(path: Path) -> None:
+    """Refuse a zip archive that unpacks to more than the size of its file: torch stores tensors without compression.
+
+    Raises:
+        ValueError: it claims more.
+    """
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        claimed = sum(entry.file_size for entry in archive.infolist())
+    if claimed > size:
+        raise ValueError(
+            f"{path}: expected a file made by torch.save, got {size:,} bytes that unpack to {claimed:,}. Do not trust it."
+        )
 
 
 def _old_foreign_names(path: Path) -> set[str]:
@@ -159,7 +178,19 @@ class _ArrayUnpickler(pickle.Unpickler):
         )
 
 
+def _check_pickle(path: Path) -> None:
+    """Refuse a pickle that makes the unpickler allocate more than its file justifies. Nothing is executed.
+
+    Python's unpickler allocates a table up to the largest index of a PUT instruction, whatever the number of objects.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for count, (code, argument, _) in enumerate(pickletools.genops(content)):  # type: ignore[arg-type]
+            if "PUT" in code.name and isinstance(argument, int) and argument > count:
+                raise ValueError(f"{path}: expected a file of weights, got a pickle with an index of {argument:,}.")
+
+
 def _read_pickle(path: Path) -> Any:
+    _check_pickle(path)
     with path.open("rb") as file:
         return _ArrayUnpickler(path, file).load()
 
@@ -194,7 +225,10 @@ def _find_weights(path: Path, content: Any, dropped: dict[str, str]) -> WeightFi
     class_names, config = None, None
     if str(content.get("format", "")).startswith("fpn_det checkpoint"):
         keys = ("ema", "model") if content.get("ema") else ("model",)
-        class_names, config = tuple(content["class_names"]), content.get("config")
+        names = content.get("class_names")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{path}: expected class names in the checkpoint, got {type(names).__name__}.")
+        class_names, config = tuple(names), content.get("config")
     elif isinstance(content.get("meta"), dict):  # mmdetection
         described = content["meta"].get("dataset_meta") or content["meta"]
         names = described.get("classes") or described.get("CLASSES")
@@ -206,8 +240,10 @@ def _find_weights(path: Path, content: Any, dropped: dict[str, str]) -> WeightFi
     state = {}
     for key, value in content.items():
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+            _check_size(path, str(key), value.nbytes)
             value = torch.from_numpy(value.copy())
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta and not value.is_quantized:
+            _check_size(path, str(key), value.numel() * value.element_size())
             state[str(key).removeprefix("module.")] = value  # `module.` is what DataParallel puts in front
         else:
             dropped = dropped | {str(key): f"a {type(value).__name__}, not a tensor"}
@@ -215,6 +251,14 @@ def _find_weights(path: Path, content: Any, dropped: dict[str, str]) -> WeightFi
         listed = "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
         raise ValueError(f"{path}: expected weights, got none ({listed or 'the file is empty'}).")
     return WeightFile(path, state, class_names, dropped, config)
+
+
+def _check_size(path: Path, name: str, num_bytes: int) -> None:
+    """Refuse a tensor that is larger than its file, such as one whose elements all share one place in memory."""
+    if num_bytes > path.stat().st_size:
+        raise ValueError(
+            f"{path}: expected weights, got {num_bytes:,} bytes of {name} in a smaller file. Do not trust it."
+        )
 
 
 def _reason(key: str, chosen: str) -> str:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 import zipfile
 import zlib
@@ -30,6 +29,7 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fpn_det.interop.reading import check_archive
 from fpn_det.runtime import broadcast_object, current_ranks, host_all_reduce_min, run_on_main
 
 State = dict[str, Any]
@@ -62,7 +62,9 @@ def named_checkpoint(run: str | None, file: str | None) -> tuple[Path, dict[str,
     if (run is None) == (file is None):
         raise ValueError("checkpoint: expected run=<folder> or checkpoint=<file>, one of the two.")
     path = Path(file) if file else Path(run or "") / "checkpoints" / "best.pt"
-    return path, load_checkpoint(path)
+    state = load_checkpoint(path)
+    check_fields(path, state)
+    return path, state
 
 
 def folder_of_run(checkpoint: Path) -> Path:
@@ -80,13 +82,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: expected a checkpoint, got no such file.")
     try:
+        check_archive(path)
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # compares check sums, which torch.load does not
         if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} does not have its check sum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # of any kind: a damaged pickle may ask for anything
+        if isinstance(error, OSError) or str(error).startswith(f"{path}: expected"):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path}: expected a checkpoint of fpn_det, got a damaged or foreign file ({reason})."
         ) from None
@@ -94,6 +99,35 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         got = repr(state.get("format")) if isinstance(state, dict) else f"a {type(state).__name__}"
         raise ValueError(f"{path}: expected '{FORMAT}', got {got}. To start from its weights, say init_from=<file>.")
     return state
+
+
+# Type of each field of a checkpoint that readers rely on.
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "model": dict,
+    "ema": (dict, type(None)),
+    "progress": dict,
+    "class_names": list,
+    "config": str,
+}
+
+
+def check_fields(path: Path, state: dict[str, Any]) -> None:
+    """Refuse a checkpoint that lacks what evaluation needs, or has it in another type.
+
+    Raises:
+        ValueError: a field is missing or of another type.
+    """
+    for name, kind in FIELDS.items():
+        if name not in state or not isinstance(state[name], kind):
+            got = type(state[name]).__name__ if name in state else "none"
+            raise ValueError(f"{path}: expected a checkpoint with {name}, got {got}. The file is damaged.")
+    names, step = state["class_names"], state["progress"].get("step")
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: expected the names of classes in the checkpoint, got {names!r:.80}.")
+    if not isinstance(step, int):
+        raise ValueError(f"{path}: expected the number of steps in the checkpoint, got {step!r:.80}.")
+    if not all(isinstance(value, Tensor) for part in (state["model"], state["ema"] or {}) for value in part.values()):
+        raise ValueError(f"{path}: expected tensors as the weights of the checkpoint, got other values.")
 
 
 def fill_model(model: nn.Module, state: dict[str, Any], where: str, weights: str = "auto") -> Literal["ema", "raw"]:

@@ -23,12 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from fpn_det.models.detector import Detector
-from fpn_det.runs.checkpoint import load_checkpoint, save_checkpoint
+from fpn_det.runs.checkpoint import check_fields, load_checkpoint, save_checkpoint
 from fpn_det.runtime import Ranks, broadcast_object, gather_objects, host_all_reduce_min, run_on_main, seed_step
 from fpn_det.structures import Annotations, Batch, Proposals, Targets
 from fpn_det.training.optimization import Optimization
 
 NEVER = 2**62
+# What a rank writes of its share of a step.
+SHARE_FIELDS = {
+    "step", "rank", "world_size", "precision", "lr", "loss_scale", "batches", "images", "examinations", "gradient_norms",
+}  # fmt: skip
 MAX_NAMES = 8  # of parameters or files in a message
 
 
@@ -159,7 +163,11 @@ def load_dump(folder: Path, rank: int) -> tuple[dict[str, Any], dict[str, Any], 
         ValueError: it is not there, or damaged.
     """
     share = load_checkpoint(_share_of(folder, rank))
-    return load_checkpoint(folder / "checkpoint.pt"), share, list(map(_as_batch, share["batches"]))
+    state = load_checkpoint(folder / "checkpoint.pt")
+    check_fields(folder / "checkpoint.pt", state)
+    if missing := sorted(SHARE_FIELDS - set(share)):
+        raise ValueError(f"{_share_of(folder, rank)}: expected the share of a rank, got none of {', '.join(missing)}.")
+    return state, share, list(map(_as_batch, share["batches"]))
 
 
 def _as_batch(record: dict[str, Any]) -> Batch:
