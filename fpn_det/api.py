@@ -20,7 +20,7 @@ from fpn_det.interop import loading
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
 from fpn_det.pretrained import settings_for
-from fpn_det.runs.checkpoint import fill_model, folder_of_run, named_checkpoint
+from fpn_det.runs.checkpoint import fill_model, find_checkpoint, run_folder_of
 from fpn_det.runs.folder import choose_folder
 from fpn_det.runs.log import RunLog
 from fpn_det.runtime import pick_device, process_group
@@ -51,7 +51,7 @@ def train(config: TrainConfig | Sequence[str], overrides: Sequence[str] = ()) ->
         config.set_precision()
         trainer = Trainer(config, ranks, device)
         folder = choose_folder(config.experiment, config.run_dir, config.resume, config.set_aside)
-        with folder.held(), translate_system_errors(folder.rescue), RunLog(folder.path, ranks) as log:
+        with folder.locked(), translate_system_errors(folder.resume_advice), RunLog(folder.path, ranks) as log:
             trainer.prepare(folder, log, overrides)
             with profiled(config.profile, log):
                 exit_code = trainer.train()
@@ -66,11 +66,11 @@ def evaluate(config: EvalConfig) -> Evaluation:
     Raises:
         ValueError: there is no such checkpoint, or the data cannot be used.
     """
-    path, state = named_checkpoint(config.run, config.checkpoint)
+    path, state = find_checkpoint(config.run, config.checkpoint)
     suffix = "" if config.split == "val" else f"_{config.split}"
     suffix += "" if config.tta == Views() else "_tta"
     suffix += "_proposals" if config.evaluation.target == "proposals" else ""
-    folder = folder_of_run(path) / "eval" / f"{path.stem}{suffix}"
+    folder = run_folder_of(path) / "eval" / f"{path.stem}{suffix}"
     with process_group(config.device, config.timeout_minutes) as (ranks, device):
         config.set_precision()
         annotations = config.data.read_split(config.split, state["class_names"], config.seed)

@@ -1,12 +1,12 @@
-"""The things that pass between the parts: what is drawn, what is fed, what comes out.
+"""Data structures that are passed between the modules of the package.
 
-Letters, here and everywhere: B images, L levels, N cells, A anchors per cell, M = N * A candidates,
-G objects per image (padded), R proposals, S samples, D detections, K foreground classes, C channels,
-H, W of a tensor, h, w of an image before padding.
+Letters of shapes, in all modules: B images, L levels, N cells, A anchors per cell, M = N * A anchors, G objects per image
+(padded), R proposals, S samples, D detections, K foreground classes, C channels, (H, W) size of a tensor, (h, w) size of an
+image before padding.
 
-Two frames exist. The original frame is the pixels of the file; the input frame is the pixels after the transforms,
-which the model sees. Coordinates follow the convention stated in `boxes.py`. Tensors of fixed shape carry a `valid`
-mask; what lies under False is defined (zeros, or the unit box) but means nothing.
+Boxes are in one of two frames: the original frame is in pixels of the image file, the input frame in pixels of the resized
+image that the model receives. `boxes.py` states the convention of coordinates. Tensors of fixed shape have a `valid` mask; rows
+where it is False hold defined values (zeros, or the unit box) that must be ignored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def offsets_of(counts: Any) -> Tensor:
 
 
 def _map_tensors(record: T, function) -> T:
-    """A copy of a dataclass whose tensors (also those in nested dataclasses) went through `function`."""
+    """Return a copy of a dataclass with `function` applied to its tensors, including those of nested Targets and Proposals."""
     changed = {}
     for item in fields(record):  # type: ignore[arg-type]
         value = getattr(record, item.name)
@@ -44,22 +44,22 @@ def _map_tensors(record: T, function) -> T:
 
 @dataclass(frozen=True)
 class Annotations:
-    """A data set as flat arrays, shared by all workers.
+    """Annotations of one split as flat arrays, shared by all data loader workers.
 
-    Image row i owns the boxes `offsets[i]:offsets[i + 1]`. Boxes are xyxy in the original frame; labels are contiguous
-    in [0, K). Crowd regions are kept: training leaves them out, evaluation honors them. Paths are stored as one run of
-    bytes, because every worker would copy a Python list of strings.
+    Boxes `offsets[i]:offsets[i + 1]` belong to image row i. Boxes are xyxy in the original frame; labels are contiguous in
+    [0, K). Crowd regions are included: training excludes them, evaluation ignores detections on them.
+    Paths are concatenated as UTF-8 bytes, because a Python list of strings is copied by every worker that reads it.
     """
 
-    image_ids: Tensor  # i64 [I], the ids of the file
-    path_bytes: Tensor  # u8, all paths one after another
+    image_ids: Tensor  # i64 [I], image ids of the annotation file
+    path_bytes: Tensor  # u8, concatenated paths
     path_offsets: Tensor  # i64 [I + 1]
     sizes: Tensor  # i64 [I, 2], (h, w) in the original frame
     offsets: Tensor  # i64 [I + 1]
     boxes: Tensor  # f64 [T, 4]
     labels: Tensor  # i64 [T]
     iscrowd: Tensor  # bool [T]
-    area: Tensor  # f64 [T], of the object (its mask, where the file has one), px^2
+    area: Tensor  # f64 [T], area of the mask if the file has one, else of the box, px^2
     annotation_ids: Tensor  # i64 [T]
     class_names: tuple[str, ...]  # [K], ordered by category id
     category_ids: tuple[int, ...]  # [K]
@@ -77,7 +77,7 @@ class Annotations:
         return Path(self.path_bytes[start:stop].numpy().tobytes().decode(errors="surrogateescape"))
 
     def rows(self, index: int) -> slice:
-        """Return the rows of `boxes`, `labels`, ... that belong to image row `index`."""
+        """Return the slice of `boxes`, `labels`, ... that belongs to image row `index`."""
         start, stop = self.offsets[index : index + 2].tolist()
         return slice(start, stop)
 
@@ -115,8 +115,12 @@ class Annotations:
             result.update(paths[start:stop].rpartition(b"/")[2] + b"/")
         return result.hexdigest()
 
+    def summary(self) -> dict[str, int | str]:
+        """Return digest and numbers of images and boxes, by which a resumed run detects changed annotations."""
+        return {"digest": self.digest(), "images": len(self), "boxes": len(self.boxes)}
+
     def share_memory(self) -> Annotations:
-        """Move every array to shared memory, in place, so forked and spawned workers read the same pages."""
+        """Move all tensors to shared memory, in place, so that forked and spawned workers share them."""
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, Tensor):
@@ -126,10 +130,9 @@ class Annotations:
 
 @dataclass(frozen=True)
 class Targets:
-    """What is drawn on each image of a batch, in the input frame.
+    """Padded ground-truth boxes and labels of a batch, in the input frame.
 
-    G is the same for all images (8, 16, 32, ...; never 0). Padding rows hold the box (0, 0, 1, 1), label 0 and
-    valid False. An image without objects is a row of False.
+    G is equal for all images: a power of two, at least 8. Padding rows have the box (0, 0, 1, 1), label 0 and valid False.
     """
 
     boxes: Tensor  # f32 [B, G, 4], xyxy
@@ -138,7 +141,11 @@ class Targets:
 
     @classmethod
     def pad(cls, boxes: list[Tensor], labels: list[Tensor]) -> Targets:
-        """Stack the objects of single images, `boxes[i]` [G_i, 4] and `labels[i]` [G_i], padding G to a power of two."""
+        """Stack boxes [G_i, 4] and labels [G_i] of single images, padded to a power of two.
+
+        Raises:
+            ValueError: an image has different numbers of boxes and labels.
+        """
         most = max((len(image) for image in boxes), default=0)
         width = max(8, 1 << max(most - 1, 0).bit_length())
         padded = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(boxes), width, 1)
@@ -158,18 +165,18 @@ class Targets:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images as the model gets them, with what is drawn on them.
+    """Images in the input frame with their targets.
 
-    Images are padded right and bottom to a common canvas whose sides the model's largest stride divides. What bytes
-    lie in the padding is irrelevant: the model masks it after normalising.
+    Images are padded at the right and bottom to a common size that is divisible by the model's largest stride. The values of
+    the padding are irrelevant: the model sets it to zero after normalization.
     """
 
-    pixels: Tensor  # u8 [B, 3, H, W] RGB; or f32, in the range that the model's mean and deviation are of
+    pixels: Tensor  # u8 [B, 3, H, W] RGB; or f32 in the range of the model's mean and standard deviation
     sizes: Tensor  # i64 [B, 2], (h, w) in the input frame, before padding
     original_sizes: Tensor  # i64 [B, 2], (h, w) in the original frame
     targets: Targets
     indices: Tensor  # i64 [B], rows of Annotations
-    proposals: Proposals | None = None  # of a saved file, for a model without an RPN
+    proposals: Proposals | None = None  # precomputed, for a model without RPN
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -178,7 +185,7 @@ class Batch:
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def select(self, rows: slice) -> Batch:
-        """Some of the images, on the same canvas."""
+        """Select some of the images; the padding stays."""
         return _map_tensors(self, lambda tensor: tensor[rows])
 
     def pin_memory(self) -> Batch:
@@ -187,10 +194,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Pyramid:
-    """Feature maps of one batch, fine to coarse, all of C channels.
+    """Feature maps of a batch, fine to coarse, all with C channels.
 
-    Strides are declared by the neck, never guessed from sizes. `sizes` are those of the images, so that whoever reads
-    the pyramid knows where the padding starts.
+    Strides are declared by the neck, not inferred from sizes. `sizes` tells where the padding of each image starts.
     """
 
     levels: list[Tensor]  # [B, C, H_l, W_l] each
@@ -204,7 +210,7 @@ class Pyramid:
 
     @property
     def starts(self) -> list[int]:
-        """The row of the table at which each level starts."""
+        """Return the index of the first cell of each level in `cells`."""
         starts = [0]
         for height, width in self.shapes[:-1]:
             starts.append(starts[-1] + height * width)
@@ -212,9 +218,9 @@ class Pyramid:
 
     @cached_property
     def cells(self) -> Tensor:
-        """The pyramid as one table [B, N, C]: level by level, row by row, channels contiguous.
+        """Concatenate all levels to one table of cells [B, N, C], by level, then row-major.
 
-        Float32 always: its gradient is a sum of many small contributions, which bf16 would lose.
+        Always float32: the gradient of a cell is a sum of many small terms that bfloat16 would round away.
         """
         # [B, C, H, W] -> [B, H*W, C], cast in the same copy
         return torch.cat([level.flatten(2).transpose(1, 2).float() for level in self.levels], dim=1)
@@ -222,16 +228,16 @@ class Pyramid:
 
 @dataclass(frozen=True)
 class Match:
-    """Which object each candidate stands for. Neither positive nor negative means ignored."""
+    """Assignment of candidates (anchors or proposals) to objects. A candidate that is neither positive nor negative is ignored."""
 
     positive: Tensor  # bool [B, M]
     negative: Tensor  # bool [B, M]
-    matched_idxs: Tensor  # i64 [B, M] in [0, G)
+    matched_idxs: Tensor  # i64 [B, M] in [0, G), the object of highest IoU; meaningful where positive
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The candidates that a loss looks at: positives first, then negatives, then unused slots."""
+    """Candidates sampled for a loss: positives first, then negatives, then unused slots."""
 
     idxs: Tensor  # i64 [B, S] in [0, M)
     positive: Tensor  # bool [B, S]
@@ -240,35 +246,35 @@ class Sample:
 
 @dataclass(frozen=True)
 class Proposals:
-    """The RPN's boxes after filtering: clipped to the image, best first, without gradient."""
+    """Boxes of the RPN after suppression: clipped to the image, by descending objectness, without gradient."""
 
     boxes: Tensor  # f32 [B, R, 4], input frame
-    logits: Tensor  # f32 [B, R]; 0 of those read from a file
+    logits: Tensor  # f32 [B, R]; 0 for precomputed proposals
     valid: Tensor  # bool [B, R]
 
     @classmethod
     def stack(cls, boxes: list[Tensor]) -> Proposals:
-        """Those of single images, `boxes[i]` [R, 4]; a row of zeros is an empty slot."""
+        """Stack the boxes [R, 4] of single images; a row of zeros is an empty slot."""
         stacked = torch.stack(boxes)
         return cls(stacked, torch.zeros(stacked.shape[:2]), stacked.any(dim=2))
 
     def as_candidates(self) -> Candidates:
-        """The same as candidates of a single class, "object"; K is 1."""
+        """Convert to candidates of one class (K = 1)."""
         return Candidates(self.boxes[:, :, None], self.logits.sigmoid()[..., None], self.valid)
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What the ROI head says of every proposal, before any selection."""
+    """Boxes and scores of the ROI head for every proposal and class, before suppression."""
 
-    boxes: Tensor  # f32 [B, R, K, 4], clipped, input frame; [B, R, 1, 4] if one box serves all classes
+    boxes: Tensor  # f32 [B, R, K, 4], clipped, input frame; [B, R, 1, 4] if regression is class-agnostic
     scores: Tensor  # f32 [B, R, K] in [0, 1], without the background
     valid: Tensor  # bool [B, R]
 
 
 @dataclass(frozen=True)
 class Detections:
-    """The detector's answer, best first."""
+    """Detections of a batch, by descending score."""
 
     boxes: Tensor  # f32 [B, D, 4]
     scores: Tensor  # f32 [B, D] in [0, 1]
@@ -276,7 +282,7 @@ class Detections:
     valid: Tensor  # bool [B, D]
 
     def to_original(self, batch: Batch) -> Detections:
-        """From the input frame to the original frame, by the actual ratio of the sides, clipped to the image."""
+        """Convert the boxes from the input frame to the original frame, by the ratio of the sides, and clip them to the image."""
         ratio = batch.original_sizes.float() / batch.sizes.float()  # [B, 2] (h, w)
         limit = batch.original_sizes.float().flip(1).repeat(1, 2)  # [B, 4] (w, h, w, h)
         boxes = self.boxes * ratio.flip(1).repeat(1, 2)[:, None]
@@ -286,14 +292,14 @@ class Detections:
         return _map_tensors(self, lambda tensor: tensor.cpu())
 
     def images(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(boxes [D, 4], scores [D], labels [D]) of each image, without the empty slots."""
+        """Yield (boxes [D, 4], scores [D], labels [D]) of each image, without empty slots."""
         for boxes, scores, labels, valid in zip(self.boxes, self.scores, self.labels, self.valid, strict=True):
             yield boxes[valid], scores[valid], labels[valid]
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Named scalar terms whose sum is minimised, and named statistics that are only logged."""
+    """Scalar terms by name, whose sum is minimized, and statistics by name, which are logged only."""
 
     terms: dict[str, Tensor] = field(default_factory=dict)
     statistics: dict[str, Tensor] = field(default_factory=dict)
@@ -303,7 +309,7 @@ class Losses:
 
     @classmethod
     def mean(cls, losses: Sequence[Losses]) -> Losses:
-        """Of several with the same names, each term's and each statistic's mean."""
+        """Average several losses with equal names, term by term and statistic by statistic."""
         if len(losses) == 1:
             return losses[0]
         first = losses[0]

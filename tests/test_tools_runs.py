@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fpn_det.runs.overview import compare, find_runs, read_records, write_results
+from fpn_det.runs.overview import compare_runs, find_runs, read_records, write_results
 
 
 def make_run(root: Path, name: str, config: str | bytes = "seed: 0\n", metrics: str = "") -> Path:
@@ -86,7 +86,7 @@ def test_a_lock_that_cannot_be_opened_for_writing_does_not_end_the_list(run_tool
 def test_results_md_shows_html_and_bars_literally(tmp_path):
     for number, value in enumerate(("'<script>alert(1)</script>'", "'a | b'")):
         make_run(tmp_path, f"run{number}", f"model: {{x: {value}}}\n")
-    write_results(tmp_path, *compare(find_runs(tmp_path), tmp_path))
+    write_results(tmp_path, *compare_runs(find_runs(tmp_path), tmp_path))
     lines = (tmp_path / "results.md").read_text().splitlines()
     assert "&lt;script&gt;" in lines[2] and "<script>" not in lines[2]
     assert r"a \| b" in lines[3]

@@ -134,7 +134,7 @@ def test_a_bad_image_costs_that_image_and_no_more(run_tool, shapes_dataset, tmp_
     run = tmp_path / "runs" / "demo"
     (line,) = (run / "bad_files.txt").read_text().splitlines()
     assert line.startswith(f"{bad}\t{bad}: expected a complete image")
-    assert (run / "log.txt").read_text().count("left out:") == 1
+    assert (run / "log.txt").read_text().count("skipped:") == 1
     (events,) = (run / "tensorboard").iterdir()
     assert b"data/bad_files" in events.read_bytes()
     strict = run_tool("train.py", *command, "data.max_bad_fraction=0.01")

@@ -29,7 +29,7 @@ from fpn_det.composition import (
 )
 from fpn_det.errors import SystemFault, is_user_facing, translate_system_errors
 from fpn_det.runs.log import PLAIN_WIDTH
-from fpn_det.runs.overview import compare, find_runs, runs_table, write_results
+from fpn_det.runs.overview import compare_runs, find_runs, runs_table, write_results
 from fpn_det.runtime import is_reported_by_main
 from fpn_det.terminal import SafeConsole, printable
 from fpn_det.training.config import TrainConfig
@@ -147,7 +147,7 @@ class SweepResults(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         if runs := find_runs(folder):
-            names, rows = compare(runs, folder)
+            names, rows = compare_runs(runs, folder)
             write_results(folder, names, rows)
             SafeConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(runs_table(names, rows))
             print(f"{folder / 'results.md'} and results.csv")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fpn_det.cli.arguments import run_command
 from fpn_det.runs.log import PLAIN_WIDTH
-from fpn_det.runs.overview import compare, find_runs, runs_table
+from fpn_det.runs.overview import compare_runs, find_runs, runs_table
 from fpn_det.terminal import SafeConsole
 
 
@@ -40,7 +40,7 @@ def list_runs(config: RunsConfig) -> None:
     if not runs:
         raise ValueError(f"root: expected a folder with runs in it, got {root}, which has none.")
     console = SafeConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    console.print(runs_table(*compare(runs, root)))
+    console.print(runs_table(*compare_runs(runs, root)))
     for run in runs:
         if run.error:
             console.print(f"unreadable: {run.error}", markup=False, soft_wrap=True)

@@ -54,5 +54,5 @@ def show_data(config: ShowDataConfig, words: Sequence[str]) -> None:
             for number, sheet in enumerate(sheets):
                 file = log.folder / f"step_{step:06}_{number}.png"
                 Image.fromarray(sheet).save(file)
-                log.picture(step, f"data/{number}", sheet)
+                log.image(step, f"data/{number}", sheet)
                 log.info(f"written: {shown_path(file)}")

@@ -21,7 +21,7 @@ from fpn_det.cli.eval import saved_settings
 from fpn_det.cli.launch import launch
 from fpn_det.config import EvalConfig
 from fpn_det.models.detector import Detector
-from fpn_det.runs.checkpoint import fill_model, folder_of_run, named_checkpoint
+from fpn_det.runs.checkpoint import fill_model, find_checkpoint, run_folder_of
 from fpn_det.runs.log import shown_path
 from fpn_det.runtime import pick_device
 from fpn_det.schema import Count
@@ -47,12 +47,12 @@ def main() -> None:
 
 def show_pyramid(config: ShowPyramidConfig, words: Sequence[str]) -> None:
     """Write the panel of each image, and the page with all of them."""
-    path, state = named_checkpoint(config.run, config.checkpoint)
+    path, state = find_checkpoint(config.run, config.checkpoint)
     device = pick_device(config.device)
     model = config.build_model(len(state["class_names"]))
     fill_model(model, state, str(path), config.weights)
     model.to(device)
-    folder = Path(config.output) if config.output else folder_of_run(path) / "pyramid"
+    folder = Path(config.output) if config.output else run_folder_of(path) / "pyramid"
     folder.mkdir(parents=True, exist_ok=True)
     panels = []
     for name, batch in _batches(config, model, state["class_names"]):

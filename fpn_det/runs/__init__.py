@@ -1,1 +1,1 @@
-"""The folder of a run and what is written there."""
+"""Run folders: checkpoints, logs, metrics and settings."""

@@ -1,4 +1,4 @@
-"""Pictures that turn out to be unusable while a run goes on (`data.on_error=skip`)."""
+"""List of the images of a run that could not be read (`data.on_error=skip`)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ NAME = "bad_files.txt"
 
 
 class BadFiles:
-    """Tells of each such file once, lists it in the run's folder, and ends the run when there are too many.
+    """Callback that logs each bad image once, appends it to `bad_files.txt`, and ends the run if there are too many.
 
-    The list belongs to the run, not to the process: all ranks write to it, and a resumed run goes on with it.
+    All ranks share the file, and a resumed run continues it.
 
     Args:
-        folder: of the run.
-        num_images: in all parts of the data.
-        max_fraction: how many of them may be unusable.
-        log: writes a line.
+        folder: run folder.
+        num_images: number of images in all splits.
+        max_fraction: of them that may be bad, in [0, 1].
+        log: called with a line of text.
     """
 
     def __init__(self, folder: Path, num_images: int, max_fraction: float, log: Callable[[str], None]) -> None:
@@ -29,26 +29,26 @@ class BadFiles:
         self._log = log
 
     def __call__(self, bad: BadImage) -> None:
-        """Count one.
+        """Record a bad image.
 
         Raises:
-            ValueError: it is one too many.
+            ValueError: more than `max_fraction` of the images are bad.
         """
-        known = {line.split("\t")[0] for line in listed(self._file.parent)}
+        known = {line.split("\t")[0] for line in read_bad_files(self._file.parent)}
         if str(bad.path) in known:
             return
-        with self._file.open("a", encoding="utf-8") as file:  # a line at once, so that those of two ranks do not mix
+        with self._file.open("a", encoding="utf-8") as file:  # one write per line, so that ranks do not interleave
             file.write(f"{bad.path}\t{bad}\n")
-        self._log(f"left out: {bad}")
+        self._log(f"skipped: {bad}")
         count = len(known) + 1
         if count > self._max_fraction * self._num_images:
             raise ValueError(
-                f"data.max_bad_fraction: expected at most {self._max_fraction:g} of {self._num_images} images to be unusable, "
-                f"got {count} files, which {self._file} lists. Repair them, or allow for more."
+                f"data.max_bad_fraction: expected at most {self._max_fraction:g} of {self._num_images} images to be bad, "
+                f"got {count}, listed in {self._file}. Repair them, or raise data.max_bad_fraction."
             )
 
 
-def listed(folder: Path) -> list[str]:
-    """The lines of a run's list: file, tab, reason."""
+def read_bad_files(folder: Path) -> list[str]:
+    """Return the lines of `bad_files.txt`: path, tab, reason."""
     file = folder / NAME
     return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []

@@ -1,16 +1,15 @@
-"""Checkpoints: plain types and tensors in one file, which loads with `weights_only=True` and never fetches anything.
+"""Write and read checkpoints: files of plain types and tensors that load with `weights_only=True`.
 
-A folder of them survives a kill at any moment. A file appears under its name only when it is whole and on the disk;
-`last.pt` and `best.pt` are further names (hard links) of a step's file, so they cost neither time nor space; and only
-files that our own index lists are ever deleted.
+A folder of checkpoints is consistent after a kill at any moment: a file gets its name after its content is on the disk,
+`last.pt` and `best.pt` are hard links to the file of a step, and only files listed in `index.json` are deleted.
 
-What a checkpoint holds:
+Content of a checkpoint:
 
-    format, versions                        what wrote it
-    model, ema, optimizer, schedule, scaler tensors by name; `ema` is None without an average
-    progress, best                          steps done and the state of early stopping; the best evaluation
-    rng                                     the seed: every random draw of a step follows from it and the step's number
-    class_names, category_ids, preprocessing, config    what the weights mean; config is YAML text
+    format, versions                                    file format, and versions of the libraries that wrote it
+    model, ema, optimizer, schedule, scaler             tensors by name; `ema` is None without a moving average
+    progress, best                                      number of completed steps; state of `BestMetric`
+    rng                                                 the seed, from which and the step all random draws follow
+    class_names, category_ids, preprocessing, config    metadata of the weights; config is YAML text
 """
 
 from __future__ import annotations
@@ -38,55 +37,57 @@ PLAIN = (str, int, float, bool, type(None))
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state`, all of it or nothing: a kill or a full disk leaves what was there before.
+    """Write a checkpoint atomically: after a kill or on a full disk the previous file is intact.
 
     Raises:
-        OSError: it could not be written.
+        OSError: the file cannot be written.
     """
     state = {"format": FORMAT, **state}
     assert_plain(state)
     with _published(path) as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # torch stumbles over its own end and hides what happened to the file
+        except (
+            RuntimeError
+        ) as error:  # torch raises its own error while it closes the file, in the context of the OSError
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 @cache
-def named_checkpoint(run: str | None, file: str | None) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that is meant, and where it lies: a file, or the best one of a run.
+def find_checkpoint(run: str | None, file: str | None) -> tuple[Path, dict[str, Any]]:
+    """Find and load a checkpoint file, or the best checkpoint of a run folder. Returns its path and content.
 
     Raises:
-        ValueError: neither is named, or both; or it cannot be read.
+        ValueError: neither or both are given, or the file cannot be read.
     """
     if (run is None) == (file is None):
-        raise ValueError("checkpoint: expected run=<folder> or checkpoint=<file>, one of the two.")
+        raise ValueError("checkpoint: expected either run=<folder> or checkpoint=<file>.")
     path = Path(file) if file else Path(run or "") / "checkpoints" / "best.pt"
     state = load_checkpoint(path)
     check_fields(path, state)
     return path, state
 
 
-def folder_of_run(checkpoint: Path) -> Path:
-    """The run that a checkpoint lies in; a file that lies elsewhere has the folder it is in."""
+def run_folder_of(checkpoint: Path) -> Path:
+    """Return the run folder of a checkpoint; for a file outside of a run folder, its parent folder."""
     folder = checkpoint.parent
     return folder.parent if folder.name == "checkpoints" else folder
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU.
+    """Read a checkpoint to the CPU and verify its checksums.
 
     Raises:
-        ValueError: there is none, it is damaged, or it is not ours.
+        ValueError: the file is missing, damaged, or not a checkpoint of fpn_det.
     """
     if not path.is_file():
         raise ValueError(f"{path}: expected a checkpoint, got no such file.")
     try:
         check_archive(path)
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # compares check sums, which torch.load does not
+            damaged = archive.testzip()  # verifies checksums, which torch.load does not
         if damaged is not None:
-            raise zipfile.BadZipFile(f"{damaged} does not have its check sum")
+            raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of any kind: a damaged pickle may ask for anything
         if isinstance(error, OSError) or str(error).startswith(f"{path}: expected"):
@@ -97,7 +98,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         got = repr(state.get("format")) if isinstance(state, dict) else f"a {type(state).__name__}"
-        raise ValueError(f"{path}: expected '{FORMAT}', got {got}. To start from its weights, say init_from=<file>.")
+        raise ValueError(f"{path}: expected '{FORMAT}', got {got}. To start from its weights, set init_from=<file>.")
     return state
 
 
@@ -131,15 +132,16 @@ def check_fields(path: Path, state: dict[str, Any]) -> None:
 
 
 def fill_model(model: nn.Module, state: dict[str, Any], where: str, weights: str = "auto") -> Literal["ema", "raw"]:
-    """Load the weights of a checkpoint into a model; returns which were taken.
+    """Load the weights of a checkpoint into a model. Returns the kind of weights that was loaded.
 
     Args:
-        state: of a checkpoint.
+        model: modified in place.
+        state: content of a checkpoint.
         where: its file, for messages.
-        weights: `ema`, `raw`, or `auto` for the moving average if there is one.
+        weights: `ema` (moving average), `raw`, or `auto`: the moving average if there is one.
 
     Raises:
-        ValueError: the checkpoint is of another model, or has no moving average.
+        ValueError: the checkpoint belongs to another model, or has no moving average.
     """
     average = state["ema"] if weights != "raw" else None
     if weights == "ema" and average is None:
@@ -148,7 +150,7 @@ def fill_model(model: nn.Module, state: dict[str, Any], where: str, weights: str
         model.load_state_dict(average or state["model"])
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{where}: expected the weights of this model, got others: {reason}.") from None
+        raise ValueError(f"{where}: expected weights of this model, got those of another: {reason}.") from None
     return "ema" if average else "raw"
 
 
@@ -198,7 +200,7 @@ def _fingerprint(state: State | None) -> tuple[int, int] | None:
 
 
 def assert_plain(value: Any, where: str = "checkpoint") -> None:
-    """Assert that `weights_only=True` will load `value`: exact built-in types (a numpy float is none) and tensors."""
+    """Assert that `value` loads with `weights_only=True`: it consists of built-in types (not their subclasses) and tensors."""
     if isinstance(value, dict):
         for key, item in value.items():
             assert type(key) in PLAIN, f"{where}: key {key!r}"
@@ -211,28 +213,31 @@ def assert_plain(value: Any, where: str = "checkpoint") -> None:
 
 
 class CheckpointFolder:
-    """The checkpoints of one run.
+    """Checkpoints of one run.
 
     Args:
-        folder: made when the first one is saved.
-        keep_last: how many step files stay; 0 keeps all.
+        folder: created with the first checkpoint.
+        keep_last: number of step files to keep; 0 keeps all.
     """
 
     def __init__(self, folder: Path, keep_last: int) -> None:
         if keep_last < 0:
-            raise ValueError(f"trainer.keep_last: expected how many checkpoints to keep, 0 for all, got {keep_last}.")
+            raise ValueError(
+                f"trainer.keep_last: expected the number of checkpoints to keep (0 keeps all), got {keep_last}."
+            )
         self.folder = folder
         self.keep_last = keep_last
         self._index = folder / "index.json"
 
     def save(self, state: dict[str, Any], step: int, is_best: bool, finished: bool) -> Path:
-        """Save as the step's file and as `last`, also as `best` if `is_best`; then delete the oldest step files.
+        """Write the file of a step, link it as `last.pt` (and `best.pt` if `is_best`), and delete the oldest step files.
 
-        `finished` marks the run as having reached its end.
+        Args:
+            finished: the run is complete.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step_{step:08d}.pt"
-        # listed before it is there: a kill in between leaves a name without a file, never a file that nobody will delete
+        # The index is written first: a kill in between leaves a name without a file, not a file that is never deleted.
         steps = [*(name for name in self._read_index()["steps"] if name != path.name), path.name]
         self._write_index(steps, finished=False)
         save_checkpoint(path, state)
@@ -246,28 +251,28 @@ class CheckpointFolder:
         return path
 
     def save_best(self, state: dict[str, Any]) -> None:
-        """Save as `best` only: an evaluation at a step for which no checkpoint was asked."""
+        """Write `best.pt` only, for an evaluation at a step without a checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
         save_checkpoint(self.folder / "best.pt", state)
 
     def is_finished(self) -> bool:
-        """Whether the run reached its end."""
+        """Return whether the run is complete."""
         return self._read_index()["finished"]
 
     def files(self) -> list[Path]:
-        """The files that a run can go on from, the last written first."""
+        """Return the files from which a run can resume, newest first."""
         names = ["last.pt", *reversed(self._read_index()["steps"]), "best.pt"]
         return [self.folder / name for name in names if (self.folder / name).is_file()]
 
     def load(self, warn: Callable[[str], None], first: Path | None = None) -> dict[str, Any] | None:
-        """The newest checkpoint that can be read; None if there is none at all. Passing over a broken one is worth a warning.
+        """Load the newest readable checkpoint; None if the folder has no checkpoints.
 
         Args:
-            warn: takes the warning.
-            first: begin with this file instead of the newest one.
+            warn: called with a message for each damaged checkpoint that is skipped.
+            first: file to try first, instead of the newest.
 
         Raises:
-            ValueError: there are checkpoints, and none can be read.
+            ValueError: no checkpoint can be read.
         """
         files = self.files()
         if first is not None:
@@ -278,7 +283,7 @@ class CheckpointFolder:
             except ValueError as refusal:
                 if path == files[-1]:
                     raise
-                warn(f"{refusal} Going back to {files[number + 1].name}.")
+                warn(f"{refusal} Falling back to {files[number + 1].name}.")
         return None
 
     def _link(self, path: Path, name: Path) -> None:
@@ -301,15 +306,15 @@ class CheckpointFolder:
 
 
 def _unfinished(folder: Path) -> Path:
-    """Where a file is written before it gets its name: always the same place, so that kills leave one such file at most."""
+    """Return the path of the temporary file. It is always the same, so that kills leave one such file at most."""
     path = folder / "unfinished.tmp"
-    path.unlink(missing_ok=True)  # never write into it: it may be a link to a checkpoint
+    path.unlink(missing_ok=True)  # not overwritten: it may be a hard link to a checkpoint
     return path
 
 
 @contextmanager
 def _published(path: Path) -> Iterator[IO[bytes]]:
-    """A file that gets its name after its bytes are on the disk. One that cannot be written takes no room."""
+    """Open a temporary file that is renamed to `path` after its content is on the disk, and deleted on failure."""
     unfinished = _unfinished(path.parent)
     try:
         with unfinished.open("wb", buffering=0) as file:

@@ -1,4 +1,4 @@
-"""The folder of a run: which one it is, and what is written there before training starts."""
+"""Choose, create and lock the folder of a run, and write its settings."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from fpn_det.runs.log import shown_path
 from fpn_det.runtime import current_ranks, run_on_main
 
 LOCK = ".lock"
-NAN_DUMP = "nan_dump"  # what a step that was not finite leaves, see `training.nonfinite`
+NAN_DUMP = "nan_dump"  # inputs of a step with non-finite losses, see `training.nonfinite`
 PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "hotcoco", "hydra-core", "tensorboard", "albumentations")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run lives.
+    """Folder of a run.
 
     Attributes:
-        resume: go on with what is here.
-        checkpoint: the file to go on from; None is the newest one here.
+        resume: continue the run of this folder.
+        checkpoint: file to resume from; None is the newest of the folder.
     """
 
     path: Path
@@ -43,40 +43,43 @@ class RunFolder:
     checkpoint: Path | None = None
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Within this context no other process writes here; all ranks enter together. Whatever ends the process ends it.
+    def locked(self) -> Iterator[None]:
+        """Lock the folder within this context, so that no other process writes to it. All ranks must enter.
 
-        The lock is the system's (POSIX), which workers do not inherit. On a network's file system without locks there
-        is none.
+        The lock is a POSIX lock: it ends with the process and is not inherited by workers. On a file system without locks
+        nothing is locked.
 
         Raises:
-            ValueError: another process holds it.
+            ValueError: another process holds the lock.
         """
         with (self.path / LOCK).open("a+") if current_ranks().is_main else nullcontext() as file:
 
-            def take() -> None:
-                assert file is not None, "rank 0 takes it for all"
-                _take(file, self.path)
+            def lock() -> None:
+                assert file is not None, "only rank 0 locks"
+                _lock(file, self.path)
 
-            run_on_main(take)
+            run_on_main(lock)
             yield
 
-    def rescue(self) -> str:
-        """What is safe, and how to go on with it."""
+    def resume_advice(self) -> str:
+        """Name the newest checkpoint and the command that resumes from it."""
         files = self.checkpoints().files()
         if not files:
             return "There is no checkpoint yet."
-        return f"Last good checkpoint: {shown_path(files[0])}. To go on, repeat the command with resume=auto run_dir={shown_path(self.path)}"
+        return f"Last good checkpoint: {shown_path(files[0])}. To resume, repeat the command with resume=auto run_dir={shown_path(self.path)}"
 
     def checkpoints(self, keep_last: int = 0) -> CheckpointFolder:
-        """Its checkpoints."""
+        """Return the checkpoints of the run; `keep_last` applies when one is saved."""
         return CheckpointFolder(self.path / "checkpoints", keep_last)
 
     def load(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
-        """The checkpoint to go on from; None to start from nothing. `warn` hears about broken ones.
+        """Load the checkpoint to resume from; None for a new run.
+
+        Args:
+            warn: called with a message for each damaged checkpoint that is skipped.
 
         Raises:
-            ValueError: no checkpoint is whole, or it holds weights alone.
+            ValueError: no checkpoint can be read, or it contains weights only.
         """
         if not self.resume:
             return None
@@ -86,7 +89,7 @@ class RunFolder:
             state = CheckpointFolder(self.checkpoint.parent, keep_last=0).load(warn, first=self.checkpoint)
         if state is not None and "optimizer" not in state:
             raise ValueError(
-                f"resume: expected the checkpoint of a run, got weights alone in {self.checkpoint}. Say init_from instead of resume."
+                f"resume: expected the checkpoint of a run, got weights only in {self.checkpoint}. Set init_from instead of resume."
             )
         return state
 
@@ -98,15 +101,15 @@ def choose_folder(
     set_aside: bool = False,
     root: Path = Path("runs"),
 ) -> RunFolder:
-    """Find or make the folder of a run. Rank 0 chooses for all; all ranks ask together.
+    """Find or create the folder of a run. Rank 0 chooses; all ranks must call.
 
     Args:
-        experiment: its runs lie in `<root>/<experiment>/<date>_<time>`.
-        run_dir: the folder itself, instead.
-        resume: None for a new run; `auto` goes on with `run_dir`, or else with the newest run of the experiment that has
-            not reached its end, or else starts a new one; a checkpoint or a run folder goes on from there.
-        set_aside: move a `run_dir` that is in the way to a name with a date, instead of refusing it.
-        root: of all experiments.
+        experiment: name; new runs are created as `<root>/<experiment>/<date>_<time>`.
+        run_dir: run folder, instead of a new one.
+        resume: None starts a new run. `auto` continues `run_dir`, or without it the newest incomplete run of the experiment, and
+            starts a new run if there is none. A checkpoint or a run folder resumes from it.
+        set_aside: rename an existing `run_dir` (the date is appended) instead of refusing it.
+        root: folder of all experiments.
 
     Raises:
         ValueError: the folder is in use or cannot be written, or there is nothing to resume.
@@ -117,7 +120,7 @@ def choose_folder(
             return find()
         except OSError as error:
             raise ValueError(
-                f"run_dir: expected a folder to write in, got {error}. Choose another one with run_dir=<folder>."
+                f"run_dir: expected a writable folder, got: {error}. Choose another one with run_dir=<folder>."
             ) from None
 
     def find() -> RunFolder:
@@ -140,14 +143,14 @@ def choose_folder(
 
 
 def write_settings(folder: Path, config: str, overrides: Sequence[str]) -> None:
-    """Write down what this run is: `config.yaml` (complete), `overrides.txt`, `versions.json`. Rank 0 only."""
+    """Write `config.yaml` (all settings), `overrides.txt` (of the command line) and `versions.json`. Rank 0 only."""
     (folder / "config.yaml").write_text(config)
     (folder / "overrides.txt").write_text("".join(f"{override}\n" for override in overrides))
     (folder / "versions.json").write_text(json.dumps({**versions(), "command": " ".join(sys.argv)}, indent=2) + "\n")
 
 
 def versions() -> dict[str, str | None]:
-    """What runs here: python, packages, GPU, and the revision of this code (None outside a git checkout)."""
+    """Return the versions of Python and packages, the device, and the git revision (None outside of a git checkout)."""
     found: dict[str, str | None] = {
         "fpn_det": _version("fpn_det"),
         "git": _git_revision(),
@@ -174,7 +177,7 @@ def _git_revision() -> str | None:
 
 
 def _new_folder(experiment_folder: Path) -> Path:
-    """A name that nobody has, also if several runs start in the same second."""
+    """Create a folder with a new name, also if several runs start in the same second."""
     name = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"
     for suffix in ("", *(f"_{number}" for number in range(2, 1000))):
         try:
@@ -182,11 +185,13 @@ def _new_folder(experiment_folder: Path) -> Path:
             return experiment_folder / (name + suffix)
         except FileExistsError:
             continue
-    raise ValueError(f"run_dir: expected a free name in {experiment_folder}, got a thousand runs in one second.")
+    raise ValueError(
+        f"run_dir: expected an unused name in {experiment_folder}, got a thousand runs in one second. Repeat the command."
+    )
 
 
-def _take(lock: IO[str], path: Path) -> None:
-    """Lock the folder `path` by its open file, until that is closed."""
+def _lock(lock: IO[str], path: Path) -> None:
+    """Lock the folder `path` by its open lock file, until the file is closed."""
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -194,8 +199,8 @@ def _take(lock: IO[str], path: Path) -> None:
             return  # the file system has no locks
         lock.seek(0)
         raise ValueError(
-            f"run_dir: expected a folder that no other run writes in, got {path}, in use by {lock.read()}. "
-            "Wait for its end, or choose another folder with run_dir=<folder>."
+            f"run_dir: expected a folder that no other run uses, got {path}, in use by {lock.read()}. "
+            "Wait until that run ends, or choose another folder with run_dir=<folder>."
         ) from None
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}")
@@ -208,10 +213,10 @@ def _make_room(path: Path, set_aside: bool) -> None:
     if not set_aside:
         raise ValueError(
             f"run_dir: expected a new or empty folder, got {path}, which holds {', '.join(sorted(item.name for item in path.iterdir())[:5])}. "
-            "To go on with that run, say resume=auto; to start another one, choose another folder."
+            "To continue that run, set resume=auto; to start a new one, choose another folder."
         )
     with (path / LOCK).open("a+") as lock:
-        _take(lock, path)
+        _lock(lock, path)
     path.rename(path.with_name(f"{path.name}_until_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"))
 
 
@@ -225,18 +230,18 @@ def _newest_unfinished(experiment_folder: Path) -> Path | None:
 
 
 def _folder_of(resume: Path, run_dir: str | None) -> RunFolder:
-    """The run that a checkpoint, or a run folder, belongs to."""
+    """Return the run of a checkpoint or run folder that is resumed."""
     if resume.is_dir():
         files = RunFolder(resume).checkpoints().files()
         if not files:
             raise ValueError(
-                f"resume: expected a run folder with checkpoints, got {resume}. To start it over, say resume=auto."
+                f"resume: expected a run folder with checkpoints, got {resume}. To start it again, set resume=auto."
             )
         resume = files[0]
     if not resume.is_file():
         raise ValueError(f"resume: expected auto, a checkpoint or a run folder, got {resume}, which does not exist.")
     if run_dir is None and resume.parent.name != "checkpoints":
         raise ValueError(
-            f"resume: expected a checkpoint in a run folder, got {resume}. Say with run_dir=<folder> where to go on."
+            f"resume: expected a checkpoint in a run folder, got {resume}. Set run_dir=<folder> to the folder of the resumed run."
         )
     return RunFolder(Path(run_dir) if run_dir is not None else resume.parent.parent, resume=True, checkpoint=resume)

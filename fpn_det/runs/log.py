@@ -1,8 +1,7 @@
-"""What a run tells: to the screen, to `log.txt` and to TensorBoard. The only file that knows TensorBoard.
+"""Log a run to the screen, to `log.txt` and to TensorBoard. The only module that imports TensorBoard.
 
-Rank 0 speaks; every other rank writes to a file of its own, `rank{k}.log`. On a terminal there is a progress bar below
-the lines; in files and pipes there are lines only, without carriage returns. An undefined value (None) is shown as n/a
-and never becomes a point of a curve.
+Only rank 0 prints; other ranks write to `rank{k}.log`. On a terminal a progress bar is shown below the lines; files and pipes
+get lines without carriage returns. An undefined value (None) is printed as n/a and adds no point to a curve.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from fpn_det.evaluation.coco import Evaluation
-from fpn_det.runs.bad_files import listed
+from fpn_det.runs.bad_files import read_bad_files
 from fpn_det.runs.meters import Pace
 from fpn_det.runtime import Ranks
 from fpn_det.terminal import SafeConsole, printable, replace_unencodable
@@ -37,17 +36,17 @@ from fpn_det.terminal import SafeConsole, printable, replace_unencodable
 T = TypeVar("T")
 
 CLASSES_PER_COLUMN = 20
-SLOW_DATA = 0.3  # part of the time spent waiting for data that is worth a warning
-PLAIN_WIDTH = 140  # of tables where there is no terminal to measure
+SLOW_DATA = 0.3  # fraction of the time spent waiting for data above which a warning is logged
+PLAIN_WIDTH = 140  # characters; width of tables in files and pipes
 
 
 class RunLog:
-    """The voice of one run, on every rank. Use as a context: an exception that ends the run is written down with its trace.
+    """Log of one run, on every rank. Used as a context manager, it writes the traceback of an exception that ends the run.
 
     Args:
-        folder: the run's folder, made if it is not there.
-        ranks: this process's place.
-        screen: where rank 0 prints; by default the standard output.
+        folder: run folder; created if it does not exist.
+        ranks: rank of this process.
+        screen: console of rank 0; by default the standard output.
     """
 
     def __init__(self, folder: Path, ranks: Ranks, screen: Console | None = None) -> None:
@@ -56,7 +55,7 @@ class RunLog:
         name = "log.txt" if ranks.is_main else f"rank{ranks.rank}.log"
         self._file = (folder / name).open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
         self._plain = SafeConsole(file=self._file, width=PLAIN_WIDTH, color_system=None, force_terminal=False)
-        # bound to the stream of now: whoever redirects sys.stdout for a while does not catch the progress bar
+        # The current stream is kept, so that a later redirection of sys.stdout does not receive the progress bar.
         width = None if sys.stdout.isatty() else PLAIN_WIDTH
         self._screen = (screen or SafeConsole(file=sys.stdout, width=width)) if ranks.is_main else None
         if self._screen is not None:
@@ -81,7 +80,9 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
-        with suppress(OSError) if error is not None else nullcontext():  # on a full disk: it has been noticed
+        with (
+            suppress(OSError) if error is not None else nullcontext()
+        ):  # the error that ends the run has priority over a full disk
             if error is not None:
                 self._file.write(printable("".join(traceback.format_exception(kind, error, trace))))
             if self._writer is not None:
@@ -89,16 +90,16 @@ class RunLog:
             self._file.close()
 
     def info(self, text: str) -> None:
-        """One line (or several) for people."""
+        """Log one or more lines of text."""
         stamp = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
         self._plain.print(f"{stamp}  {text}", markup=False, highlight=False, soft_wrap=True)
         if self._screen is not None:
             self._screen.print(text, markup=False, soft_wrap=True)
 
     def begin(self, pace: Pace) -> None:
-        """Training starts, or goes on after `pace.first_step`: open TensorBoard and, on a terminal, the progress bar.
+        """Open TensorBoard and the progress bar, at the start of training or after `pace.first_step` of a resumed run.
 
-        Points that an interrupted run left behind that step are purged from the curves.
+        Points of later steps, which an interrupted run may have written, are purged from the curves.
         """
         if self._screen is None:
             return
@@ -108,12 +109,12 @@ class RunLog:
         self._bar.start()
 
     def advance(self, step: int) -> None:
-        """Move the progress bar; cheap enough for every step."""
+        """Update the progress bar. Cheap enough to be called at every step."""
         if self._training is not None:
             self._bar.update(self._training, completed=step)
 
     def track(self, items: Iterable[T], title: str) -> Iterator[T]:
-        """Go through `items` with a progress bar of their own."""
+        """Iterate over `items` and show a progress bar."""
         self._bar.start()
         task = self._bar.add_task(title, total=len(items) if isinstance(items, Sized) else None, note="")
         for item in items:
@@ -122,12 +123,15 @@ class RunLog:
         self._bar.remove_task(task)
 
     def train(self, step: int, values: Mapping[str, float], pace: Pace) -> None:
-        """One line and one point per curve. Names with a slash (`rois/P2`) are statistics: curves only.
+        """Log the values of a step as one line, and each as a point of a curve.
 
-        Throughput is measured here, since the last call.
+        Throughput since the previous call is added.
+
+        Args:
+            values: by name. Names with a slash (`rois/P2`) are statistics, which are not printed.
         """
         values = {**values, **pace.read(step)}
-        if bad_files := listed(self.folder):
+        if bad_files := read_bad_files(self.folder):
             values["data/bad_files"] = len(bad_files)
         eta_s = pace.eta_s(step)
         eta = "" if eta_s is None else f"eta {datetime.timedelta(seconds=round(eta_s))}"
@@ -137,15 +141,16 @@ class RunLog:
         if pace.data_share > SLOW_DATA and not self._has_warned and pace.is_warm:
             self._has_warned = True
             self.info(
-                f"Training waits for data: {pace.data_share:.0%} of the time since the last line. Raise data.num_workers; "
-                "let the device resize (data.resize_on=device) or files be decoded smaller (data.reduced_decoding=train)."
+                f"Training is limited by data loading: {pace.data_share:.0%} of the time since the last line was spent waiting. "
+                "Raise data.num_workers, resize on the device (data.resize_on=device), or decode JPEG files at a reduced size "
+                "(data.reduced_decoding=train)."
             )
         self.scalars(step, {name if "/" in name else f"train/{name}": value for name, value in values.items()})
         if self._training is not None:
             self._bar.update(self._training, completed=step, note=eta)
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """The tables of an evaluation, and a point per metric and class."""
+        """Log the tables of an evaluation, and each metric as a point of a curve."""
         loss = f", loss {_number(evaluation.metrics['loss'] or 0)}" if "loss" in evaluation.metrics else ""
         self.info(f"evaluation at step {step}: {evaluation.num_images} images in {evaluation.seconds:.1f} s{loss}")
         self.show(metrics_table(evaluation))
@@ -157,16 +162,16 @@ class RunLog:
         self.scalars(step, metrics | classes | evaluation.statistics)
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Points for TensorBoard, on the disk at once; undefined values make none."""
+        """Write scalars to TensorBoard and flush them. Undefined values (None) are skipped."""
         if self._writer is None:
             return
         for name, value in values.items():
             if value is not None:
                 self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # a killed run goes on from its last checkpoint, and so should its curves
+        self._writer.flush()  # a resumed run continues the curves of a killed one
 
     def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float | None]) -> None:
-        """The settings beside what they led to, for TensorBoard's HParams; among the other curves, not in a run of their own."""
+        """Write settings and final metrics to TensorBoard's HParams, in the event file of the run."""
         if self._writer is None:
             return
         plain = {
@@ -178,13 +183,13 @@ class RunLog:
         for summary in hparams(plain, reached):
             writer.add_summary(summary)
 
-    def picture(self, step: int, name: str, picture: NDArray[np.uint8]) -> None:
-        """A picture for TensorBoard, [h, w, 3] RGB."""
+    def image(self, step: int, name: str, image: NDArray[np.uint8]) -> None:
+        """Write an RGB image [h, w, 3] to TensorBoard."""
         if self._writer is not None:
-            self._writer.add_image(name, picture, step, dataformats="HWC")
+            self._writer.add_image(name, image, step, dataformats="HWC")
 
     def summary(self, metric: str, best: float | None, best_step: int, evaluation: Evaluation) -> None:
-        """The last words: what came out (of the last evaluation), where it lies, and what to type next."""
+        """Log the result at the end of a run: last evaluation, best metric, run folder and the next command."""
         self.info("last evaluation")
         self.show(metrics_table(evaluation))
         python, folder = shown_path(Path(sys.executable)), shown_path(self.folder)
@@ -196,15 +201,15 @@ class RunLog:
             f"  next         {python} tools/eval.py run={folder}"
         )
 
-    def show(self, picture: RenderableType) -> None:
-        """A table, for people."""
-        self._plain.print(picture)
+    def show(self, table: RenderableType) -> None:
+        """Log a table."""
+        self._plain.print(table)
         if self._screen is not None:
-            self._screen.print(picture)
+            self._screen.print(table)
 
 
 def metrics_table(evaluation: Evaluation) -> Columns:
-    """The headline numbers: precision, then recall, side by side if they fit."""
+    """Lay out AP and AR metrics in two tables, side by side if the width suffices."""
     tables = []
     for kind in ("AP", "AR"):
         row = {name: value for name, value in evaluation.metrics.items() if name.startswith(kind)}
@@ -217,7 +222,7 @@ def metrics_table(evaluation: Evaluation) -> Columns:
 
 
 def classes_table(evaluation: Evaluation) -> Columns:
-    """A row per class, in as many columns as fit."""
+    """Lay out one row per class, in as many columns as the width allows."""
     rows = list(evaluation.per_class.items())
     tables = []
     for start in range(0, len(rows), CLASSES_PER_COLUMN):
@@ -230,7 +235,7 @@ def classes_table(evaluation: Evaluation) -> Columns:
 
 
 def shown_path(path: Path) -> Path:
-    """A path as somebody would type it here: relative if it lies below the working directory."""
+    """Return the path relative to the working directory if it is inside, else absolute."""
     path, here = path.absolute(), Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 

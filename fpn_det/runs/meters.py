@@ -1,4 +1,4 @@
-"""What is measured while training goes on: means on the device, speed, memory."""
+"""Measure training: means of device scalars, throughput, memory."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from fpn_det.runtime import all_reduce_mean
 
 
 class Meters:
-    """Means of device scalars since the last read. They stay on the device until then."""
+    """Means of device scalars since the last read. Values stay on the device until they are read."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, ...], Tensor] = {}
         self._counts: dict[tuple[str, ...], int] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Count one value of each name. Names that are added together stay together: that is one sum, not one each."""
+        """Add one value of each name. Values added in one call are accumulated as one tensor."""
         names = tuple(values)
         row = torch.stack([value.detach().float() for value in values.values()])
         self._sums[names] = self._sums[names] + row if names in self._sums else row
         self._counts[names] = self._counts.get(names, 0) + 1
 
     def read(self) -> dict[str, float]:
-        """The mean of each name over its values and over the ranks, in one transfer to the host; then start again.
+        """Return the mean of each name over its values and over ranks, and reset. One transfer to the host.
 
-        A collective: every rank reads at the same step.
+        A collective: all ranks must read at the same step.
         """
         if not self._sums:
             return {}
@@ -42,18 +42,18 @@ class Meters:
 
 
 class Pace:
-    """How fast training goes and when it will be over. Evaluations are timed apart, and the rest of them foreseen.
+    """Measure throughput and estimate the remaining time. Evaluations are timed separately and included in the estimate.
 
     Args:
-        step: the last one that is done; 0 at the start of a fresh run.
-        total_steps: the last one of the run.
+        step: number of completed steps; 0 for a new run.
+        total_steps: number of steps of the run.
         batch_size: images per step, over all ranks.
-        eval_every: steps from one evaluation to the next; 0 is only at the end.
-        clock: seconds that only grow.
+        eval_every: steps between evaluations; 0 evaluates at the end only.
+        clock: returns seconds, monotonic.
 
     Attributes:
-        data_share: of the time between the last two reads, the part spent waiting for data.
-        is_warm: there was a read before the last one; what is measured until then includes the start of the workers.
+        data_share: fraction of the time between the last two reads spent waiting for data.
+        is_warm: the last read was not the first, whose interval includes the start of the workers.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class Pace:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the wait for the next batch."""
+        """Time the wait for the next batch."""
         start = self._clock()
         yield
         self._waited_s += self._clock() - start
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Around an evaluation and what belongs to it."""
+        """Time an evaluation, including the writing of its results."""
         start = self._clock()
         yield
         seconds = self._clock() - start
@@ -94,7 +94,7 @@ class Pace:
         self._num_evaluations += 1
 
     def read(self, step: int) -> dict[str, float]:
-        """Throughput since the last read: images per second, and seconds per step spent waiting for data."""
+        """Return images per second, and seconds per step spent waiting for data, since the previous read."""
         now = self._clock()
         steps = max(step - self._last_step, 1)
         seconds = now - self._last_read - self._evaluated_since_read_s
@@ -106,14 +106,17 @@ class Pace:
         return speed
 
     def evaluations_after(self, step: int) -> int:
-        """How many evaluations follow the one of `step`, the last step's included."""
+        """Return the number of evaluations after `step`, including that of the last step."""
         if step >= self.total_steps:
             return 0
         extra = self.total_steps % self._eval_every != 0
         return self.total_steps // self._eval_every - step // self._eval_every + extra
 
     def eta_s(self, step: int) -> float | None:
-        """Seconds to the end of the run, its evaluations included as soon as one has been seen. None before the first step."""
+        """Estimate the seconds to the end of the run; None before the first step.
+
+        Evaluations are included once one has been timed.
+        """
         steps_done = step - self.first_step
         if steps_done <= 0:
             return None
@@ -123,7 +126,7 @@ class Pace:
 
 
 def memory_mib(device: torch.device) -> float:
-    """Peak memory until now: what torch held on the GPU, elsewhere what this process held."""
+    """Return the peak memory in MiB: allocated by torch on a GPU, or resident in this process for other devices."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

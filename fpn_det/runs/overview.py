@@ -16,12 +16,12 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fpn_det.runs.best import Best
+from fpn_det.runs.best_metric import BestMetric
 from fpn_det.runs.folder import LOCK, NAN_DUMP, RunFolder
-from fpn_det.runs.settings_diff import ABSENT, Flat, differing, is_harmless, read_settings
+from fpn_det.runs.settings_diff import ABSENT, Flat, affects_results, differing, read_settings
 from fpn_det.terminal import printable
 
-MAX_COLUMNS = 8  # of settings on the screen; files have them all
+MAX_COLUMNS = 8  # of settings shown on the screen; files contain all
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class RunSummary:
     path: Path
     status: str  # running, finished, stopped, diverged, unreadable
     step: int  # of the last evaluation or checkpoint
-    best: Best
+    best: BestMetric
     settings: Flat
     error: str | None = None  # of an unreadable run
 
 
 def find_runs(root: Path) -> list[RunSummary]:
-    """All runs below `root`, in the order of their names. A run that cannot be read is listed with the reason."""
+    """Summarize all runs below `root`, sorted by path. A run that cannot be read is listed with the reason."""
     return [summarize(file.parent) for file in sorted(root.rglob("config.yaml"))]
 
 
@@ -48,7 +48,7 @@ def summarize(path: Path) -> RunSummary:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         return RunSummary(
-            path, "unreadable", 0, Best("AP"), {}, f"{path}: {reason}".replace(f"{path}: {path}", str(path))
+            path, "unreadable", 0, BestMetric("AP"), {}, f"{path}: {reason}".replace(f"{path}: {path}", str(path))
         )
 
 
@@ -56,14 +56,14 @@ def _summarize(path: Path) -> RunSummary:
     settings = read_settings(_read_text(path / "config.yaml"), str(path / "config.yaml"))
     history = path / "metrics.jsonl"
     records = read_records(_read_text(history)) if history.is_file() else []
-    best = Best(str(settings.get("trainer.best_metric", "AP")))
+    best = BestMetric(str(settings.get("trainer.best_metric", "AP")))
     for record in records:
         value = record.get(best.metric)
         best.update(record["step"], {best.metric: value if isinstance(value, float | int) else None})
     checkpoints = RunFolder(path).checkpoints()
     names = [file.stem.removeprefix("step_") for file in checkpoints.files() if file.name.startswith("step_")]
     step = max([0, *(int(name) for name in names if name.isdigit()), *(record["step"] for record in records)])
-    if is_held(path):
+    if is_locked(path):
         status = "running"
     elif checkpoints.is_finished():
         status = "finished"
@@ -80,7 +80,7 @@ def _read_text(file: Path) -> str:
 
 
 def read_records(text: str) -> list[dict[str, Any]]:
-    """The evaluations in the text of metrics.jsonl. A line that a killed run left incomplete is skipped."""
+    """Parse the evaluations of `metrics.jsonl`. A line that a killed run left incomplete is skipped."""
     records = []
     for line in text.splitlines():
         try:
@@ -92,8 +92,8 @@ def read_records(text: str) -> list[dict[str, Any]]:
     return records
 
 
-def is_held(path: Path) -> bool:
-    """True while another process writes in this folder. False where locks cannot be tested, as on a read-only disk."""
+def is_locked(path: Path) -> bool:
+    """Return whether another process uses this run folder. False where locks cannot be tested, as on a read-only disk."""
     try:
         with (path / LOCK).open("r+") as file:
             try:
@@ -105,9 +105,9 @@ def is_held(path: Path) -> bool:
     return False
 
 
-def compare(runs: Sequence[RunSummary], root: Path) -> tuple[list[str], list[list[str]]]:
-    """A table of runs: the names of its columns, and a row per run. Settings that differ come last."""
-    names = [name for name in differing([run.settings for run in runs if run.error is None]) if not is_harmless(name)]
+def compare_runs(runs: Sequence[RunSummary], root: Path) -> tuple[list[str], list[list[str]]]:
+    """Return column names and one row per run. The last columns are the settings that differ and affect results."""
+    names = [name for name in differing([run.settings for run in runs if run.error is None]) if affects_results(name)]
     metrics = list(dict.fromkeys(run.best.metric for run in runs))
     rows = []
     for run in runs:
@@ -123,7 +123,7 @@ def compare(runs: Sequence[RunSummary], root: Path) -> tuple[list[str], list[lis
 
 
 def runs_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """The table for the screen, with at most MAX_COLUMNS settings."""
+    """Format the table for the screen, with at most MAX_COLUMNS settings."""
     fixed = names.index("at step") + 1
     shown = fixed + MAX_COLUMNS
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
@@ -147,6 +147,6 @@ def write_results(folder: Path, names: Sequence[str], rows: Sequence[Sequence[st
 
 
 def _markdown_cell(text: str) -> str:
-    """`text` so that Markdown shows it literally within a cell."""
+    """Escape a string so that Markdown shows it literally within a table cell."""
     escaped = html.escape(printable(text), quote=False).replace("\n", " ")
     return re.sub(r"([\\|`*\[\]])", r"\\\1", escaped)

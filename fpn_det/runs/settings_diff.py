@@ -1,4 +1,4 @@
-"""Settings side by side: what differs, and whether it matters for the numbers."""
+"""Compare settings, and the data sets, of runs."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from rich.table import Table
 
 from fpn_det.safe_yaml import load_yaml
 
-# Settings, or sections of them, that change neither weights nor metrics.
-HARMLESS = (
+# Settings, or groups of settings, that change neither weights nor metrics.
+IRRELEVANT_TO_RESULTS = (
     "allow_targets", "data.check", "data.num_workers", "data.start_method", "experiment", "profile", "resume", "run", "run_dir",
     "set_aside", "trainer.eval_every", "trainer.keep_last", "trainer.log_every", "trainer.probe", "trainer.save_every",
     "trainer.timeout_minutes", "trainer.val_loss",
 )  # fmt: skip
-ABSENT = "-"  # where others have a setting
+ABSENT = "-"  # shown for a setting that only other runs have
 
 Flat = dict[str, Any]  # dotted name -> value
 
 
 def flatten(tree: Any, where: str = "") -> Flat:
-    """The leaves of nested mappings by their dotted names; lists are leaves."""
+    """Flatten nested mappings to dotted names. Lists are leaves."""
     if not isinstance(tree, Mapping) or not tree:
         return {where: tree}
     leaves: Flat = {}
@@ -32,7 +32,7 @@ def flatten(tree: Any, where: str = "") -> Flat:
 
 
 def read_settings(text: str, where: str = "config.yaml") -> Flat:
-    """The settings of a saved `config.yaml`, by dotted names.
+    """Parse a saved `config.yaml` to settings by dotted names.
 
     Raises:
         ValueError: the text is not a mapping in plain YAML.
@@ -45,24 +45,48 @@ def read_settings(text: str, where: str = "config.yaml") -> Flat:
     return flatten(tree)
 
 
-def is_harmless(name: str) -> bool:
-    """Whether a setting changes neither weights nor metrics."""
-    return any(name == one or name.startswith(f"{one}.") for one in HARMLESS)
+def affects_results(name: str) -> bool:
+    """Return whether a setting can change weights or metrics."""
+    return not any(name == setting or name.startswith(f"{setting}.") for setting in IRRELEVANT_TO_RESULTS)
 
 
 def differing(settings: Sequence[Flat]) -> list[str]:
-    """The names whose values are not the same everywhere."""
+    """Return the names of settings whose values differ between runs."""
     names = dict.fromkeys(name for one in settings for name in one)
     return [name for name in names if len({repr(one.get(name, ABSENT)) for one in settings}) > 1]
 
 
 def changes_table(before: Flat, now: Flat) -> Table | None:
-    """What was changed, what it was, and whether the numbers change with it; None if nothing was."""
+    """Tabulate the changed settings with both values, and whether they affect results; None without changes."""
     names = differing([before, now])
     if not names:
         return None
-    table = Table("setting", "was", "is now", "changes the numbers", box=None, padding=(0, 2, 0, 2))
+    table = Table("setting", "before", "now", "affects results", box=None, padding=(0, 2, 0, 2))
     for name in names:
         values = [escape(str(one.get(name, ABSENT))) for one in (before, now)]
-        table.add_row(escape(name), *values, "no" if is_harmless(name) else "yes")
+        table.add_row(escape(name), *values, "yes" if affects_results(name) else "no")
     return table
+
+
+def describe_data_change(
+    saved: Mapping[str, Mapping[str, Any]], present: Mapping[str, Mapping[str, Any]]
+) -> str | None:
+    """Describe how the annotations of a resumed run differ from those of its checkpoint; None if they are equal.
+
+    Args:
+        saved: split -> `Annotations.summary()` at the time of the checkpoint; empty for checkpoints without summaries.
+        present: split -> the same of the annotations that were read now.
+    """
+    changes = []
+    for split, now in present.items():
+        before = saved.get(split)
+        if before is None or before["digest"] == now["digest"]:
+            continue
+        counts = [f"{before[name]} -> {now[name]} {name}" for name in ("images", "boxes") if before[name] != now[name]]
+        changes.append(f"{split} ({', '.join(counts) or 'equal numbers of images and boxes, other values'})")
+    if not changes:
+        return None
+    return (
+        f"The annotations have changed since the checkpoint: {'; '.join(changes)}. The run continues with the new ones, so its "
+        "results are those of neither data set. For comparable results, restore the annotations or start a new run."
+    )

@@ -19,7 +19,7 @@ from fpn_det.evaluation.coco import Evaluation
 from fpn_det.evaluation.evaluate import evaluate, write_evaluation
 from fpn_det.interop import loading
 from fpn_det.runs.bad_files import BadFiles
-from fpn_det.runs.best import Best
+from fpn_det.runs.best_metric import BestMetric
 from fpn_det.runs.checkpoint import load_on_all_ranks
 from fpn_det.runs.folder import NAN_DUMP, RunFolder, versions, write_settings
 from fpn_det.runs.log import RunLog, shown_path
@@ -200,7 +200,7 @@ class Trainer:
         self.checkpoints = self.folder.checkpoints(trainer.keep_last)
         self.total_steps = trainer.total_steps(self.train_loader.steps_per_epoch)
         self.versions = versions()
-        self.best = Best(trainer.best_metric)
+        self.best = BestMetric(trainer.best_metric)
         self.evaluation: Evaluation | None = None
         self.first_step = self.evaluated = 0 if state is None else state["progress"]["step"]
         batch_size = self.train_loader.batch_size
@@ -238,7 +238,7 @@ class Trainer:
         self.optimization.load(state)
         self.evaluated = state["progress"].get("evaluated", self.first_step)  # absent in the earliest checkpoints
         if state["best"]["metric"] == self.best.metric:
-            self.best = Best(**state["best"])
+            self.best = BestMetric(**state["best"])
         self.log.info(f"Resuming after step {self.first_step} of {self.total_steps}.")
         digests = state.get("data_digests", {})  # absent in the earliest checkpoints
         for split, digest in self.metadata["data_digests"].items():
@@ -391,13 +391,13 @@ class Trainer:
         named = config.evaluation.target == "detections"
         for row in self.shown:
             name = f"val/{self.val_annotations.path(row).name}"
-            log.picture(step, name, draw_comparison(self.val_annotations, evaluation.detections, row, named=named))
+            log.image(step, name, draw_comparison(self.val_annotations, evaluation.detections, row, named=named))
         batch = self.train_loader.rebuild(step)[0]
-        log.picture(step, "train/batch", draw_batch(batch, self.train_annotations.class_names))
+        log.image(step, "train/batch", draw_batch(batch, self.train_annotations.class_names))
         if self.model.rpn is None:
             return
         for batch in config.single_images(self.val_annotations, self.shown[:1], self.model.stride, self.device):
-            log.picture(step, "val/levels", draw_levels(read_levels(self.model, batch), batch))
+            log.image(step, "val/levels", draw_levels(read_levels(self.model, batch), batch))
 
     def _save(self, step: int, is_best: bool = False) -> None:
         """Write a checkpoint of the state after `step`. Rank 0 writes, all ranks call."""
@@ -428,7 +428,7 @@ class Trainer:
             lambda: self._state(step),
         )
         error = FloatingPointError(
-            f"step {step + 1}: {cause} {self.folder.rescue()} "
+            f"step {step + 1}: {cause} {self.folder.resume_advice()} "
             "If the images are right, lower optimizer.lr or set trainer.clip_norm."
         )
         if not self.ranks.is_main:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fpn_det.image_io import BadImage
-from fpn_det.runs.bad_files import BadFiles, listed
+from fpn_det.runs.bad_files import BadFiles, read_bad_files
 
 
 def test_each_bad_file_is_told_and_listed_once_even_after_a_resume(tmp_path):
@@ -14,8 +14,8 @@ def test_each_bad_file_is_told_and_listed_once_even_after_a_resume(tmp_path):
         count = BadFiles(tmp_path, 40, 0.1, told.append)
         for name in ("a.jpg", "b.jpg", "a.jpg"):
             count(BadImage(Path(name), f"{name}: torn"))
-    assert told == ["left out: a.jpg: torn", "left out: b.jpg: torn"]
-    assert listed(tmp_path) == ["a.jpg\ta.jpg: torn", "b.jpg\tb.jpg: torn"]
+    assert told == ["skipped: a.jpg: torn", "skipped: b.jpg: torn"]
+    assert read_bad_files(tmp_path) == ["a.jpg\ta.jpg: torn", "b.jpg\tb.jpg: torn"]
 
 
 def test_too_many_bad_files_end_the_run(tmp_path):
@@ -26,4 +26,4 @@ def test_too_many_bad_files_end_the_run(tmp_path):
         ValueError, match=r"at most 0\.05 of 40 images to be unusable, got 3 files, which .*bad_files\.txt"
     ):
         count(BadImage(Path("c.jpg"), "torn"))
-    assert len(listed(tmp_path)) == 3
+    assert len(read_bad_files(tmp_path)) == 3

@@ -78,7 +78,7 @@ def test_load_notices_a_flipped_bit(tmp_path):
     content = bytearray(path.read_bytes())
     content[tensor.header_offset + 2000] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="does not have its check sum"):
+    with pytest.raises(ValueError, match="has a wrong checksum"):
         load_checkpoint(path)
 
 

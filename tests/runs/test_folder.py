@@ -108,7 +108,7 @@ def holder_of(path) -> subprocess.Popen:
     """Another process that holds the folder; it has said so."""
     code = (
         "import sys; from pathlib import Path; from fpn_det.runs.folder import RunFolder",
-        f"with RunFolder(Path({str(path)!r})).held():",
+        f"with RunFolder(Path({str(path)!r})).locked():",
         "    print(1, flush=True); sys.stdin.read()",
     )
     process = subprocess.Popen(
@@ -121,17 +121,17 @@ def holder_of(path) -> subprocess.Popen:
 def test_folder_has_one_writer_until_it_is_dead(tmp_path):
     run = choose_folder(None, str(tmp_path / "run"), None)
     other = holder_of(run.path)
-    for attempt in (lambda: run.held().__enter__(), lambda: choose_folder(None, str(run.path), None, set_aside=True)):
+    for attempt in (lambda: run.locked().__enter__(), lambda: choose_folder(None, str(run.path), None, set_aside=True)):
         (run.path / "log.txt").touch()
         with pytest.raises(ValueError, match=rf"no other run writes in, got .*run, in use by process {other.pid} on "):
             attempt()
     other.kill()
     other.wait()
-    with run.held():
+    with run.locked():
         pass
 
 
 def test_folder_of_a_run_that_wrote_nothing_is_empty(tmp_path):
-    with choose_folder(None, str(tmp_path / "run"), None).held():
+    with choose_folder(None, str(tmp_path / "run"), None).locked():
         pass
     assert choose_folder(None, str(tmp_path / "run"), None).path.is_dir()

@@ -64,7 +64,7 @@ def test_log_of_another_rank_goes_to_its_own_file(tmp_path, capsys):
         log.begin(pace)
         log.train(10, {"loss": 0.5}, pace)
         log.evaluation(10, evaluation_of(0.5))
-        log.picture(10, "batch", np.zeros((4, 4, 3), np.uint8))
+        log.image(10, "batch", np.zeros((4, 4, 3), np.uint8))
         raise ZeroDivisionError("of this rank")
     assert capsys.readouterr().out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["rank3.log"]
@@ -109,7 +109,7 @@ def test_log_pictures_arrive(tmp_path):
     picture = np.random.default_rng(0).integers(0, 255, (8, 12, 3), dtype=np.uint8)
     with RunLog(tmp_path, Ranks()) as log:
         log.begin(Pace(0, 10, 1, 0))
-        log.picture(1, "batch", picture)
+        log.image(1, "batch", picture)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     (image,) = events.Images("batch")

@@ -8,8 +8,8 @@ import torch.multiprocessing
 from rich.console import Console
 
 from fpn_det.runs.folder import RunFolder
-from fpn_det.runs.overview import compare, find_runs, runs_table, write_results
-from fpn_det.runs.settings_diff import changes_table, differing, flatten, read_settings
+from fpn_det.runs.overview import compare_runs, find_runs, runs_table, write_results
+from fpn_det.runs.settings_diff import changes_table, describe_data_change, differing, flatten, read_settings
 
 
 def test_settings_become_dotted_names():
@@ -28,6 +28,16 @@ def test_changes_say_whether_the_numbers_change():
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
     assert rows == [("optimizer.lr", "0.1", "0.2", "yes"), ("trainer.log_every", "20", "5", "no")]
     assert changes_table(before, before) is None
+
+
+def test_changed_annotations_are_described():
+    before = {"train": {"digest": "a", "images": 8, "boxes": 20}, "val": {"digest": "b", "images": 2, "boxes": 3}}
+    moved = {"train": {"digest": "c", "images": 8, "boxes": 20}, "val": {"digest": "b", "images": 2, "boxes": 3}}
+    more = {"train": {"digest": "d", "images": 9, "boxes": 20}, "val": {"digest": "e", "images": 3, "boxes": 4}}
+    assert describe_data_change(before, before) is None
+    assert describe_data_change({}, before) is None  # a checkpoint without summaries
+    assert "checkpoint: train (equal numbers of images and boxes, other values). The" in describe_data_change(before, moved)
+    assert "train (8 -> 9 images); val (2 -> 3 images, 3 -> 4 boxes)." in describe_data_change(before, more)
 
 
 def make_run(path: Path, lr: float, aps: list[float | None], finished: bool = False) -> None:
@@ -50,7 +60,7 @@ def root(tmp_path) -> Path:
 
 
 def test_runs_tell_how_they_went_and_what_differs(root):
-    names, rows = compare(find_runs(root), root)
+    names, rows = compare_runs(find_runs(root), root)
     assert names == ["run", "status", "step", "best AP", "at step", "optimizer.lr"]
     assert rows == [
         ["demo/a", "finished", "30", "0.400", "20", "0.1"],
@@ -66,7 +76,7 @@ def _status(root: Path, answer) -> None:
 def test_a_run_that_is_written_to_is_running(root):
     context = torch.multiprocessing.get_context("fork")
     answer = context.Queue()
-    with RunFolder(root / "demo" / "b").held():  # the lock is one of processes
+    with RunFolder(root / "demo" / "b").locked():  # the lock is one of processes
         other = context.Process(target=_status, args=(root, answer))
         other.start()
         assert answer.get(timeout=60) == ["finished", "running", "diverged"]
@@ -74,7 +84,7 @@ def test_a_run_that_is_written_to_is_running(root):
 
 
 def test_results_are_left_as_files_and_shown(root):
-    names, rows = compare(find_runs(root), root)
+    names, rows = compare_runs(find_runs(root), root)
     write_results(root, names, rows)
     assert (root / "results.csv").read_text().splitlines()[1] == "demo/a,finished,30,0.400,20,0.1"
     assert (root / "results.md").read_text().splitlines()[:2] == [

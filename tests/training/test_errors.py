@@ -41,7 +41,7 @@ def test_full_disk_ends_the_run_in_one_sentence_and_leaves_what_was_saved(tmp_pa
         SystemFault,
         match=r"^system: expected to write .*step_00000009.pt, got: File too large. .* Last good checkpoint: .*last.pt",
     ):
-        with translate_system_errors(RunFolder(tmp_path / "run").rescue):
+        with translate_system_errors(RunFolder(tmp_path / "run").resume_advice):
             run.train()
     assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["progress"]["step"] == 6
     assert not (tmp_path / "run/checkpoints/unfinished.tmp").exists()

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-from fpn_det.runs.best import Best
+from fpn_det.runs.best_metric import BestMetric
 
 
 def test_best_takes_the_larger_value_and_the_earlier_of_equals():
-    best = Best("AP")
+    best = BestMetric("AP")
     assert [best.update(step, {"AP": value}) for step, value in [(1, 0.2), (2, 0.1), (3, 0.3), (4, 0.3)]] == [
         True,
         False,
@@ -15,7 +15,7 @@ def test_best_takes_the_larger_value_and_the_earlier_of_equals():
 
 
 def test_best_prefers_anything_to_undefined():
-    best = Best("APs")
+    best = BestMetric("APs")
     assert [best.update(step, {"APs": value}) for step, value in [(1, None), (2, None), (3, 0.0), (4, None)]] == [
         True,
         False,
@@ -25,13 +25,13 @@ def test_best_prefers_anything_to_undefined():
 
 
 def test_best_loss_is_the_smallest():
-    best = Best("loss")
+    best = BestMetric("loss")
     assert [best.update(step, {"loss": value}) for step, value in [(1, 0.5), (2, 0.7), (3, 0.3)]] == [True, False, True]
     assert (best.value, best.step, best.misses) == (0.3, 3, 0)
 
 
 def test_best_counts_evaluations_without_progress():
-    best = Best("AP")
+    best = BestMetric("AP")
     misses = []
     for step, value in enumerate([0.1, 0.14, 0.16, 0.16, None, 0.3], start=1):
         best.update(step, {"AP": value}, min_delta=0.05)
