@@ -115,10 +115,6 @@ class Annotations:
             result.update(paths[start:stop].rpartition(b"/")[2] + b"/")
         return result.hexdigest()
 
-    def summary(self) -> dict[str, int | str]:
-        """Return digest and numbers of images and boxes, by which a resumed run detects changed annotations."""
-        return {"digest": self.digest(), "images": len(self), "boxes": len(self.boxes)}
-
     def share_memory(self) -> Annotations:
         """Move all tensors to shared memory, in place, so that forked and spawned workers share them."""
         for item in fields(self):

@@ -69,7 +69,7 @@ def test_train_then_eval_then_train_again_with_the_same_settings(run_tool, shape
         ("train.py", ["experiment=demo", "trainer.epoch=3"], "Did you mean trainer.epochs?"),
         ("train.py", ["experiment=demo", "data.root=nowhere"], "nowhere"),
         ("train.py", ["run=nowhere"], "run: expected the folder of a run, got nowhere"),
-        ("eval.py", [], "expected run=<folder> or checkpoint=<file>"),
+        ("eval.py", [], "expected either run=<folder> or checkpoint=<file>"),
         ("eval.py", ["checkpoint=nowhere.pt"], "nowhere.pt: expected a checkpoint, got no such file."),
     ],
 )

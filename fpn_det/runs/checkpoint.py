@@ -10,6 +10,7 @@ Content of a checkpoint:
     progress, best                                      number of completed steps; state of `BestMetric`
     rng                                                 the seed, from which and the step all random draws follow
     class_names, category_ids, preprocessing, config    metadata of the weights; config is YAML text
+    data_digests                                        `Annotations.digest()` by split
 """
 
 from __future__ import annotations

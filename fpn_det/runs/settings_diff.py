@@ -1,4 +1,4 @@
-"""Compare settings, and the data sets, of runs."""
+"""Compare the settings of runs."""
 
 from __future__ import annotations
 
@@ -66,27 +66,3 @@ def changes_table(before: Flat, now: Flat) -> Table | None:
         values = [escape(str(one.get(name, ABSENT))) for one in (before, now)]
         table.add_row(escape(name), *values, "yes" if affects_results(name) else "no")
     return table
-
-
-def describe_data_change(
-    saved: Mapping[str, Mapping[str, Any]], present: Mapping[str, Mapping[str, Any]]
-) -> str | None:
-    """Describe how the annotations of a resumed run differ from those of its checkpoint; None if they are equal.
-
-    Args:
-        saved: split -> `Annotations.summary()` at the time of the checkpoint; empty for checkpoints without summaries.
-        present: split -> the same of the annotations that were read now.
-    """
-    changes = []
-    for split, now in present.items():
-        before = saved.get(split)
-        if before is None or before["digest"] == now["digest"]:
-            continue
-        counts = [f"{before[name]} -> {now[name]} {name}" for name in ("images", "boxes") if before[name] != now[name]]
-        changes.append(f"{split} ({', '.join(counts) or 'equal numbers of images and boxes, other values'})")
-    if not changes:
-        return None
-    return (
-        f"The annotations have changed since the checkpoint: {'; '.join(changes)}. The run continues with the new ones, so its "
-        "results are those of neither data set. For comparable results, restore the annotations or start a new run."
-    )

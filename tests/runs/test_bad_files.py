@@ -22,8 +22,6 @@ def test_too_many_bad_files_end_the_run(tmp_path):
     count = BadFiles(tmp_path, 40, 0.05, lambda text: None)
     count(BadImage(Path("a.jpg"), "torn"))
     count(BadImage(Path("b.jpg"), "torn"))  # two of 40 are 5 %
-    with pytest.raises(
-        ValueError, match=r"at most 0\.05 of 40 images to be unusable, got 3 files, which .*bad_files\.txt"
-    ):
+    with pytest.raises(ValueError, match=r"at most 0\.05 of 40 images to be bad, got 3, listed in .*bad_files\.txt"):
         count(BadImage(Path("c.jpg"), "torn"))
     assert len(read_bad_files(tmp_path)) == 3

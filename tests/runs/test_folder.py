@@ -86,14 +86,14 @@ def test_resume_names_what_is_missing(tmp_path):
 def test_resume_refuses_weights_alone(tmp_path):
     save_checkpoint(tmp_path / "converted.pt", {"model": {}})
     with pytest.raises(
-        ValueError, match=r"resume: expected the checkpoint of a run, got weights alone in .*converted.pt"
+        ValueError, match=r"resume: expected the checkpoint of a run, got weights only in .*converted.pt"
     ):
         choose_folder(None, str(tmp_path / "run"), str(tmp_path / "converted.pt")).load(print)
 
 
 def test_folder_must_be_writable(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"run_dir: expected a folder to write in, got .*Choose another one"):
+    with pytest.raises(ValueError, match=r"run_dir: expected a writable folder, got: .*Choose another one"):
         choose_folder(None, str(tmp_path / "file" / "run"), None)
 
 
@@ -123,7 +123,7 @@ def test_folder_has_one_writer_until_it_is_dead(tmp_path):
     other = holder_of(run.path)
     for attempt in (lambda: run.locked().__enter__(), lambda: choose_folder(None, str(run.path), None, set_aside=True)):
         (run.path / "log.txt").touch()
-        with pytest.raises(ValueError, match=rf"no other run writes in, got .*run, in use by process {other.pid} on "):
+        with pytest.raises(ValueError, match=rf"no other run uses, got .*run, in use by process {other.pid} on "):
             attempt()
     other.kill()
     other.wait()

@@ -127,7 +127,7 @@ def test_log_warns_once_when_training_waits_for_data(tmp_path, capsys):
             log.train(step, {"loss": 0.5}, pace)
     lines = capsys.readouterr().out.splitlines()
     # the first interval holds the start of the workers; a fifth is fine; two fifths are not
-    assert [line for line in lines if "waits" in line] == [lines[3]]
+    assert [line for line in lines if "limited by data" in line] == [lines[3]]
     assert "40% of the time" in lines[3] and "data.num_workers" in lines[3] and "data.resize_on=device" in lines[3]
 
 

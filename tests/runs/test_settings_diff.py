@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fpn_det.runs.folder import RunFolder
 from fpn_det.runs.overview import compare_runs, find_runs, runs_table, write_results
-from fpn_det.runs.settings_diff import changes_table, describe_data_change, differing, flatten, read_settings
+from fpn_det.runs.settings_diff import changes_table, differing, flatten, read_settings
 
 
 def test_settings_become_dotted_names():
@@ -28,16 +28,6 @@ def test_changes_say_whether_the_numbers_change():
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
     assert rows == [("optimizer.lr", "0.1", "0.2", "yes"), ("trainer.log_every", "20", "5", "no")]
     assert changes_table(before, before) is None
-
-
-def test_changed_annotations_are_described():
-    before = {"train": {"digest": "a", "images": 8, "boxes": 20}, "val": {"digest": "b", "images": 2, "boxes": 3}}
-    moved = {"train": {"digest": "c", "images": 8, "boxes": 20}, "val": {"digest": "b", "images": 2, "boxes": 3}}
-    more = {"train": {"digest": "d", "images": 9, "boxes": 20}, "val": {"digest": "e", "images": 3, "boxes": 4}}
-    assert describe_data_change(before, before) is None
-    assert describe_data_change({}, before) is None  # a checkpoint without summaries
-    assert "checkpoint: train (equal numbers of images and boxes, other values). The" in describe_data_change(before, moved)
-    assert "train (8 -> 9 images); val (2 -> 3 images, 3 -> 4 boxes)." in describe_data_change(before, more)
 
 
 def make_run(path: Path, lr: float, aps: list[float | None], finished: bool = False) -> None:
