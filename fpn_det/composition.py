@@ -31,6 +31,7 @@ from fpn_det.locations import CONFIGS
 from fpn_det.migration import find, migrate, refuse_old_name
 from fpn_det.safe_yaml import load_yaml
 from fpn_det.schema import check_names, complete, did_you_mean, fit, listed, missing_names
+from fpn_det.synonyms import find_by_last_name, refuse_synonym
 from fpn_det.training.config import TrainConfig
 
 # Modules and packages whose classes a `_target_` may name: parts of detectors and recipes, which have no effects outside.
@@ -128,7 +129,7 @@ def compose_as(schema: type[C], config_name: str, overrides: Sequence[str] = (),
         ValueError: a setting is unknown, mistyped or impossible.
     """
     try:
-        selections, values = _parse(overrides)
+        selections, values = _parse(overrides, schema)
         tree = compose_files(config_name, selections, saved)
     except COMPOSING as error:
         raise ValueError(describe_refusal(error)) from None
@@ -172,10 +173,13 @@ def _for_schema(tree: Tree, schema: type) -> Tree:
     return {name: item for name, item in tree.items() if name in known or name not in TRAINING_ONLY}
 
 
-def _parse(overrides: Sequence[str]) -> tuple[list[str], list[Override]]:
+def _parse(overrides: Sequence[str], schema: type) -> tuple[list[str], list[Override]]:
     """The words that select files or concern Hydra itself, and those that set values."""
+    known = {item.name for item in fields(schema)} | {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}
     for word in overrides:
-        refuse_old_name(word.lstrip("+~").split("=")[0])
+        name, _, text = word.lstrip("+~").partition("=")
+        refuse_old_name(name)
+        refuse_synonym(name, text, known, issubclass(schema, TrainConfig))
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     folders = _folders(parsed)
     selections, values = [], []
@@ -262,7 +266,11 @@ def _finish(tree: Tree, values: Sequence[Override], named: set[str], packages: S
         if override.key_or_group.endswith("._target_"):
             _set(tree, override)
     tree = complete(tree, schema, packages)
+    known = {item.name for item in fields(schema)}
     for override in values:
+        key = override.key_or_group
+        if key.split(".")[0] not in known and (meant := find_by_last_name(key, tree)):
+            raise ValueError(f"{key}: there is no setting of that name. Did you mean {listed(meant[:3])}?")
         _set(tree, override)
     for one, other in EITHER:
         _choose(tree, one, other, named)

@@ -13,7 +13,7 @@ SOURCES = sorted([*(ROOT / "fpn_det").rglob("*.py"), *(ROOT / "tools").rglob("*.
 RANKS = {
     "": 0,
     **dict.fromkeys(
-        ["structures", "boxes", "runtime", "image_io", "migration", "safe_yaml", "locations", "terminal"], 0
+        ["structures", "boxes", "runtime", "image_io", "migration", "safe_yaml", "locations", "terminal", "synonyms"], 0
     ),
     "errors": 1,
     "schema": 2,

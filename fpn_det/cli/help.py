@@ -13,7 +13,7 @@ from fpn_det.locations import PACKAGE
 # Commands by group, in the order in which they are needed.
 GROUPS = {
     "Train and evaluate": ("train", "eval"),
-    "Data": ("check-data", "show-data"),
+    "Data": ("check-data", "show-data", "convert-data"),
     "Runs and weights": ("runs", "show-pyramid", "convert-weights", "replay"),
     "This installation": ("doctor", "experiments", "settings", "benchmark"),
 }
@@ -24,6 +24,7 @@ OPTIONS = {
     "eval": "fpn_det.config.EvalConfig",
     "check-data": "fpn_det.cli.check_data.CheckDataConfig",
     "show-data": "fpn_det.cli.show_data.ShowDataConfig",
+    "convert-data": "fpn_det.annotations.conversion.ConversionConfig",
     "runs": "fpn_det.cli.runs.RunsConfig",
     "show-pyramid": "fpn_det.cli.show_pyramid.ShowPyramidConfig",
     "convert-weights": "fpn_det.cli.convert_weights.ConvertWeightsConfig",
