@@ -178,13 +178,20 @@ class Batch:
         return len(self.pixels)
 
     def to(self, device: torch.device | str) -> Batch:
-        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        """Copy to a device.
+
+        Copies from pinned memory to CUDA are asynchronous. Copies to the CPU wait for the data: the host could otherwise read
+        pinned memory before it is written.
+        """
+        non_blocking = torch.device(device).type == "cuda"
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def select(self, rows: slice) -> Batch:
         """Select some of the images; the padding stays."""
         return _map_tensors(self, lambda tensor: tensor[rows])
 
     def pin_memory(self) -> Batch:
+        """Copy to pinned memory. Tensors that are in pinned memory are not copied."""
         return _map_tensors(self, lambda tensor: tensor.pin_memory())
 
 

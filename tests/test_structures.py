@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from compare import assert_close
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpn_det.structures import Annotations, Batch, Detections, Losses, Pyramid, Targets
 
@@ -88,3 +90,24 @@ def test_annotations_state_image_and_class_counts():
         replace(annotations, class_names=("a", "c", "b")),
     ):
         assert changed.digest() != digest
+
+def test_batches_are_copied_to_the_cpu_synchronously():
+    """An asynchronous copy would let the host read pinned memory before it is written."""
+    waits: dict[str, set[bool]] = {"cpu": set(), "cuda": set()}
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if function is torch.ops.aten._to_copy.default:
+                waits[torch.device(kwargs["device"]).type].add(not kwargs.get("non_blocking", False))
+            return function(*args, **kwargs)
+
+    with FakeTensorMode(), Recorder():
+        targets = Targets.pad([torch.ones(2, 4)], [torch.ones(2, dtype=torch.int64)])
+        sizes = torch.ones(1, 2, dtype=torch.int64)
+        batch = Batch(torch.zeros(1, 3, 8, 8), sizes, sizes, targets, torch.zeros(1, dtype=torch.int64))
+        on_gpu = batch.to("cuda")
+        assert on_gpu.targets.boxes.device.type == "cuda"
+        for device in ("cpu", torch.device("cpu")):
+            assert on_gpu.to(device).pixels.device.type == "cpu"
+    assert waits == {"cpu": {True}, "cuda": {False}}

@@ -9,6 +9,7 @@ small and pickled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -20,9 +21,12 @@ from torch import Tensor
 from fpn_det.data.dataset import Example
 from fpn_det.data.flip_resize import FlipResize, Size
 from fpn_det.image_io import BadImage
+from fpn_det.schema import Count
 from fpn_det.structures import Batch, Proposals, Targets
 
-Canvas = Literal["batch"] | tuple[int, int]  # as large as the batch needs, or (H, W) px
+# As large as the batch needs; that, rounded up to multiples of BUCKET, for few distinct shapes; or (H, W) px.
+Canvas = Literal["batch", "bucket"] | tuple[Count, Count]
+BUCKET = 128  # px
 ResizeOn = Literal["worker", "device"]
 
 
@@ -94,7 +98,7 @@ class Collator:
     resize_on: ResizeOn = "worker"  # or device: send decoded pixels
 
     def __post_init__(self) -> None:
-        if self.canvas != "batch" and (self.canvas[0] % self.stride or self.canvas[1] % self.stride):
+        if isinstance(self.canvas, tuple) and (self.canvas[0] % self.stride or self.canvas[1] % self.stride):
             raise ValueError(
                 f"data.canvas: expected sides that the model's stride {self.stride} divides, got {list(self.canvas)}."
             )
@@ -106,8 +110,9 @@ class Collator:
             ValueError: an image exceeds the fixed canvas.
         """
         height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
-        if self.canvas == "batch":
-            return -(-height // self.stride) * self.stride, -(-width // self.stride) * self.stride
+        if not isinstance(self.canvas, tuple):
+            multiple = self.stride if self.canvas == "batch" else math.lcm(self.stride, BUCKET)
+            return -(-height // multiple) * multiple, -(-width // multiple) * multiple
         if height > self.canvas[0] or width > self.canvas[1]:
             raise ValueError(
                 f"data.canvas: expected images of at most {self.canvas[0]} x {self.canvas[1]} px (h x w), got {height} x {width}. "

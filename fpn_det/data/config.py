@@ -19,7 +19,7 @@ from fpn_det.annotations.reading import CheckedDataset
 from fpn_det.annotations.splits import TrainData, are_same_images, drop_images, find_overlap
 from fpn_det.annotations.subsets import drop_empty, select_images, split_images
 from fpn_det.data.bad_images import OnBadImage
-from fpn_det.data.collation import Collator, ResizeOn
+from fpn_det.data.collation import Canvas, Collator, ResizeOn
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.image_cache import ImageCache
 from fpn_det.data.loaders import EvalLoader, TrainLoader
@@ -33,6 +33,7 @@ from fpn_det.schema import Amount, Count, CountOrZero, Fraction, Node, Positive,
 from fpn_det.structures import Annotations
 
 SplitName = Literal["train", "val", "test"]
+ReducedDecoding = Literal["never", "train", "always"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class ProposalsConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Images and annotations, and how they become batches."""
+    """Images and annotations, their transforms and loaders."""
 
     root: str = "datasets/coco"  # folder of the data set; the paths of train, val and test derive from it
     train: SplitConfig = field(default_factory=SplitConfig)
@@ -66,13 +67,9 @@ class DataConfig:
     num_workers: CountOrZero = 4  # processes that read and transform images; 0 uses the main process
     start_method: StartMethod | None = None  # of the workers; null = the platform's default
     resize_on: ResizeOn = "worker"  # or device: workers only decode, the last flip and resize run on the device
-    reduced_decoding: Literal["never", "train", "always"] = (
-        "never"  # decode JPEG at 1/2, 1/4 or 1/8 if still large enough
-    )
+    reduced_decoding: ReducedDecoding = "never"  # decode JPEG files at 1/2, 1/4 or 1/8 if that is large enough
     cache: str | None = None  # folder for decoded images, 3 bytes per pixel: about 100 GB for COCO
-    canvas: Literal["batch"] | tuple[Count, Count] = (
-        "batch"  # padded size: of the batch's largest image, or fixed [H, W]
-    )
+    canvas: Canvas = "batch"  # padded size: the batch's largest image, bucket (multiples of 128 px) or [H, W]
     group_by_aspect: bool = True  # batch landscape and portrait images separately
     repeat_threshold: Positive | None = None  # repeat images of classes found in less than this fraction of the images
     eval_batch_size: Count = 1  # images per rank

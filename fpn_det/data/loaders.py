@@ -5,7 +5,7 @@ The content of a batch is a function of the step alone. It does not depend on th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from itertools import chain, count
 from typing import Any
@@ -19,7 +19,16 @@ from fpn_det.data.collation import Collator, PackedBatch
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.largest_batch import largest_batch
 from fpn_det.data.sampling import GlobalBatches, evaluation_batches, micro_batches
-from fpn_det.data.workers import BUFFERS_PER_WORKER, SharedBuffers, Workers, check_shared_memory, load_in_workers
+from fpn_det.data.workers import (
+    BUFFERS_PER_WORKER,
+    ReceivedBuffers,
+    SharedBuffers,
+    Workers,
+    check_shared_memory,
+    cuda_host_register,
+    cuda_host_unregister,
+    load_in_workers,
+)
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Batch
 
@@ -185,59 +194,80 @@ def typical_bytes(dataset: DetectionDataset, collator: Collator) -> int:
     height, width = sizes[sizes.prod(dim=1).argsort()[len(sizes) // 2]].tolist()
     if collator.resize_on == "worker":
         canvas = collator.canvas
-        height, width = dataset.transform.largest((height, width)) if canvas == "batch" else canvas
+        height, width = canvas if isinstance(canvas, tuple) else dataset.transform.largest((height, width))
     return height * width * 3
 
 
 def _receive(
     items: Iterable[PackedBatch | ValueError], device: torch.device, on_bad_image: OnBadImage | None
-) -> Iterator[tuple[PackedBatch, Batch]]:
-    """Unpack what the workers send, into private memory from which the device can copy.
+) -> Generator[tuple[PackedBatch, Batch], None, None]:
+    """Unpack what the workers send, into memory from which the device can copy.
+
+    For CUDA, the pixels stay in the worker's buffer, which may be overwritten as soon as the next item is requested: until
+    then they must be copied.
 
     Raises:
         ValueError: a worker met an error in the data.
     """
-    mapped = {}  # keeps the shared buffers in the address space of this process from one use to the next
-    for item in items:
-        if isinstance(item, ValueError):
-            raise item
-        for bad in item.bad_images:
-            assert on_bad_image is not None, "bad images are only left out or replaced with a callback"
-            on_bad_image(bad)
-        if not item.indices:
-            continue
-        batch = item.unpack()
-        if item.buffer is not None:
-            mapped[item.buffer] = item.pixels.untyped_storage()
-        is_copied_by_finish = bool(item.decoded_sizes) and device.type == "cpu"
-        if device.type == "cuda":
-            batch = batch.pin_memory()
-        elif item.buffer is not None and not is_copied_by_finish:
-            batch = replace(batch, pixels=batch.pixels.clone())
-        yield item, batch
+    is_cuda = device.type == "cuda"
+    buffers = ReceivedBuffers(cuda_host_register, cuda_host_unregister) if is_cuda else ReceivedBuffers()
+    try:
+        for item in items:
+            if isinstance(item, ValueError):
+                raise item
+            for bad in item.bad_images:
+                assert on_bad_image is not None, "bad images are only left out or replaced with a callback"
+                on_bad_image(bad)
+            if not item.indices:
+                continue
+            batch = item.unpack()
+            if item.buffer is not None:
+                buffers.keep(item.buffer, item.pixels.untyped_storage())
+            is_copied_by_finish = bool(item.decoded_sizes) and device.type == "cpu"
+            if is_cuda:
+                batch = batch.pin_memory()  # copies the pixels only if their buffer could not be page-locked
+            elif item.buffer is not None and not is_copied_by_finish:
+                batch = replace(batch, pixels=batch.pixels.clone())
+            yield item, batch
+    finally:
+        buffers.close()
 
 
 def _on_device(
     items: Iterable[PackedBatch | ValueError], device: torch.device, on_bad_image: OnBadImage | None = None
 ) -> Iterator[Batch]:
     """Yield batches on the device. With CUDA, the next batch is copied and resized while the model uses this one."""
+    received = _receive(items, device, on_bad_image)
     if device.type != "cuda":
-        for packed, batch in _receive(items, device, on_bad_image):
+        for packed, batch in received:
             yield packed.finish(batch.to(device))
         return
     side = torch.cuda.Stream(device)
     ready: Batch | None = None
-    end: list[tuple[PackedBatch, Batch] | None] = [None]
-    for upcoming in chain(_receive(items, device, on_bad_image), end):
-        main = torch.cuda.current_stream(device)
-        main.wait_stream(side)  # `ready` has arrived; no other copy is in progress yet
-        with torch.cuda.stream(side):
-            coming = upcoming[0].finish(upcoming[1].to(device)) if upcoming else None
+    try:
+        for packed, batch in received:
+            torch.cuda.current_stream(device).wait_stream(side)  # `ready` has arrived; no other copy is in progress yet
+            with torch.cuda.stream(side):
+                batch = batch.to(device)
+                copied = side.record_event()
+                coming = packed.finish(batch)
+            if ready is not None:
+                yield _used_on_current_stream(ready)
+            ready = coming
+            copied.synchronize()  # the buffer may be overwritten now; the copy has long been done, while the model ran
         if ready is not None:
-            for tensor in _tensors(ready):
-                tensor.record_stream(main)  # otherwise the side stream may overwrite it while it is in use
-            yield ready
-        ready = coming
+            torch.cuda.current_stream(device).wait_stream(side)
+            yield _used_on_current_stream(ready)
+    finally:
+        side.synchronize()  # an abandoned copy must end before its buffer is released
+        received.close()
+
+
+def _used_on_current_stream(batch: Batch) -> Batch:
+    """Keep the memory of a batch of the side stream from being reused while the current stream uses it."""
+    for tensor in _tensors(batch):
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return batch
 
 
 def _tensors(record: Any) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -94,6 +94,63 @@ class SharedBuffers:
         if len(self._buffers[self.current]) < size:
             self._buffers[self.current] = torch.empty(size, dtype=torch.uint8).share_memory_()
         return self._buffers[self.current][:size].view(shape)
+
+
+class ReceivedBuffers:
+    """Keeps the workers' buffers mapped in the main process from one use to the next, and page-locked for CUDA.
+
+    From page-locked memory, CUDA copies directly and asynchronously. Otherwise the main process would have to copy the pixels of
+    every batch to pinned memory first.
+
+    Args:
+        register: page-locks (address, bytes) and returns True on success; None does not page-lock.
+        unregister: reverts it for an address.
+    """
+
+    def __init__(
+        self, register: Callable[[int, int], bool] | None = None, unregister: Callable[[int], None] | None = None
+    ) -> None:
+        self._register = register
+        self._unregister = unregister
+        self._storages: dict[tuple[int, int], torch.UntypedStorage] = {}
+        self._page_locked: set[tuple[int, int]] = set()
+
+    def keep(self, buffer: tuple[int, int], storage: torch.UntypedStorage) -> None:
+        """Keep the memory of a buffer until it is replaced by other memory, which happens when the worker enlarges it.
+
+        Args:
+            buffer: (worker, number).
+            storage: its memory in this process.
+        """
+        known = self._storages.get(buffer)
+        if known is not None and known.data_ptr() == storage.data_ptr():
+            return
+        self._release(buffer)
+        self._storages[buffer] = storage
+        if self._register is not None and self._register(storage.data_ptr(), storage.nbytes()):
+            self._page_locked.add(buffer)
+
+    def close(self) -> None:
+        """Release all buffers. No copy from them may be in progress."""
+        for buffer in list(self._storages):
+            self._release(buffer)
+
+    def _release(self, buffer: tuple[int, int]) -> None:
+        storage = self._storages.pop(buffer, None)
+        if storage is not None and buffer in self._page_locked:
+            self._page_locked.remove(buffer)
+            assert self._unregister is not None
+            self._unregister(storage.data_ptr())
+
+
+def cuda_host_register(address: int, size: int) -> bool:
+    """Page-lock memory for CUDA; returns False if the driver refuses."""
+    return int(torch.cuda.cudart().cudaHostRegister(address, size, 0)) == 0
+
+
+def cuda_host_unregister(address: int) -> None:
+    """Revert `cuda_host_register`."""
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def check_shared_memory(image_bytes: int, num_images: int, num_workers: int, num_buffers: int) -> None:

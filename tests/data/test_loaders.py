@@ -127,6 +127,16 @@ def test_collate_pads_to_a_fixed_canvas_and_refuses_larger_images():
         Collator(32, (64, 64)).collate([example(40, 70)])
 
 
+def test_bucket_canvas_has_few_shapes():
+    collator = Collator(32, "bucket")
+    assert collator.canvas_size([(40, 70), (129, 32)]) == (256, 128)
+    assert Collator(96, "bucket").canvas_size([(40, 70)]) == (384, 384)  # the stride divides it too
+    sides = range(640, 801, 32)
+    sizes = [(side, long) for side in sides for long in range(side, 1334, 7)]
+    assert len({collator.canvas_size([size]) for size in sizes}) == 10
+    assert len({Collator(32).canvas_size([size]) for size in sizes}) > 80
+
+
 def test_unpacking_does_not_copy_pixels():
     packed = Collator(32).pack([example(40, 70)])
     assert packed.finish(packed.unpack()).pixels.data_ptr() == packed.pixels.data_ptr()
