@@ -20,6 +20,7 @@ from fpn_det.interop import loading
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
 from fpn_det.pretrained import settings_for
+from fpn_det.runs import bad_files
 from fpn_det.runs.checkpoint import fill_model, find_checkpoint, run_folder_of
 from fpn_det.runs.folder import choose_folder
 from fpn_det.runs.log import RunLog
@@ -73,12 +74,16 @@ def evaluate(config: EvalConfig) -> Evaluation:
     folder = run_folder_of(path) / "eval" / f"{path.stem}{suffix}"
     with process_group(config.device, config.timeout_minutes) as (ranks, device):
         config.set_precision()
+        if ranks.is_main:
+            (folder / bad_files.NAME).unlink(missing_ok=True)  # of an earlier evaluation of this checkpoint
         annotations = config.data.read_split(config.split, state["class_names"], config.seed)
         model = config.build_model(annotations.num_classes)
         weights = fill_model(model, state, str(path), config.weights)
         model.to(device)
-        loader = config.eval_loader(annotations, model.stride, ranks, device, config.split)
         with RunLog(folder, ranks) as log:
+            skipped = bad_files.BadFiles(folder, len(annotations), config.data.max_bad_fraction, log.info)
+            on_bad_image = skipped if config.data.on_error == "skip" else None
+            loader = config.eval_loader(annotations, model.stride, ranks, device, config.split, on_bad_image)
             dtype = PRECISIONS[config.precision]
             evaluation = evaluate_model(model, loader, annotations, config.evaluation, dtype, config.tta)
             step = state["progress"]["step"]

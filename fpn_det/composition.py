@@ -89,7 +89,6 @@ IDLE: list[tuple[str, Idle]] = [
 TRAINING_ONLY = (
     *(item.name for item in fields(TrainConfig) if item.name not in {item.name for item in fields(EvalConfig)}),
     "data.train_transforms",
-    "data.max_bad_fraction",
     "data.keep_empty",
     "data.group_by_aspect",
     "data.repeat_threshold",

@@ -91,6 +91,7 @@ def test_annotations_state_image_and_class_counts():
     ):
         assert changed.digest() != digest
 
+
 def test_batches_are_copied_to_the_cpu_synchronously():
     """An asynchronous copy would let the host read pinned memory before it is written."""
     waits: dict[str, set[bool]] = {"cpu": set(), "cuda": set()}

@@ -137,6 +137,13 @@ def test_a_bad_image_costs_that_image_and_no_more(run_tool, shapes_dataset, tmp_
     assert (run / "log.txt").read_text().count("skipped:") == 1
     (events,) = (run / "tensorboard").iterdir()
     assert b"data/bad_files" in events.read_bytes()
+    (bad_val, *_) = sorted((data / "val2017").iterdir())
+    bad_val.write_bytes(bad_val.read_bytes()[:100])
+    evaluated = run_tool("eval.py", f"run={run}", "data.max_bad_fraction=0.2")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert f"left out: {bad_val}" in evaluated.stdout
+    (line,) = (run / "eval" / "best" / "bad_files.txt").read_text().splitlines()
+    assert line.startswith(f"{bad_val}\t{bad_val}: expected a complete image")
     strict = run_tool("train.py", *command, "data.max_bad_fraction=0.01")
     assert strict.returncode == 2 and strict.stderr.startswith(
         "data.max_bad_fraction: expected at most 0.01 of 16 images"
