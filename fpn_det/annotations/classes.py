@@ -68,7 +68,7 @@ def match_classes(
         )
     respelled = {_fold(name): name for name in extra}
     used_ids = {number for ids in ids_of.values() for number in ids}
-    num_hints = 0
+    highest, num_hints = max(used_ids, default=0), 0
     for name in missing:
         other = respelled.pop(_fold(name), None)
         unused = _unused_id(name)
@@ -81,13 +81,15 @@ def match_classes(
         elif unused is not None and unused not in used_ids:
             ids_of[name] = [unused]
             used_ids.add(unused)
+            highest = max(highest, unused)
         else:
             if require_all:
                 num_hints += 1
                 hint = _near(name, extra) if num_hints <= SHOWN_PER_KIND else ""
                 findings.append(Finding("class_missing", f"class {name!r} of the training set is missing{hint}"))
-            ids_of[name] = [1 + max(used_ids, default=0)]
-            used_ids.add(ids_of[name][0])
+            highest += 1
+            ids_of[name] = [highest]
+            used_ids.add(highest)
     if not subset:
         for position, name in enumerate(extra):
             hint = _near(name, missing) if position < SHOWN_PER_KIND else ""

@@ -20,7 +20,7 @@ from fpn_det.annotations.files import (
 )
 from fpn_det.annotations.findings import Finding
 from fpn_det.annotations.parsing import parse_number, parse_pixels
-from fpn_det.annotations.raw import RawDataset, split_aliases
+from fpn_det.annotations.raw import SPLIT_ALIASES, RawDataset, split_aliases
 from fpn_det.image_io import IMAGE_SUFFIXES, image_size
 
 SIDES = ("xmin", "ymin", "xmax", "ymax")
@@ -93,7 +93,8 @@ def is_voc(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
     if "ImageSets" in names or any(name.lower().endswith(".xml") for name in names):
         return True
-    return any(name in names and _has_xml(folder / name) for name in ANNOTATION_FOLDERS)
+    split_folders = [name for split in SPLIT_ALIASES for name in split_aliases(split)]
+    return any(name in names and _has_xml(folder / name) for name in (*ANNOTATION_FOLDERS, *split_folders))
 
 
 def _has_xml(folder: Path) -> bool:
