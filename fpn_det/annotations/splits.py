@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fpn_det.annotations.findings import Finding, describe_findings
+from fpn_det.annotations.findings import Finding
 from fpn_det.annotations.reading import CheckedDataset
 from fpn_det.annotations.subsets import select_images
 from fpn_det.structures import Annotations
@@ -24,15 +24,6 @@ class TrainData:
     train: Annotations
     val: Annotations
     findings: Mapping[str, list[Finding]]
-
-    def describe(self) -> str:
-        """What was repaired, left out or is doubtful, by split and kind; empty if nothing was found."""
-        parts = []
-        for split, findings in self.findings.items():
-            reported = [finding for finding in findings if finding.severity != "note"]
-            if reported:
-                parts.append(f"data.{split}: {len(reported)} finding(s):\n{describe_findings(reported)}")
-        return "\n".join(parts)
 
 
 def find_overlap(one: CheckedDataset, other: CheckedDataset, name: str) -> dict[int, Finding]:
