@@ -141,7 +141,7 @@ def test_a_bad_image_costs_that_image_and_no_more(run_tool, shapes_dataset, tmp_
     bad_val.write_bytes(bad_val.read_bytes()[:100])
     evaluated = run_tool("eval.py", f"run={run}", "data.max_bad_fraction=0.2")
     assert evaluated.returncode == 0, evaluated.stderr
-    assert f"left out: {bad_val}" in evaluated.stdout
+    assert f"skipped: {bad_val}" in evaluated.stdout
     (line,) = (run / "eval" / "best" / "bad_files.txt").read_text().splitlines()
     assert line.startswith(f"{bad_val}\t{bad_val}: expected a complete image")
     strict = run_tool("train.py", *command, "data.max_bad_fraction=0.01")
