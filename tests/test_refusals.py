@@ -195,7 +195,7 @@ BUILT = [
     ("optimizer=sgd optimizer.momentum=0 optimizer.nesterov=true", "optimizer.nesterov: expected momentum"),
     (
         "schedule=multistep schedule.milestones=[0.9,0.3]",
-        "schedule.milestones: expected growing fractions of the run, got [0.9, 0.3].",
+        "schedule.milestones: expected increasing fractions of the run, got [0.9, 0.3].",
     ),
     ("schedule.warmup_steps=100", "schedule.warmup_steps: expected at most the length of the run (2 steps), got 100."),
     (

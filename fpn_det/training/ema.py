@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights, which is often better than the weights themselves."""
+"""Exponential moving average of the weights."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class EMA(Generic[M]):
-    """A second model whose weights follow the first one's slowly, in place.
+    """A copy of a model whose weights are the moving average of the model's.
 
-    The decay is `min(decay, (1 + step) / (10 + step))`: a pure function of the step that lets a young average forget the
-    random start. Buffers (the statistics of norms) are copied, not averaged.
+    The decay is `min(decay, (1 + step) / (10 + step))`, a function of the step, so that early averages forget the initial
+    weights. Buffers (statistics of norms) are copied, not averaged.
     """
 
     def __init__(self, model: M, decay: float) -> None:
         if not 0 < decay < 1:
-            raise ValueError(f"ema: expected a decay between 0 and 1, got {decay}. Take 0.999, or null for no average.")
+            raise ValueError(f"ema: expected a decay between 0 and 1, got {decay}. Use 0.999, or null for no average.")
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         pairs = list(zip(self.model.parameters(), model.parameters(), strict=True))
@@ -31,7 +31,7 @@ class EMA(Generic[M]):
 
     @torch.no_grad()
     def update(self, step: int, good: Tensor) -> None:
-        """Move towards the weights, unless `good` (a bool on the device) says that this step does not count."""
+        """Update the average after a step; `good` (a bool on the device) is False for a step that is skipped."""
         decay = min(self.decay, (1 + step) / (10 + step))
         rates: list[Tensor] = [(1 - decay) * good] * len(self._weights)
         torch._foreach_lerp_(self._averages, self._weights, rates)

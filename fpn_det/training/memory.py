@@ -1,4 +1,4 @@
-"""Memory: how much a step takes, known before it is needed, and a sentence for when there is not enough."""
+"""Memory of a step: measured in advance, and out-of-memory errors in one sentence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KNOBS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory did not suffice, on a GPU or on the host."""
+    """Whether the error is an out-of-memory error of a GPU or of the host."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
@@ -56,7 +56,7 @@ def explained_evaluation(batch_size: int) -> Iterator[None]:
 
 
 def fits(optimization: Optimization, batch: Batch) -> bool:
-    """Whether a step with `batch` as its micro-batch fits into the GPU, with room to spare; changes nothing."""
+    """Whether a step with `batch` as its micro-batch fits into USABLE of the GPU's memory. Changes nothing."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(optimization.device)
     try:
@@ -70,7 +70,7 @@ def fits(optimization: Optimization, batch: Batch) -> bool:
 
 
 def largest_that_fits(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number from 1 to `limit` that fits, 0 if none does; whatever is smaller than one that fits does, too."""
+    """The largest number from 1 to `limit` that fits, 0 if none does, by bisection."""
     tried, fitting = 1, 0
     while tried <= limit and fits(tried):
         fitting, tried = tried, 2 * tried
@@ -82,14 +82,14 @@ def largest_that_fits(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def describe(batch: Batch) -> str:
-    """How large a batch is, in words."""
+    """The size of a batch in words."""
     num_images, _, height, width = batch.pixels.shape
     objects = int(batch.targets.valid.sum(dim=1).max())
     return f"{num_images} images of {height} x {width} px (h x w) with up to {objects} objects"
 
 
 def probe(optimization: Optimization, batch: Batch, accumulate: int) -> str:
-    """Go through a whole step with `batch` as each of its micro-batches, change nothing, and say what it took.
+    """Run a step with `batch` as each of its micro-batches, which changes nothing, and describe its peak of memory.
 
     Raises:
         SystemFault: there is not enough memory.

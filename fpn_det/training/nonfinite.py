@@ -1,7 +1,7 @@
-"""Explaining a step that was not finite. Nothing has moved since, so it can be looked at again, with the same weights.
+"""Diagnosis of a step that was not finite. The weights have not changed since, so the step can be repeated.
 
-What is found is kept in a folder of its own, from which `tools/replay.py` does the step once more, anywhere and without
-the data set: `checkpoint.pt` is the state as the bad step found it, settings included, and `rank{k}/step.pt` the share of one rank:
+A dump folder keeps what is needed to repeat it without the data set (`replay`): `checkpoint.pt` is the state before the
+step, settings included, and `rank{k}/step.pt` holds the data of one rank:
 
     step, rank, world_size, precision, lr, loss_scale     the step counted from 0
     batches                                               of each micro-batch: its tensors by name, with pixels and boxes
@@ -38,13 +38,13 @@ MAX_NAMES = 8  # of parameters or files in a message
 
 @dataclass(frozen=True)
 class Examination:
-    """What a micro-batch computes.
+    """Results of one micro-batch.
 
     Attributes:
         terms: its losses.
-        inputs: which of its inputs are not finite, as `pixels` or `boxes` and the number of the image.
-        module: the first one to give something that is not finite; empty if none did.
-        images: the numbers of the images whose losses are not finite when they are alone.
+        inputs: inputs that are not finite, as `pixels` or `boxes` and the number of the image.
+        module: the first one with an output that is not finite; empty if there is none.
+        images: numbers of the images whose losses are not finite in a batch of their own.
     """
 
     terms: dict[str, float]
@@ -54,7 +54,7 @@ class Examination:
 
 
 def first_bad_step(optimization: Optimization) -> int:
-    """The first step with an alarm on any rank; all ranks ask together."""
+    """The first step with an alarm on any rank. Collective."""
     step = int(optimization.alarm)
     return host_all_reduce_min(NEVER if step < 0 else step)
 
@@ -62,15 +62,15 @@ def first_bad_step(optimization: Optimization) -> int:
 def examine(
     model: Detector, batches: Sequence[Batch], step: int, scale: float, autocast: Callable[[], AbstractContextManager]
 ) -> tuple[list[Examination], dict[str, float]]:
-    """Do the forward and backward passes of a step again; returns what its micro-batches compute, and the gradient's norms.
+    """Repeat the forward and backward passes of a step. Returns the results of its micro-batches and gradient norms.
 
-    Random draws are those of the step if the generators are seeded for it. Gradients are overwritten, norm statistics move.
+    Random draws are those of the step if the generators are seeded for it. Gradients and norm statistics are overwritten.
 
     Args:
         batches: micro-batches of the step, on the model's device.
         step: counted from 0.
         scale: of the losses, in the backward pass.
-        autocast: makes the precision.
+        autocast: makes the autocast context.
     """
     model.zero_grad()
     terms, modules = [], []
@@ -97,16 +97,16 @@ def explain(
     optimization: Optimization, batches: Sequence[Batch], annotations: Annotations, step: int, seed: int, ranks: Ranks,
     folder: Path, state: Callable[[], dict[str, Any]],
 ) -> str:  # fmt: skip
-    """What is not finite in `step`, on all ranks, and in which images; and where it is kept. All ranks explain together.
+    """Describe what is not finite in `step` on any rank, in which images, and where the dump is. Collective.
 
     Args:
-        optimization: as the bad step left it; its gradients are overwritten.
+        optimization: state after the bad step; its gradients are overwritten.
         batches: this rank's micro-batches of that step.
-        annotations: names the files.
+        annotations: of the batches, for file names.
         step: counted from 0.
         seed: of the run.
-        folder: where to keep it; what an earlier run of this kind left there goes.
-        state: gives the checkpoint of now.
+        folder: of the dump; an earlier dump is replaced.
+        state: makes the checkpoint.
     """
     weights = dict(optimization.model.named_parameters())
     bad_weights = [f"weight {name}" for name, weight in weights.items() if not torch.isfinite(weight).all()]
@@ -149,7 +149,7 @@ def explain(
     kept = (
         f"The dump could not be written ({troubles[0]})."
         if troubles
-        else f"Do it again with 'python tools/replay.py {folder}'."
+        else f"Repeat it with 'fpn-det replay dump={folder}'."
     )
     return (
         f"not finite: {_listed(causes or steep)}.{where} Images of that batch: {_listed(suspects or all_paths)}. {kept}"
@@ -157,16 +157,16 @@ def explain(
 
 
 def load_dump(folder: Path, rank: int) -> tuple[dict[str, Any], dict[str, Any], list[Batch]]:
-    """What a run left of its bad step: its state, the share of one rank, and that rank's micro-batches.
+    """Load the dump of a bad step: the state, the data of one rank, and its micro-batches.
 
     Raises:
-        ValueError: it is not there, or damaged.
+        ValueError: the dump is absent or damaged.
     """
     share = load_checkpoint(_share_of(folder, rank))
     state = load_checkpoint(folder / "checkpoint.pt")
     check_fields(folder / "checkpoint.pt", state)
     if missing := sorted(SHARE_FIELDS - set(share)):
-        raise ValueError(f"{_share_of(folder, rank)}: expected the share of a rank, got none of {', '.join(missing)}.")
+        raise ValueError(f"{_share_of(folder, rank)}: expected the data of a rank, got none of {', '.join(missing)}.")
     return state, share, list(map(_as_batch, share["batches"]))
 
 
@@ -190,7 +190,7 @@ def _start(folder: Path, world_size: int, state: dict[str, Any]) -> None:
 
 
 def _try_to_save(save: Callable[[], None]) -> str:
-    """Save if that is possible; returns why it was not. The explanation is worth more than its files."""
+    """Save; on failure return the reason. A full disk must not hide the diagnosis."""
     try:
         save()
     except OSError as error:
@@ -200,7 +200,7 @@ def _try_to_save(save: Callable[[], None]) -> str:
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[list[str]]:
-    """Within this context the names of modules whose output is not finite gather here, in the order in which they run."""
+    """Collect the names of modules whose output is not finite within this context, in order of execution."""
     found: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
@@ -221,7 +221,7 @@ def _watched(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _floats(value: Any) -> Iterator[Tensor]:
-    """All tensors of floats in what a module gives."""
+    """Floating-point tensors in the output of a module."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
@@ -235,7 +235,7 @@ def _floats(value: Any) -> Iterator[Tensor]:
 
 
 def _gradient_norms(model: nn.Module, scale: float) -> dict[str, float]:
-    """By module that owns parameters."""
+    """Gradient norms by the module that owns the parameters."""
     norms = {}
     for name, module in model.named_modules():
         gradients = [weight.grad for weight in module.parameters(recurse=False) if weight.grad is not None]

@@ -1,13 +1,13 @@
-"""From batches to moved weights: backward, accumulation, precision, clipping, the optimizer, and what becomes of a bad step.
+"""The update of the weights: backward pass, accumulation, precision, clipping, optimizer, moving average.
 
-No step reads from the device. What depends on the gradient are two scalars there, handed to a fused optimizer:
-`grad_scale` divides the gradient (unscaling and clipping, in the same pass as the update), and `found_inf` lets the kernel
-leave weights and momentum alone.
+A step reads nothing from the device. Two device scalars carry what depends on the gradient to a fused optimizer:
+`grad_scale` divides the gradient (unscaling and clipping in the same pass as the update), and `found_inf` makes the kernel
+skip the update.
 
-A step whose loss or gradient is not finite touches no weight, momentum, average or norm statistic, on any rank: a bad loss
-poisons the gradient that all ranks share. From that step on nothing moves any more. So the host, which meets the alarm at
-its next log point, finds everything as the bad step found it, and can explain it. Only an overflow that fp16's loss
-scale can be blamed for raises no alarm: it halves the scale.
+A step whose loss or gradient is not finite changes no weight, momentum, average or norm statistic, on any rank: a bad loss
+makes the reduced gradient NaN on all of them. No later step changes anything either. The host reads the alarm at its next
+log point, finds the state as the bad step found it, and can explain the step. An overflow under fp16's loss scale is no
+alarm: it halves the scale.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from fpn_det.structures import Batch, Losses
 from fpn_det.training.ema import EMA
 from fpn_det.training.schedule import Schedule
 
-OTHERWISE = "To start a new run from its weights, say init_from instead of resume."
+OTHERWISE = "To start a new run from its weights, set init_from instead of resume."
 
 
 class LossScale:
-    """What the loss is multiplied by, so that small gradients survive fp16; 1 for good unless `grows`."""
+    """Dynamic loss scale for fp16; constant 1 unless `grows`."""
 
-    GROWTH_INTERVAL = 2000  # steps without overflow until it doubles
+    GROWTH_INTERVAL = 2000  # steps without overflow before it doubles
 
     def __init__(self, grows: bool, device: torch.device) -> None:
         self.grows = grows
@@ -41,7 +41,7 @@ class LossScale:
         self.good_steps = torch.tensor(0, device=device)
 
     def update(self, overflow: Tensor) -> None:
-        """Halve it after an overflow (a bool on the device), double it after many steps without."""
+        """Halve the scale after an overflow (a bool on the device), double it after GROWTH_INTERVAL steps without one."""
         if not self.grows:
             return
         self.good_steps = torch.where(overflow, 0, self.good_steps + 1)
@@ -51,7 +51,7 @@ class LossScale:
 
 
 class NormStatistics:
-    """The running statistics of batch norms. The forward pass moves them before anybody knows whether the step is good."""
+    """Running statistics of batch norms, which the forward pass updates before the step is known to be good."""
 
     def __init__(self, model: nn.Module) -> None:
         norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
@@ -59,28 +59,28 @@ class NormStatistics:
         self._kept = [buffer.clone() for buffer in self._buffers]
 
     def keep(self) -> None:
-        """What is there now is right."""
+        """Snapshot the running statistics."""
         if self._buffers:
             torch._foreach_copy_(self._kept, self._buffers)
 
     def settle(self, bad: Tensor) -> None:
-        """After a step: go back to what was kept if it was `bad` (a bool on the device), then keep what is there."""
+        """After a step: restore the snapshot if the step was `bad` (a bool on the device), then take a new one."""
         for buffer, kept in zip(self._buffers, self._kept, strict=True):
             torch.where(bad, kept, buffer, out=buffer)
         self.keep()
 
 
 class Optimization:
-    """Everything that moves the weights of `model`, which is on its device, with the weights that training starts from.
+    """Optimizes the weights of a model, which is on its device and has its initial weights.
 
     Args:
-        model: gives `Losses` for (batch, step). Its losses are means over images, so that neither accumulation nor
-            ranks change what is minimized.
+        model: returns `Losses` for (batch, step). Its losses are means over images, so that neither accumulation nor
+            ranks change the objective.
         optimizer: fused, with `peak_lr` in its groups.
         schedule: the fraction of `peak_lr` at each step.
         precision: of convolutions and matrix products; weights and their updates are fp32 always.
-        clip_norm: the longest gradient over all parameters; None does not clip.
-        ema_decay: of the average of the weights; None keeps no average.
+        clip_norm: upper bound of the gradient norm over all parameters; None = no clipping.
+        ema_decay: of the moving average of the weights; None = no average.
 
     Attributes:
         alarm: on the device, the first step that was not finite; -1 if there is none.
@@ -120,11 +120,11 @@ class Optimization:
 
     @property
     def model_to_evaluate(self) -> Detector:
-        """The average, if there is one."""
+        """The moving average of the weights, if there is one."""
         return self.model if self.ema is None else self.ema.model
 
     def autocast(self) -> AbstractContextManager:
-        """The precision in which the forward pass runs."""
+        """The autocast context of the forward pass."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def step(self, batches: Sequence[Batch], step: int) -> list[Losses]:
@@ -137,14 +137,14 @@ class Optimization:
                 with self.autocast():
                     losses.append(self._forward(batch, step))
                 total = losses[-1].total()
-                # a box that is not finite overlaps nothing: no loss would show it
+                # a box that is not finite overlaps nothing, so no loss shows it
                 finite = finite & torch.isfinite(total.detach()) & torch.isfinite(batch.targets.boxes).all()
                 total.backward(torch.where(finite, self.scale.value / len(batches), torch.nan))
         self._update(step, finite)
         return losses
 
     def rehearse(self, batches: Sequence[Batch]) -> None:
-        """Go through a whole step that changes nothing, to the bit: after an alarm, none does."""
+        """Run a complete step that changes nothing, by the same mechanism as a step after an alarm."""
         alarm, scale, good_steps = self.alarm, self.scale.value, self.scale.good_steps
         self.alarm = torch.zeros_like(alarm)
         try:
@@ -155,14 +155,12 @@ class Optimization:
             self.optimizer.zero_grad()
 
     def measures(self) -> dict[str, Tensor]:
-        """What is worth logging of the last step, on the device: the gradient's length before clipping (of the last good
-        step, if this one was bad), and whether there is an alarm.
-        """
+        """Device scalars to log: the gradient norm of the last good step before clipping, the alarm, the loss scale."""
         measures = {"grad_norm": self._grad_norm, "alarm": self.alarm >= 0}
         return measures | ({"loss_scale": self.scale.value} if self.scale.grows else {})
 
     def lr_of(self, step: int) -> float:
-        """The learning rate of a step, for weights: they are the last group."""
+        """The learning rate of weights at a step; they are the last parameter group."""
         return self.optimizer.param_groups[-1]["peak_lr"] * self.schedule.factor(step)
 
     def _no_exchange(self) -> AbstractContextManager:
@@ -194,7 +192,7 @@ class Optimization:
         self.scale.update(bad & (self.alarm < 0))
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of this, by the names of parameters."""
+        """State for a checkpoint, by parameter name."""
         return {
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.model.state_dict(),
@@ -206,7 +204,7 @@ class Optimization:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from `state`. Settings (learning rate, weight decay, clipping) stay those of this object.
+        """Restore `state`. Settings (learning rate, weight decay, clipping) stay those of this object.
 
         Raises:
             ValueError: the state is that of another model or optimizer.

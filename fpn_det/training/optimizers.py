@@ -1,7 +1,6 @@
-"""Which rule moves the weights, at which learning rate, and with which weight decay on what.
+"""Optimizers with their learning rates and weight decays by kind of parameter.
 
-Recipes make torch's fused optimizers: one pass over weight, gradient and momentum, and the only ones that skip a step
-on the device's own word (`found_inf`).
+They are torch's fused ones: one pass over weight, gradient and momentum, and a device flag (`found_inf`) skips the update.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(ABC):
-    """What all optimizers share."""
+    """Settings of all optimizers."""
 
     # peak learning rate at base_batch_size images per step
     lr: Positive
-    # lr is scaled linearly from here to the batch size of the run; None: take lr as it stands
+    # lr is scaled linearly from here to the batch size of the run; None: use lr unscaled
     base_batch_size: Count | None = 16
     weight_decay: Amount = 1e-4
     # weight decay of the weights and biases of norms
     norm_weight_decay: Amount = 0.0
     # weight decay of all other biases; None: as for weights
     bias_weight_decay: Amount | None = None
-    # learning rate of biases, times that of weights
+    # learning rate of biases as a multiple of that of weights
     bias_lr_factor: Amount = 1.0
 
     def scaled_lr(self, batch_size: int) -> float:
@@ -48,10 +47,7 @@ class Recipe(ABC):
         return f"{scaling} ({ranks} x {batch_size // (world_size * accumulate)} x accumulate {accumulate})"
 
     def groups(self, model: nn.Module, batch_size: int) -> list[dict[str, Any]]:
-        """The trainable parameters: those of norms, other biases, and weights, without empty groups.
-
-        `peak_lr` is what the schedule multiplies.
-        """
+        """Parameter groups of norms, other biases, and weights, without empty ones; the schedule multiplies `peak_lr`."""
         norms: list[nn.Parameter] = []
         biases: list[nn.Parameter] = []
         weights: list[nn.Parameter] = []
@@ -71,7 +67,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def build(self, model: nn.Module, batch_size: int) -> Optimizer:
-        """The optimizer of the trainable parameters of `model`, which is on its device already."""
+        """Make the optimizer of the trainable parameters of `model`, which must be on its device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +75,12 @@ class SGD(Recipe):
     """Stochastic gradient descent with momentum."""
 
     momentum: Decay = 0.9
-    # needs momentum
+    # Nesterov momentum; requires momentum
     nesterov: bool = False
 
     def __post_init__(self) -> None:
         if self.nesterov and not self.momentum:
-            raise ValueError(
-                "optimizer.nesterov: expected momentum to look ahead with, got momentum=0. Set optimizer.momentum."
-            )
+            raise ValueError("optimizer.nesterov: expected momentum above 0, got momentum=0. Set optimizer.momentum.")
 
     def build(self, model: nn.Module, batch_size: int) -> Optimizer:
         groups = self.groups(model, batch_size)
@@ -94,7 +88,7 @@ class SGD(Recipe):
             groups, self.scaled_lr(batch_size), momentum=self.momentum, nesterov=self.nesterov, fused=True
         )
         if self.momentum:
-            # torch makes the buffers in the first step, and leaves them without values if that step is skipped
+            # torch makes the buffers in the first step, and leaves them uninitialized if that step is skipped
             for parameter in (parameter for group in groups for parameter in group["params"]):
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer

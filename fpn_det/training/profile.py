@@ -1,4 +1,4 @@
-"""Where the time of a run goes, operator by operator."""
+"""Profile of a run by operator."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ SHOWN_OPERATORS = 20
 
 
 @contextmanager
-def profiled(wanted: bool, log: RunLog) -> Iterator[None]:
-    """Record what happens inside, if `wanted`: a table in the log, `trace.json` in its folder. Keep it to a few steps."""
-    if not wanted:
+def profiled(enabled: bool, log: RunLog) -> Iterator[None]:
+    """Profile the body of the context if `enabled`: a table in the log, and `trace.json`. Meant for a few steps."""
+    if not enabled:
         yield
         return
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
         yield
     order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"

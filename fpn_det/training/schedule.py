@@ -1,8 +1,8 @@
 """The learning rate as a pure function of the step.
 
-A schedule is a fraction of the peak learning rate. It has no state: a resumed run asks for its step and gets what the
-uninterrupted run got. Milestones and the default warm-up are fractions of the run, so that a recipe means the same on any
-data set and at any batch size.
+A schedule is a fraction of the peak learning rate and has no state, so a resumed run has the learning rates of the
+uninterrupted one. Milestones and the default warm-up are fractions of the run, so that a recipe transfers to any data set
+and batch size.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from fpn_det.schema import CountOrZero, Fraction, Share
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(ABC):
-    """A linear warm-up times a decay. After the last step, the last value holds."""
+    """Linear warm-up times a decay. The value of the last step holds after it."""
 
-    # length of the run
+    # length of the run in steps
     steps: int
-    # None is a tenth of the run, at most 1000
+    # None = a tenth of the run, at most 1000
     warmup_steps: CountOrZero | None = None
-    # where the warm-up starts
+    # factor at the start of the warm-up
     warmup_factor: Fraction = 0.001
 
     def __post_init__(self) -> None:
@@ -41,16 +41,16 @@ class Schedule(ABC):
 
     @abstractmethod
     def decay(self, progress: float) -> float:
-        """The factor without warm-up; `progress` is the finished fraction of the run, in [0, 1)."""
+        """The factor without warm-up at `progress`, the completed fraction of the run in [0, 1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MultiStep(Schedule):
-    """Drops at milestones; without any, a constant."""
+    """Step decay at milestones; constant without any."""
 
     # fractions of the run
     milestones: tuple[Share, ...] = (2 / 3, 8 / 9)
-    # what each milestone multiplies by
+    # factor of each milestone
     gamma: Fraction = 0.1
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class MultiStep(Schedule):
             raise ValueError(f"schedule.milestones: expected fractions of the run, between 0 and 1, got {wrong}.")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(
-                f"schedule.milestones: expected growing fractions of the run, got {list(self.milestones)}."
+                f"schedule.milestones: expected increasing fractions of the run, got {list(self.milestones)}."
             )
 
     def decay(self, progress: float) -> float:
@@ -68,7 +68,7 @@ class MultiStep(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine(Schedule):
-    """Half a wave, from 1 down to `final_factor`."""
+    """Cosine decay from 1 to `final_factor`."""
 
     final_factor: Fraction = 0.0
 

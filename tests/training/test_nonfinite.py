@@ -36,7 +36,7 @@ def test_dump_holds_what_went_in_and_what_came_out(tmp_path):
     batches = [make_batch([0, 1]), spoiled_pixel(dataclasses.replace(make_batch([2, 3]), proposals=given))]
     text = explained(optimization, batches, tmp_path / "nan_dump")
     assert text.startswith("not finite: pixels of image_3.jpg, roi_class=nan, roi_box=nan. First bad output: conv.")
-    assert "Images of that batch: image_3.jpg. Do it again with 'python tools/replay.py" in text
+    assert "Images of that batch: image_3.jpg. Repeat it with 'fpn-det replay dump=" in text
 
     state, share, loaded = load_dump(tmp_path / "nan_dump", 0)
     assert torch.equal(state["model"]["head.weight"], optimization.model.head.weight)
