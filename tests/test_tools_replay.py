@@ -23,7 +23,7 @@ def test_replay_shows_what_the_run_met(run_tool, shapes_dataset, tmp_path):
     assert failed.stderr.startswith("step 2: not finite: weight roi_head.predictor.class_logits.weight, roi_class=nan")
     assert (
         "First bad output: roi_head.predictor.class_logits." in failed.stderr
-        and "replay.py runs/demo/nan_dump" in failed.stderr
+        and "fpn-det replay dump=runs/demo/nan_dump" in failed.stderr
     )
     assert len(failed.stderr.strip().splitlines()) == 1
 

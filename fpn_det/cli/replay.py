@@ -22,7 +22,7 @@ from rich.table import Table
 from fpn_det.cli.arguments import run_command
 from fpn_det.composition import from_saved
 from fpn_det.config import PRECISIONS
-from fpn_det.runs.checkpoint import fill_model
+from fpn_det.runs.checkpoint import check_fields, fill_model
 from fpn_det.runs.log import PLAIN_WIDTH
 from fpn_det.runtime import seed_step
 from fpn_det.schema import CountOrZero
@@ -49,6 +49,7 @@ def replay(config: ReplayConfig) -> None:
     """Load the dump, compute the step, print the comparison."""
     folder, rank = Path(config.dump), config.rank
     state, share, batches = load_dump(folder, rank)
+    check_fields(folder / "checkpoint.pt", state)
     settings = from_saved(state["config"], str(folder))
     model = settings.build_model(len(state["class_names"]))
     fill_model(model, state, str(folder), "raw")

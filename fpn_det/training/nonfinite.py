@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fpn_det.models.detector import Detector
-from fpn_det.runs.checkpoint import check_fields, load_checkpoint, save_checkpoint
+from fpn_det.runs.checkpoint import load_checkpoint, save_checkpoint
 from fpn_det.runtime import Ranks, broadcast_object, gather_objects, host_all_reduce_min, run_on_main, seed_step
 from fpn_det.structures import Annotations, Batch, Proposals, Targets
 from fpn_det.training.optimization import Optimization
@@ -164,7 +164,6 @@ def load_dump(folder: Path, rank: int) -> tuple[dict[str, Any], dict[str, Any], 
     """
     share = load_checkpoint(_share_of(folder, rank))
     state = load_checkpoint(folder / "checkpoint.pt")
-    check_fields(folder / "checkpoint.pt", state)
     if missing := sorted(SHARE_FIELDS - set(share)):
         raise ValueError(f"{_share_of(folder, rank)}: expected the data of a rank, got none of {', '.join(missing)}.")
     return state, share, list(map(_as_batch, share["batches"]))

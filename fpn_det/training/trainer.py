@@ -428,8 +428,8 @@ class Trainer:
             lambda: self._state(step),
         )
         error = FloatingPointError(
-            f"step {step + 1}: {cause} {self.folder.resume_advice()} "
-            "If the images are right, lower optimizer.lr or set trainer.clip_norm."
+            f"step {step + 1}: {cause} If the images are right, lower optimizer.lr or set trainer.clip_norm. "
+            f"{self.folder.resume_advice()}"
         )
         if not self.ranks.is_main:
             mark_reported_by_main(error)

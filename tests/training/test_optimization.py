@@ -208,7 +208,7 @@ def test_load_refuses_another_model_or_optimizer():
 
 
 def test_optimization_refuses_wrong_settings():
-    with pytest.raises(ValueError, match="precision: expected one of fp32, bf16, fp16, got 'fp8'"):
+    with pytest.raises(ValueError, match="precision: expected one of fp32, tf32, bf16, fp16, got 'fp8'"):
         make_optimization(precision="fp8")
     with pytest.raises(ValueError, match=r"trainer.clip_norm: expected a positive length, got 0"):
         make_optimization(clip_norm=0.0)

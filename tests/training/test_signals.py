@@ -20,7 +20,7 @@ def test_signal_is_noted_once_and_handlers_come_back():
 
 
 def test_second_interrupt_is_obeyed_after_a_while(monkeypatch):
-    monkeypatch.setattr(signals, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(signals, "REPEAT_S", 0.0)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.agreed() == signal.SIGINT
