@@ -15,7 +15,7 @@ from fpn_det.errors import translate_system_errors
 from fpn_det.evaluation.coco import Evaluation
 from fpn_det.evaluation.evaluate import evaluate as evaluate_model
 from fpn_det.evaluation.evaluate import write_evaluation
-from fpn_det.inference.predictor import Picture, Prediction, Predictor
+from fpn_det.inference.predictor import ImageInput, Prediction, Predictor
 from fpn_det.interop import loading
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
@@ -140,7 +140,7 @@ def load(
     return config.build_predictor(model, found.names, pick_device(device), tta)
 
 
-def predict(source: str | Path, images: Sequence[Picture], device: str = "auto") -> list[Prediction]:
+def predict(source: str | Path, images: Sequence[ImageInput], device: str = "auto") -> list[Prediction]:
     """Detect objects in images with the detector of a checkpoint, run folder or file of weights.
 
     To predict more than once, keep the detector: `load(source).predict(images)`.

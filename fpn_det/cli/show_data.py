@@ -24,7 +24,7 @@ from fpn_det.runs.meters import Pace
 from fpn_det.runtime import Ranks, pick_device
 from fpn_det.schema import Count, CountOrZero
 from fpn_det.training.config import TrainConfig
-from fpn_det.visualization.data_panels import draw_data
+from fpn_det.visualization.data_panels import draw_anchors_and_objects
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,11 @@ def show_data(config: ShowDataConfig, words: Sequence[str]) -> None:
     with RunLog(Path(config.output), Ranks()) as log:
         log.begin(Pace(0, config.steps, loader.batch_size, 0))
         for step in range(config.first_step, config.first_step + config.steps):
-            sheets = [sheet for batch in loader.rebuild(step) for sheet in draw_data(model, batch, train.class_names)]
+            sheets = [
+                sheet
+                for batch in loader.rebuild(step)
+                for sheet in draw_anchors_and_objects(model, batch, train.class_names)
+            ]
             for number, sheet in enumerate(sheets):
                 file = log.folder / f"step_{step:06}_{number}.png"
                 Image.fromarray(sheet).save(file)

@@ -26,9 +26,9 @@ from fpn_det.runs.log import shown_path
 from fpn_det.runtime import pick_device
 from fpn_det.schema import Count
 from fpn_det.structures import Batch
-from fpn_det.visualization.panels import some_images
+from fpn_det.visualization.panels import pick_images
 from fpn_det.visualization.pyramid_page import write_pyramid_page
-from fpn_det.visualization.pyramid_panels import draw_levels, read_levels
+from fpn_det.visualization.pyramid_panels import draw_pyramid, inspect_pyramid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def show_pyramid(config: ShowPyramidConfig, words: Sequence[str]) -> None:
     panels = []
     for name, batch in _batches(config, model, state["class_names"]):
         panels.append(folder / f"{name}.png")
-        Image.fromarray(draw_levels(read_levels(model, batch.to(device)), batch)).save(panels[-1])
+        Image.fromarray(draw_pyramid(inspect_pyramid(model, batch.to(device)), batch)).save(panels[-1])
     page = folder / "index.html"
     write_pyramid_page(page, str(path), panels)
     print(f"written: {shown_path(page)}")
@@ -70,6 +70,6 @@ def _batches(config: ShowPyramidConfig, model: Detector, class_names: list[str])
         yield Path(config.image).stem, config.build_predictor(model, class_names, device).batch_of([config.image])
         return
     annotations = config.data.read_split(config.split, class_names, config.seed)
-    rows = some_images(annotations, config.count)
+    rows = pick_images(annotations, config.count)
     for batch in config.single_images(annotations, rows, model.stride, device):
         yield annotations.path(rows[int(batch.indices[0])]).stem, batch

@@ -22,7 +22,7 @@ from fpn_det.models.views import Views
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Batch
 
-Picture = str | Path | Image.Image | np.ndarray
+ImageInput = str | Path | Image.Image | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Predictor:
         self.reduced_decoding = reduced_decoding
         self.max_pixels = max_pixels
 
-    def predict(self, images: Sequence[Picture]) -> list[Prediction]:
+    def predict(self, images: Sequence[ImageInput]) -> list[Prediction]:
         """Detect objects in images.
 
         Args:
@@ -104,12 +104,12 @@ class Predictor:
                 predictions[index] = Prediction(boxes, scores, labels, names)
         return [predictions[index] for index in range(len(images))]
 
-    def batch_of(self, images: Sequence[Picture]) -> Batch:
+    def batch_of(self, images: Sequence[ImageInput]) -> Batch:
         """Preprocess images to a batch without objects."""
         examples = [self._example(image, index) for index, image in enumerate(images)]
         return self.collator.collate(examples, self.device)
 
-    def _example(self, image: Picture, index: int) -> Example:
+    def _example(self, image: ImageInput, index: int) -> Example:
         size = _size(image)
 
         def read(least: Size | None) -> np.ndarray:
@@ -121,14 +121,14 @@ class Predictor:
         return Example(pixels, flip_resize, boxes, labels, size, index)
 
 
-def _size(image: Picture) -> Size:
+def _size(image: ImageInput) -> Size:
     """Return the (h, w) of the upright image; of a file, from its header."""
     if isinstance(image, str | Path):
         return image_size(Path(image)) or (1, 1)  # reading the pixels raises the error
     return _pixels(image).shape[:2]
 
 
-def _pixels(image: Picture, reduction: int = 1, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def _pixels(image: ImageInput, reduction: int = 1, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Return an image as u8 [h, w, 3] RGB."""
     if isinstance(image, str | Path):
         return read_image(Path(image), reduction, max_pixels)

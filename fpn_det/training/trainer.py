@@ -40,8 +40,8 @@ from fpn_det.training.config import TrainConfig
 from fpn_det.training.optimization import Optimization
 from fpn_det.training.schedule import Schedule
 from fpn_det.training.signals import Stopped, StopRequest
-from fpn_det.visualization.panels import draw_batch, draw_comparison, some_images
-from fpn_det.visualization.pyramid_panels import draw_levels, read_levels
+from fpn_det.visualization.panels import draw_batch, draw_comparison, pick_images
+from fpn_det.visualization.pyramid_panels import draw_pyramid, inspect_pyramid
 
 SHOWN_IMAGES = 8  # validation images drawn with ground truth and detections
 
@@ -192,7 +192,7 @@ class Trainer:
         if config.data.repeat_threshold:
             factors = repeat_factors(self.train_annotations, config.data.repeat_threshold)
             self.log.info(describe_repeats(*factors, self.train_annotations.class_names))
-        self.shown = some_images(self.val_annotations, SHOWN_IMAGES)
+        self.shown = pick_images(self.val_annotations, SHOWN_IMAGES)
 
     def _prepare_optimization(self, state: State | None) -> None:
         """Build optimizer and schedule, and restore a checkpoint."""
@@ -397,7 +397,7 @@ class Trainer:
         if self.model.rpn is None:
             return
         for batch in config.single_images(self.val_annotations, self.shown[:1], self.model.stride, self.device):
-            log.image(step, "val/levels", draw_levels(read_levels(self.model, batch), batch))
+            log.image(step, "val/levels", draw_pyramid(inspect_pyramid(self.model, batch), batch))
 
     def _save(self, step: int, is_best: bool = False) -> None:
         """Write a checkpoint of the state after `step`. Rank 0 writes, all ranks call."""

@@ -1,1 +1,1 @@
-"""Figures for TensorBoard and reports."""
+"""Figures for TensorBoard and HTML pages."""

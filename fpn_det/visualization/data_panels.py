@@ -1,4 +1,4 @@
-"""A training batch to look at: images exactly as the model gets them, and which anchors would stand for which object."""
+"""Draw training batches in the input frame: objects, and the anchors matched to them."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from torch import Tensor
 
 from fpn_det.models.detector import Detector
 from fpn_det.structures import Batch, Pyramid
-from fpn_det.visualization.panels import SIDE, Picture, arrange, as_picture, draw_boxes, scaled_to
-from fpn_det.visualization.pyramid_panels import LEVEL_COLORS, frame
+from fpn_det.visualization.panels import SIDE, RGBImage, arrange, draw_boxes, scaled_to, to_rgb
+from fpn_det.visualization.pyramid_panels import LEVEL_COLORS, outline_boxes
 
 IMAGES_PER_SHEET = 6
 COLUMNS = 4
 
 
 @dataclass(frozen=True)
-class Anchored:
-    """The anchors that stand for the objects of one image."""
+class MatchedAnchors:
+    """Positive anchors of one image."""
 
     boxes: Tensor  # f32 [n, 4], input frame
     levels: Tensor  # i64 [n]
-    objects: Tensor  # i64 [n], rows of the image's targets
+    objects: Tensor  # i64 [n], index of the matched object among the image's targets
 
 
-def draw_data(model: Detector, batch: Batch, class_names: Sequence[str]) -> Iterator[Picture]:
-    """Sheets of two pictures for each image: its objects, and the anchors that stand for them in the colors of their levels.
+def draw_anchors_and_objects(model: Detector, batch: Batch, class_names: Sequence[str]) -> Iterator[RGBImage]:
+    """Yield sheets with two panels per image: its objects, and their positive anchors in the colors of the pyramid levels.
 
-    `dog P4 x3` is a dog that the second stage pools from P4 and for which three anchors stand.
+    The label `dog P4 x3` is a dog with three positive anchors that the ROI head pools from P4.
     """
     names = [f"P{stride.bit_length() - 1}" for stride in model.neck.strides]
     anchored = match_anchors(model, batch)
-    pictures: list[Picture] = []
+    pictures: list[RGBImage] = []
     titles: list[str] = []
     for row, (pixels, (height, width)) in enumerate(zip(batch.pixels.cpu(), batch.sizes.tolist(), strict=True)):
         valid = batch.targets.valid[row]
@@ -45,7 +45,7 @@ def draw_data(model: Detector, batch: Batch, class_names: Sequence[str]) -> Iter
             pooled = model.roi_head.pooler.assigner(boxes).tolist()
             texts = [f"{text} {names[level]}" for text, level in zip(texts, pooled, strict=True)]
         title = f"{width} x {height} px, {len(labels)} objects"
-        shown = as_picture(pixels)
+        shown = to_rgb(pixels)
         if anchored:
             counts = torch.bincount(anchored[row].objects, minlength=len(labels)).tolist()
             texts = [f"{text} x{count}" for text, count in zip(texts, counts, strict=True)]
@@ -54,11 +54,11 @@ def draw_data(model: Detector, batch: Batch, class_names: Sequence[str]) -> Iter
         if anchored:
             levels = anchored[row].levels.tolist()
             zoom = SIDE / max(shown.shape[:2])
-            anchors = frame(
+            anchors = outline_boxes(
                 scaled_to(shown, SIDE), anchored[row].boxes.cpu().numpy() * zoom, np.array(LEVEL_COLORS)[levels]
             )
             white = np.full((len(labels), 3), 255)
-            pictures.append(frame(anchors, boxes.cpu().numpy() * zoom, white, brightness=1))
+            pictures.append(outline_boxes(anchors, boxes.cpu().numpy() * zoom, white, brightness=1))
             titles.append(
                 "anchors: "
                 + (", ".join(f"{levels.count(level)} on {names[level]}" for level in sorted(set(levels))) or "none")
@@ -69,8 +69,11 @@ def draw_data(model: Detector, batch: Batch, class_names: Sequence[str]) -> Iter
 
 
 @torch.no_grad()
-def match_anchors(model: Detector, batch: Batch) -> list[Anchored]:
-    """Those of each image, by the matcher of the RPN's loss; none if the model has no RPN. Nothing is computed but shapes."""
+def match_anchors(model: Detector, batch: Batch) -> list[MatchedAnchors]:
+    """Match anchors to the objects of each image with the matcher of the RPN loss. Empty for a model without RPN.
+
+    The model runs on the meta device, which computes shapes only.
+    """
     if model.rpn is None:
         return []
     shapes = copy.deepcopy(model).to("meta").pyramid(batch.to("meta")).shapes
@@ -81,6 +84,6 @@ def match_anchors(model: Detector, batch: Batch) -> list[Anchored]:
     per_level = torch.tensor([height * width for height, width in shapes]) * model.rpn.anchors.num_per_cell
     level_of = torch.repeat_interleave(per_level).to(anchors.device)
     return [
-        Anchored(anchors[positive], level_of[positive], objects[positive])
+        MatchedAnchors(anchors[positive], level_of[positive], objects[positive])
         for positive, objects in zip(match.positive, match.matched_idxs, strict=True)
     ]

@@ -7,7 +7,7 @@ from PIL import Image
 
 from fpn_det.evaluation.detection_table import DetectionTable
 from fpn_det.structures import Annotations, Batch, Targets
-from fpn_det.visualization.panels import GREY, SIDE, class_color, draw_batch, draw_boxes, draw_comparison, some_images
+from fpn_det.visualization.panels import GREY, SIDE, class_color, draw_batch, draw_boxes, draw_comparison, pick_images
 
 
 @pytest.fixture
@@ -66,8 +66,8 @@ def test_class_colors_are_fixed_and_distinct():
 
 
 def test_some_images_are_always_the_same_and_have_objects(annotations):
-    assert some_images(annotations, 1) == [1]
-    assert some_images(annotations, 8) == [1, 3]
+    assert pick_images(annotations, 1) == [1]
+    assert pick_images(annotations, 8) == [1, 3]
 
 
 def test_draw_comparison_puts_truth_left_and_answer_right(annotations):

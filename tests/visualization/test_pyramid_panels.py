@@ -13,11 +13,11 @@ from fpn_det.visualization.pyramid_panels import (
     LEVEL_COLORS,
     NUM_BOXES,
     SIDE,
-    Levels,
-    draw_levels,
-    frame,
-    heat,
-    read_levels,
+    PyramidInspection,
+    draw_pyramid,
+    heatmap,
+    inspect_pyramid,
+    outline_boxes,
 )
 
 
@@ -43,8 +43,8 @@ def model(settings) -> Detector:
 
 
 @pytest.fixture(scope="module")
-def levels(model, batch) -> Levels:
-    return read_levels(model, batch)
+def levels(model, batch) -> PyramidInspection:
+    return inspect_pyramid(model, batch)
 
 
 def test_levels_are_those_of_the_pyramid(levels):
@@ -72,24 +72,26 @@ def test_anchors_proposals_and_rois_are_dealt_out_to_levels(levels, model, batch
 
 def test_the_modes_of_the_model_are_left_as_they_were(model, batch):
     model.train()
-    read_levels(model, batch)
+    inspect_pyramid(model, batch)
     assert all(module.training for module in model.modules())
 
 
 def test_a_sheet_has_a_row_for_each_kind_and_a_column_for_each_level(levels, batch, model):
-    with_rois = draw_levels(levels, batch)
-    without = draw_levels(read_levels(model.without_roi_head(), batch), batch)
+    with_rois = draw_pyramid(levels, batch)
+    without = draw_pyramid(inspect_pyramid(model.without_roi_head(), batch), batch)
     assert with_rois.shape[1] >= 6 * SIDE and with_rois.shape[0] * 4 == without.shape[0] * 5
 
 
 def test_heat_goes_from_dark_to_bright_and_keeps_cells_square():
     under = np.zeros((8, 8, 3), np.uint8)
-    picture = heat(np.array([[0.0, 1.0], [2.0, 4.0]], np.float32), under).astype(int).sum(axis=2)
+    picture = heatmap(np.array([[0.0, 1.0], [2.0, 4.0]], np.float32), under).astype(int).sum(axis=2)
     assert (picture[:4, :4] == picture[0, 0]).all() and (picture[4:, 4:] == picture[7, 7]).all()
     assert picture[0, 0] < picture[0, 7] < picture[7, 0] < picture[7, 7]
 
 
 def test_frames_have_their_colors():
-    picture = frame(np.full((20, 20, 3), 100, np.uint8), np.array([[2.0, 3.0, 10.0, 12.0]]), np.array(LEVEL_COLORS[:1]))
+    picture = outline_boxes(
+        np.full((20, 20, 3), 100, np.uint8), np.array([[2.0, 3.0, 10.0, 12.0]]), np.array(LEVEL_COLORS[:1])
+    )
     assert tuple(picture[3, 2]) == tuple(picture[11, 9]) == LEVEL_COLORS[0]
     assert (picture[5, 5] == 45).all()

@@ -12,8 +12,8 @@ from PIL import Image
 from _paper.rows import Row
 from fpn_det.composition import compose
 from fpn_det.runs.checkpoint import fill_model, load_checkpoint
-from fpn_det.visualization.panels import GREY, Picture, arrange, as_picture, scaled_to
-from fpn_det.visualization.pyramid_panels import heat, read_levels
+from fpn_det.visualization.panels import GREY, RGBImage, arrange, scaled_to, to_rgb
+from fpn_det.visualization.pyramid_panels import heatmap, inspect_pyramid
 
 SIDE = 150  # px of each map
 IMAGE = 3  # of the held-out ones: it has objects of all sizes
@@ -21,7 +21,7 @@ IMAGE = 3  # of the held-out ones: it has objects of all sizes
 
 def draw_pyramids(rows: Sequence[Row], data: Path, folder: Path, file: Path) -> None:
     """The feature vector's length in every cell: a line for each row of the page, a column for each stride."""
-    maps: list[dict[int, Picture]] = []
+    maps: list[dict[int, RGBImage]] = []
     for row in rows:
         settings = compose([*row.settings, f"data.root={data}"])
         annotations = settings.data.read_train_and_val(0).val
@@ -29,10 +29,10 @@ def draw_pyramids(rows: Sequence[Row], data: Path, folder: Path, file: Path) -> 
         checkpoint = folder / row.name / "seed0" / "checkpoints" / "last.pt"
         fill_model(model, load_checkpoint(checkpoint), str(checkpoint))
         (batch,) = settings.single_images(annotations, [IMAGE], model.stride, torch.device("cpu"))
-        levels = read_levels(model, batch)
-        image = scaled_to(as_picture(batch.pixels[0]), SIDE)
+        levels = inspect_pyramid(model, batch)
+        image = scaled_to(to_rgb(batch.pixels[0]), SIDE)
         maps.append(
-            {stride: heat(values, image) for stride, values in zip(levels.strides, levels.features, strict=True)}
+            {stride: heatmap(values, image) for stride, values in zip(levels.strides, levels.features, strict=True)}
         )
     strides = sorted(set().union(*maps))
     nothing = np.full_like(image, GREY)
