@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo paper paper-quick storm test test-all dist lint types tests
+SECONDS ?= 60
+
+.PHONY: help demo fuzz paper paper-quick storm test test-all dist lint types tests
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -22,6 +24,9 @@ paper-quick: $(READY) ## FPN, bottom-up and C5 only, one seed (at most 30 minute
 
 storm: $(READY) ## kill a run at thirty random moments, on one rank and on two, and compare it with an undisturbed run (minutes)
 	$(BIN)/python tools/storm.py
+
+fuzz: $(READY) ## damaged files, settings and command lines, SECONDS=60 for each kind, from other seeds each time
+	FPN_DET_FUZZ_SECONDS=$(SECONDS) FPN_DET_FUZZ=20 FPN_DET_FUZZ_SEED=$(shell date +%s) $(BIN)/python -m pytest -n 2 tests -k "fuzz or mutated"
 
 test: lint types tests ## lint, types and the tests without the slow ones, as in CI
 

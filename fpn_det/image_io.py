@@ -24,6 +24,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 MAX_PIXELS = 1 << 28  # default limit of width * height: 768 MiB of RGB
+MAX_PNG_CHUNKS = 1 << 20
 MAX_BYTES_PER_PIXEL, MAX_METADATA_BYTES = 8, 1 << 24  # limits of the file size
 Image.MAX_IMAGE_PIXELS = None  # replaced by the limit of this module, which also applies to OpenCV
 warnings.filterwarnings("ignore", module=r"PIL\.")  # such as corrupt EXIF data, which has no effect on the pixels
@@ -156,7 +157,10 @@ def image_size(path: Path) -> tuple[int, int] | None:
     """Read the (h, w) of the upright image from the header of a file; None if that fails."""
     try:
         with _open_regular(path) as file:
-            header = _read_header(Image.open(file), file)
+            picture = Image.open(file)
+            if picture.width * picture.height > MAX_PIXELS and picture.format == "PNG":
+                return picture.height, picture.width  # its orientation may need decoding
+            header = _read_header(picture, file)
     except Exception:  # Pillow's readers raise many types for broken files
         return None
     return header.height, header.width
@@ -239,8 +243,10 @@ def _open_regular(path: Path) -> IO[bytes]:
 def _open_image(content: bytes, path: Path, max_pixels: int) -> tuple[Image.Image, ImageHeader]:
     """Open an image without decoding it, and check the size that it claims."""
     try:
-        picture = Image.open(io.BytesIO(content))
-        header = _read_header(picture, content)
+        file = io.BytesIO(content)
+        picture = Image.open(file)
+        width, height = picture.size
+        header = _read_header(picture, file) if width * height <= max_pixels else None
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise many types for broken files
@@ -252,26 +258,21 @@ def _open_image(content: bytes, path: Path, max_pixels: int) -> tuple[Image.Imag
         raise BadImage(
             path, f"{path}: expected a complete image, got {len(content):,} bytes that do not decode: {reason}."
         ) from error
-    if header.height * header.width > max_pixels:
+    if header is None:
         raise BadImage(
             path,
-            f"{path}: expected at most {max_pixels:,} pixels, got {header.width} x {header.height}. "
+            f"{path}: expected at most {max_pixels:,} pixels, got {width} x {height}. "
             "Cut the image into tiles or set data.max_image_pixels.",
         )
     return picture, header
 
 
-def _read_header(picture: Image.Image, source: bytes | IO[bytes]) -> ImageHeader:
-    """Read the header of an image that was opened but not decoded.
-
-    Args:
-        picture: the image.
-        source: its content or file, searched for metadata of PNG that Pillow finds by decoding only.
-    """
+def _read_header(picture: Image.Image, file: IO[bytes]) -> ImageHeader:
+    """Read the header of an image that was opened but not decoded."""
     kind = picture.format or ""
     width, height = picture.size
-    if kind == "PNG" and not any(key in picture.info for key in ("exif", "Raw profile type exif", "XML:com.adobe.xmp")):
-        orientation = _png_orientation(source)
+    if kind == "PNG" and "exif" not in picture.info and not _has_late_metadata(file):
+        orientation = _orientation(Image.Image.getexif(picture))  # that of PngImageFile would decode the pixels
     else:
         orientation = _orientation(picture.getexif())
     if kind == "TIFF":  # Pillow 10.3 and later swap the sides already
@@ -281,18 +282,24 @@ def _read_header(picture: Image.Image, source: bytes | IO[bytes]) -> ImageHeader
     return ImageHeader(height, width, orientation, kind)
 
 
-def _png_orientation(source: bytes | IO[bytes]) -> int:
-    """Return the orientation of a PNG file whose metadata follow the pixels; decodes only if there may be some."""
-    if not isinstance(source, bytes):
-        position = source.tell()
-        source.seek(0)
-        content = source.read()
-        source.seek(position)
-    else:
-        content = source
-    if not any(mark in content for mark in (b"eXIf", b"profile type exif", b"com.adobe.xmp")):
-        return 1
-    return _orientation(Image.open(io.BytesIO(content)).getexif())
+def _has_late_metadata(file: IO[bytes]) -> bool:
+    """True if a PNG file has metadata after its pixels, which Pillow finds by decoding only."""
+    position, is_after_pixels = 8, False
+    start = file.tell()
+    found = False
+    for _ in range(MAX_PNG_CHUNKS):
+        file.seek(position)
+        chunk = file.read(8)
+        if len(chunk) < 8:
+            break
+        kind = chunk[4:]
+        is_after_pixels |= kind == b"IDAT"
+        if is_after_pixels and kind in (b"eXIf", b"iTXt", b"zTXt", b"tEXt"):
+            found = True
+            break
+        position += int.from_bytes(chunk[:4], "big") + 12  # length, type and checksum
+    file.seek(start)
+    return found
 
 
 def _orientation(exif: Image.Exif) -> int:

@@ -1,1 +1,1 @@
-"""From files to batches: annotations, pictures, augmentation, order, loading."""
+"""Input pipeline: reading and transforming images, sampling, collation and loading."""
