@@ -198,21 +198,21 @@ def _parse(overrides: Sequence[str], schema: type) -> tuple[list[str], list[Over
 
 
 def is_selection(key: str, folders: Sequence[Path]) -> bool:
-    """Whether the name on a command line selects a file of a group in `folders`, or is Hydra's own."""
+    """True if a name on the command line selects a file of a group in `folders`, or is Hydra's own."""
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
         return True
     return "." not in key and any((folder / key.split("@")[0]).is_dir() for folder in folders)
 
 
 def _folders(overrides: Sequence[Override]) -> list[Path]:
-    """Where groups of config files are: configs/, and the folders of `hydra.searchpath`."""
+    """Folders with groups of config files: configs/ and those of `hydra.searchpath`."""
     added = [override.value() for override in overrides if override.key_or_group == "hydra.searchpath"]
     paths = [path for value in added for path in (value if isinstance(value, list) else [value])]
     return [CONFIGS, *(Path(str(path).removeprefix("file://")) for path in paths)]
 
 
 def compose_files(config_name: str, selections: Sequence[str], saved: Saved | None) -> Tree:
-    """What Hydra composes, as plain values in which interpolations are not resolved yet."""
+    """Compose YAML files with Hydra, to plain values in which interpolations are not resolved yet."""
     store = ConfigStore.instance()
     store.store("saved", OmegaConf.create(_escape(_follow_root(saved.tree)) if saved else {}))
     GlobalHydra.instance().clear()

@@ -1,4 +1,4 @@
-"""One project's state dict as another's: nothing is guessed, every tensor is accounted for.
+"""Conversion of state dicts between projects. Nothing is guessed, and every tensor is accounted for.
 
 Beyond names only the last layer differs: torchvision has the background first, and box deltas for it that nobody reads.
 What the weights alone do not show (pixel order, stride on the 1x1 or the 3x3, anchors, ...) is in the settings:
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from fpn_det.interop.naming import COUNTER, DELTAS, LOGITS, OLD_NAMES, PROJECTS, Layout, Project
 
-EPS = 1e-5  # what norms add to the variance: ours, detectron2's, mmdetection's, and torchvision's, but for its COCO weights
+EPS = (
+    1e-5  # added to the variance by norms of ours, detectron2, mmdetection, and torchvision except for its COCO weights
+)
 
-# The tensor that each project names differently: by it a state dict is recognized.
+# A tensor that each project names differently, by which a state dict is recognized.
 SIGNATURES: dict[Project, str] = {
     "fpn_det": "rpn.head.objectness.weight",
     "torchvision": "rpn.head.cls_logits.weight",
@@ -30,13 +32,13 @@ CONSTANTS = re.compile(r"pixel_mean|pixel_std|proposal_generator\.anchor_generat
 
 @dataclass(frozen=True)
 class Conversion:
-    """The converted tensors, and what became of every key."""
+    """Converted tensors, and the outcome for every key."""
 
     state: dict[str, Tensor]
     mapped: dict[str, str] = field(default_factory=dict)  # key of the source -> key of the target
     dropped: dict[str, str] = field(default_factory=dict)  # key of the source -> reason
     added: dict[str, str] = field(default_factory=dict)  # key of the target -> reason
-    missing: tuple[str, ...] = ()  # keys of the target for which the source has nothing
+    missing: tuple[str, ...] = ()  # keys of the target that the source lacks
 
     def report(self) -> str:
         """Counts, and every key that was not simply renamed."""
@@ -50,7 +52,7 @@ class Conversion:
 
 
 def recognize(state: Mapping[str, Tensor]) -> Project:
-    """Whose names these are.
+    """Recognize the project by its tensor names.
 
     Raises:
         ValueError: nobody's that we know.
@@ -65,7 +67,7 @@ def recognize(state: Mapping[str, Tensor]) -> Project:
 
 
 def convert(state: Mapping[str, Tensor], source: Project, target: Project, norm_eps: float = EPS) -> Conversion:
-    """From one project's state dict to another's, by way of ours.
+    """Convert a state dict from one project to another, through our names.
 
     Args:
         state: the tensors; they are not written on, and may be shared with the result.
@@ -131,7 +133,7 @@ def _from_fpn_det(state: Mapping[str, Tensor], target: Project) -> Conversion:
             value = torch.cat([value[-1:], value[:-1]])
         elif target == "torchvision" and module == DELTAS:
             value = torch.cat([torch.zeros_like(value[:4]), value])
-            result.added[f"{name}[0:4]"] = "deltas of the background, zeros: nobody reads them"
+            result.added[f"{name}[0:4]"] = "deltas of the background, zeros, which are not used"
         result.mapped[key] = name
         result.state[name] = value
         counter = f"{theirs_of[module]}.{COUNTER}"

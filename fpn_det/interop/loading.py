@@ -1,4 +1,4 @@
-"""Fill a model with the weights of any file we can read, and say what became of each of its tensors.
+"""Load weights of any supported project into a model, with a report for every tensor.
 
 Classes are matched by name. If they differ, the last layer stays as it was made, and the rows of the classes that both
 know are copied into it. Everything else has to fit exactly.
@@ -19,14 +19,14 @@ from fpn_det.interop.naming import COUNTER, DELTAS, LOGITS, Layout, Project
 from fpn_det.interop.reading import read_weights
 from fpn_det.models.weights import refuse_nonfinite_weights
 
-LEAST_SHARE = 0.5  # of a model's numbers that a file has to fill
-# Files trained without the norms' epsilon, by the start of their SHA-256: fasterrcnn_resnet50_fpn_coco-258fb6c6.pth.
+LEAST_SHARE = 0.5  # of a model's parameters that a file must provide
+# Files trained without the norms' epsilon, by the first digits of their SHA-256: fasterrcnn_resnet50_fpn_coco-258fb6c6.pth.
 WITHOUT_EPS = ("258fb6c6",)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights in our names, and the classes of their rows, if anybody knows them."""
+    """Weights in our names, and the classes of their rows if they are known."""
 
     state: dict[str, Tensor]
     class_names: tuple[str, ...] | None
@@ -41,7 +41,7 @@ class Weights:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all classes, made up where nobody knows them."""
+        """Names of all classes; numbered where they are unknown."""
         return self.class_names or tuple(f"class {label}" for label in range(self.num_classes))
 
     @property
@@ -51,17 +51,17 @@ class Weights:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of every tensor of a model, and of every key of the file."""
+    """Outcome for every tensor of a model and every key of the file."""
 
     source: str
     project: Project
     loaded: tuple[str, ...]
     copied: tuple[str, ...]  # classes whose rows of the last layer were copied
-    replaced: tuple[str, ...]  # tensors that stay as they were made, but for copied rows
-    fresh_classes: tuple[str, ...]  # classes that the file does not know
+    replaced: tuple[str, ...]  # tensors that keep their initial values except for copied rows
+    fresh_classes: tuple[str, ...]  # classes that the file does not have
     dropped: dict[str, str]
     remarks: tuple[str, ...]
-    share: float  # of the model's numbers, that came from the file
+    share: float  # share of the model's parameters that came from the file
 
     def table(self) -> str:
         """The report in lines, for a log."""
@@ -70,7 +70,7 @@ class LoadReport:
             rows.append(("replaced", f"{', '.join(self.replaced)}: other classes"))
             rows.append(("copied", f"{len(self.copied)} classes by name: {_some(self.copied)}"))
             rows.append(
-                ("fresh", f"{len(self.fresh_classes)} classes that the file does not know: {_some(self.fresh_classes)}")
+                ("fresh", f"{len(self.fresh_classes)} classes that the file does not have: {_some(self.fresh_classes)}")
             )
         reasons: dict[str, list[str]] = {}
         for key, reason in self.dropped.items():
@@ -88,7 +88,7 @@ def read_as_ours(
     project: Project | None = None,
     norm_eps: float | None = None,
 ) -> Weights:
-    """Read a file of any project and bring its weights to our names.
+    """Read a file of any project and convert its weights to our names.
 
     Args:
         path: the file.
@@ -110,7 +110,7 @@ def read_as_ours(
         )
     if f"{LOGITS}.bias" not in conversion.state:
         raise ValueError(
-            f"{path}: expected a detector that names what it finds, got an RPN alone. tools/eval.py scores it."
+            f"{path}: expected a detector with an ROI head, got an RPN alone. Evaluate it with fpn-det eval."
         )
     num_classes = len(conversion.state[f"{LOGITS}.bias"]) - 1
     names = tuple(class_names or file.class_names or assumed_class_names(num_classes) or ())
@@ -122,7 +122,7 @@ def read_as_ours(
 def load_weights(
     model: nn.Module, weights: Weights | str | Path, class_names: Sequence[str] | None = None
 ) -> LoadReport:
-    """Fill a detector, in place.
+    """Load weights into a detector, in place.
 
     Args:
         model: the detector.
@@ -213,7 +213,7 @@ def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
 
 
 def _is_caffe_style(state: Mapping[str, Tensor]) -> bool:
-    """Whether the backbone's norms only scale and shift, with mean 0 and one variance, as Caffe's do."""
+    """True if the backbone's norms only scale and shift, with mean 0 and variance 1, as in Caffe models."""
     mean, variance = state.get("backbone.bn1.running_mean"), state.get("backbone.bn1.running_var")
     return mean is not None and variance is not None and not mean.any() and bool((variance == variance[0]).all())
 

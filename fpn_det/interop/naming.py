@@ -1,4 +1,4 @@
-"""What each project calls the modules of a Faster R-CNN with FPN: ours, torchvision's, detectron2's, mmdetection's."""
+"""Names of the modules of a Faster R-CNN with FPN in each project: ours, torchvision's, detectron2's, mmdetection's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROJECTS: tuple[Project, ...] = ("fpn_det", "torchvision", "detectron2", "mmdet"
 CONV = ("weight",)
 LAYER = ("weight", "bias")
 NORM = ("weight", "bias", "running_mean", "running_var")
-COUNTER = "num_batches_tracked"  # which a norm may have besides
+COUNTER = "num_batches_tracked"  # optional buffer of a norm
 
 LOGITS, DELTAS = "roi_head.predictor.class_logits", "roi_head.predictor.box_deltas"
 
@@ -30,7 +30,7 @@ OLD_NAMES = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Which modules a detector has."""
+    """Modules of a detector."""
 
     blocks: tuple[int, ...]  # of each stage of the backbone
     convs_per_block: int
@@ -40,7 +40,7 @@ class Layout:
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Layout:
-        """The layout that the names of any project's tensors show."""
+        """Derive the layout from the tensor names of any project."""
         text = "\n".join(names)
         convs = set(re.findall(r"(?:layer|res)(\d)\.(\d+)\.conv(\d)", text))
         stages = sorted({stage for stage, _, _ in convs})
@@ -54,7 +54,7 @@ class Layout:
 
     @property
     def depth(self) -> int:
-        """Of the ResNet.
+        """Depth of the ResNet.
 
         Raises:
             ValueError: there is none with these blocks.
@@ -68,7 +68,7 @@ class Layout:
         return depth
 
     def modules(self) -> dict[str, tuple[str, ...]]:
-        """Our name of every module, and what its tensors are called."""
+        """Our name of every module, with the names of its tensors."""
         found = {"backbone.conv1": CONV, "backbone.bn1": NORM}
         for stage, blocks in enumerate(self.blocks, start=1):
             for block in range(blocks):
@@ -89,7 +89,7 @@ class Layout:
         return found | {LOGITS: LAYER, DELTAS: LAYER}
 
     def names(self, project: Project) -> dict[str, str]:
-        """Our name of every module that `project` has too, and its name there."""
+        """Our name of every module that `project` has, with its name there."""
         return {ours: theirs for ours in self.modules() if (theirs := _rename(ours, _RULES[project](self))) is not None}
 
 

@@ -1,4 +1,4 @@
-"""Read weight files of strangers without running a line of what is in them.
+"""Read weight files from untrusted sources without executing code in them.
 
 A pickle is a program. torch's `weights_only` and the unpickler below execute only what builds tensors, arrays and plain
 containers. Training files also hold other things (settings, histories, numpy scalars): each of their names is bound to
@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TORCH_MAGIC = bytes.fromhex("80028a0a6cfc9c46f920")  # how torch's files began before they were zip archives
-# Modules of the standard library whose names may stand in a file of weights; all others have no business there.
+TORCH_MAGIC = bytes.fromhex("80028a0a6cfc9c46f920")  # first bytes of torch files before they were zip archives
+# Modules of the standard library that a file of weights may name.
 DATA_MODULES = {
     "_codecs",
     "argparse",
@@ -36,23 +36,23 @@ DATA_MODULES = {
     "pathlib",
     "uuid",
 }
-OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # how Python 2 called them, and so do old pickles
+OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # names of Python 2, which old pickles use
 DATA_BUILTINS = {"bytearray", "complex", "frozenset", "getattr", "object", "range", "set", "slice"}
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """The tensors of a file under the names they have there, and what it says about them."""
+    """Tensors of a file under their own names, and the metadata of the file."""
 
     path: Path
     state: dict[str, Tensor]
     class_names: tuple[str, ...] | None = None
-    dropped: dict[str, str] = field(default_factory=dict)  # part of the file -> why it was left out
+    dropped: dict[str, str] = field(default_factory=dict)  # part of the file -> reason
     config: str | None = None  # YAML text of the settings; of our own checkpoints
 
 
 class Inert(list):
-    """Stands for an object of a class that we do not load: takes whatever it is given and does nothing."""
+    """Inert placeholder for an object of a class that is not loaded."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Inert(list):
 
 
 def read_weights(path: str | Path) -> WeightFile:
-    """Read a file that torchvision, detectron2, mmdetection or fpn_det wrote.
+    """Read a file written by torchvision, detectron2, mmdetection or fpn_det.
 
     Raises:
         ValueError: there is no such file, it cannot be read, it holds code, or no weights.
@@ -81,7 +81,7 @@ def read_weights(path: str | Path) -> WeightFile:
     try:
         content, foreign = _read_torch(path) if is_torch else (_read_pickle(path), [])
         dropped = {where: f"not plain data (the file names {', '.join(foreign)})" for where in _inert_parts(content)}
-    except Exception as error:  # of any kind: a damaged pickle may ask for anything
+    except Exception as error:  # of any kind: a damaged pickle may raise anything
         if isinstance(error, ValueError) and str(error).startswith(f"{path}: expected"):
             raise
         reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
@@ -92,7 +92,7 @@ def read_weights(path: str | Path) -> WeightFile:
 
 
 def _read_torch(path: Path) -> tuple[Any, list[str]]:
-    """The content of a file made by torch.save, and the names of the classes that it asks for and does not get."""
+    """Content of a file made by torch.save, and the names of the classes that were not loaded."""
     if zipfile.is_zipfile(path):
         check_archive(path)
         foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
@@ -120,7 +120,7 @@ def check_archive(path: Path) -> None:
 
 
 def _old_foreign_names(path: Path) -> set[str]:
-    """The names that a file from before the zip archives asks for, but for torch's own; by reading, not by executing."""
+    """Names that a file of the old format refers to, except torch's own; found by parsing, without execution."""
     names = set()
     with path.open("rb") as file:
         for _ in range(4):  # magic number, version, machine, content
@@ -137,19 +137,19 @@ def _refuse_code(path: Path, name: str) -> None:
     is_data = package in DATA_MODULES and (package != "builtins" or attribute in DATA_BUILTINS)
     if package in sys.stdlib_module_names and not is_data:
         raise ValueError(
-            f"{path}: expected weights, got a file that wants to call {name}. Nothing of it was run; do not trust it."
+            f"{path}: expected weights, got a file that calls {name}. Nothing of it was run; do not trust it."
         )
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """What pickles of old protocols call to write bytes; nothing but that."""
+    """Replacement for `codecs.encode`, by which pickles of old protocols write bytes; refuses other encodings."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes encoded as {encoding}")
     return text.encode("latin1")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Admits numpy arrays, numpy scalars and plain containers."""
+    """Unpickler that admits numpy arrays, numpy scalars and plain containers."""
 
     def __init__(self, path: Path, file: Any) -> None:
         super().__init__(file, encoding="latin1")
@@ -163,7 +163,7 @@ class _ArrayUnpickler(pickle.Unpickler):
             and name in ("_reconstruct", "scalar")
         ):
             example = np.empty(0) if name == "_reconstruct" else np.float64(0)
-            return example.__reduce__()[0]  # wherever this numpy keeps it
+            return example.__reduce__()[0]  # its module differs between numpy versions
         admitted = {
             ("numpy", "ndarray"): np.ndarray,
             ("numpy", "dtype"): np.dtype,
@@ -173,7 +173,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         if (module, name) in admitted:
             return admitted[module, name]
         raise ValueError(
-            f"{self.path}: expected arrays and plain containers, got a pickle that asks for {module}.{name}. "
+            f"{self.path}: expected arrays and plain containers, got a pickle that refers to {module}.{name}. "
             f"Nothing of it was run; do not trust it."
         )
 
@@ -196,7 +196,7 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _inert_parts(content: Any, where: str = "") -> Iterator[str]:
-    """Remove what holds an Inert from nested dictionaries, and name it: `meta.config`. Lists and tuples go as a whole."""
+    """Remove the parts of nested dictionaries that hold an Inert, and return their dotted names. Lists are removed whole."""
     if not isinstance(content, dict):
         return
     for key in list(content):
@@ -244,7 +244,7 @@ def _find_weights(path: Path, content: Any, dropped: dict[str, str]) -> WeightFi
             value = torch.from_numpy(value.copy())
         if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta and not value.is_quantized:
             _check_size(path, str(key), value.numel() * value.element_size())
-            state[str(key).removeprefix("module.")] = value  # `module.` is what DataParallel puts in front
+            state[str(key).removeprefix("module.")] = value  # DataParallel adds the prefix `module.`
         else:
             dropped = dropped | {str(key): f"a {type(value).__name__}, not a tensor"}
     if not state:
@@ -254,7 +254,7 @@ def _find_weights(path: Path, content: Any, dropped: dict[str, str]) -> WeightFi
 
 
 def _check_size(path: Path, name: str, num_bytes: int) -> None:
-    """Refuse a tensor that is larger than its file, such as one whose elements all share one place in memory."""
+    """Refuse a tensor that is larger than its file, such as one whose elements share memory."""
     if num_bytes > path.stat().st_size:
         raise ValueError(
             f"{path}: expected weights, got {num_bytes:,} bytes of {name} in a smaller file. Do not trust it."

@@ -1,4 +1,4 @@
-"""Write weights as another project's tools expect to find them."""
+"""Write weights in the file formats of other projects."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_weights(
             "meta": {"dataset_meta": {"classes": tuple(class_names)}} if class_names else {},
             "state_dict": tensors,
         }
-    with path.open("wb") as file:  # torch does not tell the cause if it cannot open a file
+    with path.open("wb") as file:  # torch hides the cause if it cannot open a file
         if path.suffix == ".pkl":
             arrays = {name: value.numpy() for name, value in tensors.items()}
             pickle.dump({"model": arrays, "__author__": "fpn_det"}, file)

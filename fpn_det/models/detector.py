@@ -168,7 +168,7 @@ class Detector(nn.Module):
         return self.rpn.test_filter.post_nms
 
     def without_roi_head(self) -> Detector:
-        """The same detector, with the same weights, whose detections are its proposals."""
+        """Copy of the detector, sharing its weights, whose detections are its proposals."""
         proposer = copy.copy(self)
         proposer._modules = {**self._modules, "roi_head": None}
         return proposer

@@ -1,4 +1,4 @@
-"""Normalisation layers, and convolutions that take a fixed norm into their weights.
+"""Normalization layers, and convolutions with a fixed norm folded into their weights.
 
 A norm whose statistics do not move is an affine map per channel: conv(x) * scale + shift = conv(x; w * scale) + shift.
 Folding it saves two passes over every activation and keeps nothing extra for the backward pass.
@@ -18,14 +18,14 @@ from fpn_det.runtime import all_reduce_sum, current_ranks
 
 
 class FixedStatisticsBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm that never leaves eval mode: statistics stay, weight and bias are trained (mmdetection's `norm_eval`)."""
+    """Batch norm that stays in eval mode: statistics are fixed, weight and bias are trained (mmdetection's `norm_eval`)."""
 
     def train(self, mode: bool = True) -> FixedStatisticsBatchNorm2d:
         return super().train(False)
 
 
 class FixedBatchNorm2d(FrozenBatchNorm2d):
-    """Batch norm of which nothing is trained, by torch's own operator wherever no gradient passes.
+    """Frozen batch norm, by torch's batch norm operator wherever no gradient is needed.
 
     So it equals `nn.BatchNorm2d` in eval mode to the last bit, and detectron2's frozen norm.
     """
@@ -115,7 +115,7 @@ NORMS: dict[Norm, Callable[..., nn.Module]] = {
 
 
 def make_norm(name: Norm, channels: int, eps: float = 1e-5) -> nn.Module:
-    """A normalisation layer over `channels`; `eps` is added to the variance.
+    """Make a normalization layer over `channels`; `eps` is added to the variance.
 
     Raises:
         ValueError: no such norm.
@@ -126,7 +126,7 @@ def make_norm(name: Norm, channels: int, eps: float = 1e-5) -> nn.Module:
 
 
 def folded(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """(scale, shift) [C] of a norm whose statistics do not move now; None for any other, or if it is not `foldable`."""
+    """(scale, shift) [C] of a norm whose statistics are fixed now; None for any other norm, or if it is not `foldable`."""
     if not getattr(norm, "foldable", True):
         return None
     if not isinstance(norm, FrozenBatchNorm2d) and (not isinstance(norm, nn.BatchNorm2d) or norm.training):
@@ -137,14 +137,14 @@ def folded(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def set_foldable(model: nn.Module, foldable: bool) -> None:
-    """Decide for all norms of a model whether convolutions may take them in."""
+    """Allow or forbid folding of all norms of a model."""
     for module in model.modules():
         if isinstance(module, FrozenBatchNorm2d | nn.BatchNorm2d):
             module.foldable = foldable
 
 
 def conv_norm(input: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """Normalised convolution; one operator where the norm can be folded."""
+    """Convolution followed by a norm; one operator where the norm can be folded."""
     affine = folded(norm)
     if affine is None:
         return norm(conv(input))
@@ -155,7 +155,7 @@ def conv_norm(input: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
 
 
 class ConvBlock(nn.Sequential):
-    """Convolution, norm, ReLU; the last two where asked for. Weights are at `0.`, the norm's at `1.`."""
+    """Convolution with optional norm and ReLU. Its weights are at `0.`, the norm's at `1.`."""
 
     def __init__(
         self,

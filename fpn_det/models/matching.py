@@ -1,4 +1,4 @@
-"""Which object a candidate stands for, and which candidates a loss looks at (Faster R-CNN 3.1.2).
+"""Matching of candidates with ground-truth boxes, and sampling of candidates for a loss (Faster R-CNN 3.1.2).
 
 Everything here has a fixed shape and asks the device nothing: no candidate is picked by a data-dependent index list.
 """
@@ -17,7 +17,7 @@ from fpn_det.structures import Match, Sample, Targets
 
 IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
 
-PAIRS_AT_ONCE = 1 << 24  # IoU values in memory at a time: 64 MiB, whatever the number of objects
+PAIRS_AT_ONCE = 1 << 24  # IoU values in memory at a time: 64 MiB for any number of boxes
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Matcher:
             return ious[part] if ious else self._iou(targets, *parts[part])
 
         best = [iou_of(part).max(dim=1) for part in range(len(parts))]
-        best_iou = torch.cat([values for values, _ in best], dim=1)  # [B, M], -1 where nothing is drawn
+        best_iou = torch.cat([values for values, _ in best], dim=1)  # [B, M], -1 without boxes
         matched_idxs = torch.cat([idxs for _, idxs in best], dim=1)
         positive = best_iou >= self.positive_iou
         if self.allow_low_quality_matches:
@@ -73,7 +73,7 @@ class Matcher:
         return Match(positive, negative, matched_idxs)
 
     def is_eligible(self, best_iou: Tensor) -> Tensor:
-        """Which ground-truth boxes [B, G] get low-quality matches, given their best IoU: those that a candidate touches."""
+        """Mask [B, G] of the boxes that get low-quality matches, given their best IoU: those that a candidate touches."""
         return best_iou > 0
 
     def reassign(self, matched_idxs: Tensor, is_best: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Matcher:
 
     @staticmethod
     def _iou(targets: Targets, candidates: Tensor, allowed: Tensor) -> Tensor:
-        """[B, G, M'], -1 for padding rows and candidates that may not take part."""
+        """IoU [B, G, M'], -1 for padding rows and candidates that do not take part."""
         iou = box_iou(targets.boxes, candidates)
         return iou.masked_fill_(~(targets.valid[:, :, None] & allowed[:, None, :]), -1.0)
 
@@ -111,7 +111,7 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, match: Match, indices: Tensor, step: int) -> Sample:
-        """Draw for images with these data set `indices` [B] at this optimizer step."""
+        """Sample for images with these data set `indices` [B] at this optimizer step."""
         keys = random_keys(self.seed, step, indices, match.positive.shape[1])
         num_slots = min(self.num_samples, keys.shape[1])
         max_positives = min(int(self.num_samples * self.positive_fraction), keys.shape[1])

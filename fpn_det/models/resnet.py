@@ -164,7 +164,7 @@ class ResNet(torchvision_resnet.ResNet, Backbone):
 
 
 def pretrained_state(depth: int, weights: str) -> dict[str, Tensor]:
-    """The state dict of a ResNet: torchvision's (`imagenet`), or that of a file.
+    """Load the state dict of a ResNet: torchvision's (`imagenet`), or that of a file.
 
     Raises:
         ValueError: no such file, or none to be fetched.
@@ -210,7 +210,7 @@ def _file_state(depth: int, path: Path) -> dict[str, Tensor]:
 
 
 def check_file(depth: int, path: Path) -> None:
-    """Refuse a file of weights that is not there."""
+    """Refuse a file of weights that does not exist."""
     if not path.is_file():
         raise ValueError(
             f"ResNet({depth}): no file for weights at {path.absolute()}. Give another path, or set model.backbone.weights=null."

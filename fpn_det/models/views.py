@@ -1,4 +1,4 @@
-"""Several views of one batch, and one answer: test-time augmentation, and the featurized image pyramid (FPN, Figure 1 a).
+"""Views of a batch at several scales: test-time augmentation, and the featurized image pyramid (FPN, Figure 1 a).
 
 A view shows every image at another scale, mirrored or not. Resizing and mirroring are linear in an image's rows and in
 its columns, so a batch of images of any sizes becomes a view by two matrix products on its device. A view has an input
@@ -21,36 +21,36 @@ from fpn_det.structures import Batch, Candidates
 
 @dataclass(frozen=True)
 class Views:
-    """How a detector looks at a batch: at every scale, and mirrored besides if `flip`.
+    """Scales at which a detector processes a batch, each also mirrored if `flip`.
 
     Raises:
         ValueError: there is no scale, or one that is not positive.
     """
 
-    scales: tuple[Positive, ...] = (1.0,)  # of the input frame; 1 = as the transforms made it
+    scales: tuple[Positive, ...] = (1.0,)  # of the input frame; 1 = unscaled
     flip: bool = False  # every scale also mirrored, left to right
 
     def __post_init__(self) -> None:
         if not self.scales or min(self.scales) <= 0:
             raise ValueError(
-                f"views: expected at least one scale above 0, got {list(self.scales)}. [1.0] is the image as it is."
+                f"views: expected at least one scale above 0, got {list(self.scales)}. [1.0] is the unscaled image."
             )
 
     def of(self, batch: Batch, stride: int) -> Iterator[tuple[Batch, bool]]:
-        """Each view, and whether it is mirrored, one at a time; their canvases divide by `stride`. The batch itself is one of
-        them where nothing changes.
-        """
+        """Yield each view, and whether it is mirrored. `stride` divides their canvases. An unscaled view is the batch itself."""
         for scale in self.scales:
-            for mirrored in (False, True)[: 1 + self.flip]:
-                yield look(batch, scale, mirrored, stride), mirrored
+            for mirrored in (False, True) if self.flip else (False,):
+                yield make_view(batch, scale, mirrored, stride), mirrored
 
     def merge(self, raw: Callable[[Batch], Candidates], batch: Batch, stride: int) -> Candidates:
-        """What `raw` says of all views, as candidates in the batch's own frame, for one selection."""
+        """Collect the candidates that `raw` gives for all views, in the frame of the batch, for one selection."""
         parts = []
         for view, mirrored in self.of(batch, stride):
             found = raw(view)
             parts.append(
-                found if view is batch else replace(found, boxes=carry(found.boxes, view.sizes, batch.sizes, mirrored))
+                found
+                if view is batch
+                else replace(found, boxes=resize_boxes(found.boxes, view.sizes, batch.sizes, mirrored))
             )
         if len(parts) == 1:
             return parts[0]
@@ -58,8 +58,8 @@ class Views:
         return Candidates(torch.cat(boxes, dim=1), torch.cat(scores, dim=1), torch.cat(valid, dim=1))
 
 
-def look(batch: Batch, scale: float, mirrored: bool, stride: int) -> Batch:
-    """The batch, objects included, at another scale; mirrored, each image within its own size, if asked for."""
+def make_view(batch: Batch, scale: float, mirrored: bool, stride: int) -> Batch:
+    """Resize a batch with its boxes; if `mirrored`, flip each image within its own size."""
     if scale == 1 and not mirrored:
         return batch
     sizes = (batch.sizes.double() * scale).round().long().clamp(min=1)
@@ -71,12 +71,12 @@ def look(batch: Batch, scale: float, mirrored: bool, stride: int) -> Batch:
     boxed = {}
     for name in ("targets", "proposals"):
         if (record := getattr(batch, name)) is not None:
-            boxed[name] = replace(record, boxes=carry(record.boxes, batch.sizes, sizes, mirrored))
+            boxed[name] = replace(record, boxes=resize_boxes(record.boxes, batch.sizes, sizes, mirrored))
     return replace(batch, pixels=pixels, sizes=sizes, **boxed)
 
 
-def carry(boxes: Tensor, source: Tensor, target: Tensor, mirrored: bool) -> Tensor:
-    """Boxes [B, ..., 4] from images of `source` sizes [B, 2] to the same images of `target` sizes, clipped to these."""
+def resize_boxes(boxes: Tensor, source: Tensor, target: Tensor, mirrored: bool) -> Tensor:
+    """Map boxes [B, ..., 4] from images of `source` sizes [B, 2] to the same images of `target` sizes, and clip them."""
     ratio = (target.float() / source.float()).flip(1).repeat(1, 2)[:, None]  # [B, 1, 4] (w, h, w, h)
     carried = boxes.flatten(1, -2) * ratio
     if mirrored:
@@ -87,8 +87,11 @@ def carry(boxes: Tensor, source: Tensor, target: Tensor, mirrored: bool) -> Tens
 
 
 def _resampling(source: Tensor, target: Tensor, length: int, canvas: int, mirrored: bool) -> Tensor:
-    """How `canvas` pixels of an axis are mixed from `length` ones [B, 1, canvas, length], for images of which `target` [B] and
-    `source` [B] px are used: bilinear, and of enough pixels when the image shrinks (antialiased). Rows outside are zero.
+    """Interpolation matrices [B, 1, canvas, length] of an axis, bilinear and antialiased. Rows outside the image are zero.
+
+    Args:
+        source, target: px of the image before and after [B].
+        length, canvas: px of the batch before and after.
     """
     source, target = source[:, None, None, None].float(), target[:, None, None, None].float()
     here = torch.arange(canvas, device=source.device)[:, None]

@@ -20,7 +20,7 @@ KNOBS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error is an out-of-memory error of a GPU or of the host."""
+    """True for an out-of-memory error of a GPU or of the host."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
@@ -56,7 +56,7 @@ def explained_evaluation(batch_size: int) -> Iterator[None]:
 
 
 def fits(optimization: Optimization, batch: Batch) -> bool:
-    """Whether a step with `batch` as its micro-batch fits into USABLE of the GPU's memory. Changes nothing."""
+    """Check if a step with `batch` as its micro-batch fits into USABLE of the GPU's memory. Changes nothing."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(optimization.device)
     try:

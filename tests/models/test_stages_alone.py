@@ -18,7 +18,7 @@ from fpn_det.models.resnet import ResNet
 from fpn_det.models.roi_head import ROIHead
 from fpn_det.models.rpn import RPN
 from fpn_det.models.selection import ProposalFilter
-from fpn_det.models.views import Views, look
+from fpn_det.models.views import Views, make_view
 from fpn_det.structures import Batch, Proposals
 
 
@@ -107,7 +107,7 @@ def test_second_stage_alone_finds_nothing_where_nothing_is_proposed():
 
 def test_a_view_carries_the_proposals_of_a_batch():
     batch = with_proposals(make_batch())
-    view = look(batch, 0.5, True, 32)
+    view = make_view(batch, 0.5, True, 32)
     x1, y1, x2, y2 = batch.proposals.boxes.unbind(2)
     assert_close(view.proposals.boxes, torch.stack([64 - x2 / 2, y1 / 2, 64 - x1 / 2, y2 / 2], dim=2), 1e-5)
     assert make_second_stage().detect(batch, Views((1.0, 0.5), flip=True)).boxes.shape == (2, 100, 4)

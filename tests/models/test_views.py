@@ -11,7 +11,7 @@ from test_detector import make_batch, make_model, spread_out
 
 from fpn_det.models.nms import nms_keep
 from fpn_det.models.selection import DetectionFilter
-from fpn_det.models.views import Views, carry, look
+from fpn_det.models.views import Views, make_view, resize_boxes
 from fpn_det.structures import Batch, Candidates, Targets
 
 
@@ -19,17 +19,17 @@ def test_boxes_are_carried_to_the_sizes_of_a_view_and_back():
     # 100 x 60 px (w x h) to 50 x 90: x * 0.5, y * 1.5; mirrored, x becomes 50 - x
     source, target = torch.tensor([[60, 100]]), torch.tensor([[90, 50]])
     boxes = torch.tensor([[[10.0, 20.0, 40.0, 60.0]]])
-    assert carry(boxes, source, target, mirrored=False).tolist() == [[[5.0, 30.0, 20.0, 90.0]]]
-    there = carry(boxes, source, target, mirrored=True)
+    assert resize_boxes(boxes, source, target, mirrored=False).tolist() == [[[5.0, 30.0, 20.0, 90.0]]]
+    there = resize_boxes(boxes, source, target, mirrored=True)
     assert there.tolist() == [[[30.0, 30.0, 45.0, 90.0]]]
-    assert carry(there, target, source, mirrored=True).tolist() == boxes.tolist()
+    assert resize_boxes(there, target, source, mirrored=True).tolist() == boxes.tolist()
 
 
 @pytest.mark.parametrize("scale", [0.37, 0.5, 1.6, 2.0])
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_a_view_shows_each_image_resized_within_its_own_size(scale: float, mirrored: bool):
     batch = make_batch(sizes=[[96, 128], [70, 33]])
-    view = look(batch, scale, mirrored, stride=32)
+    view = make_view(batch, scale, mirrored, stride=32)
     assert all(side % 32 == 0 for side in view.pixels.shape[2:])
     for row, (height, width) in enumerate(batch.sizes.tolist()):
         size = [round(height * scale), round(width * scale)]
@@ -47,7 +47,7 @@ def test_a_mirrored_view_moves_the_objects_with_their_pixels():
     size = torch.tensor([[30, 50]])
     boxes = torch.tensor([[6.0, 4.0, 20.0, 10.0]])
     batch = Batch(pixels, size, size, Targets.pad([boxes], [torch.tensor([1])]), torch.tensor([0]))
-    view = look(batch, 1.0, True, 32)
+    view = make_view(batch, 1.0, True, 32)
     x1, y1, x2, y2 = view.targets.boxes[0, 0].long().tolist()
     assert (x1, y1, x2, y2) == (30, 4, 44, 10)  # 50 - 20, 50 - 6
     assert (view.pixels[0, :, y1:y2, x1:x2] == 200).all() and view.pixels.sum() == 200 * 3 * 6 * 14
@@ -119,7 +119,7 @@ def test_padding_of_a_batch_does_not_reach_a_view():
 
 def test_an_image_pyramid_merges_scales_and_trains_on_their_mean():
     model, batch = spread_out(make_model()).eval(), make_batch()
-    half = look(batch, 0.5, False, model.stride)
+    half = make_view(batch, 0.5, False, model.stride)
     parts = [model(view, 3) for view in (half, batch)]
     merged = model.detect(batch, Views((0.5, 1.0)))
     model.views = model.train_views = Views((0.5, 1.0))
