@@ -189,12 +189,20 @@ def _parse(overrides: Sequence[str], schema: type) -> tuple[list[str], list[Over
                 f"{key}: expected a value, got none: a setting cannot be deleted. Set another value, or null."
             )
         if is_selection(key, folders) and not isinstance(override.value(), dict):
+            _check_selection(key, override.value())
             selections.append(word)
         elif override.is_sweep_override():
             raise ConfigCompositionException(f"Ambiguous value for argument '{word}'")
         else:
             values.append(override)
     return selections, values
+
+
+def _check_selection(key: str, value: Any) -> None:
+    """Refuse values that cannot be the names of files of a group."""
+    names = value if isinstance(value, list) else [value]
+    if not key.startswith("hydra") and any(isinstance(name, list | dict | int | float) for name in names):
+        raise ValueError(f"{key}: expected the name of a file in configs/{key}, got {value!r}.")
 
 
 def is_selection(key: str, folders: Sequence[Path]) -> bool:

@@ -68,7 +68,13 @@ class DetectorConfig:
         Args:
             num_classes: foreground classes; None leaves the last layers to `Detector.reset_classifier`.
         """
-        return build(self.model, "model")(num_classes=num_classes)
+        try:
+            return build(self.model, "model")(num_classes=num_classes)
+        except (RuntimeError, MemoryError, TypeError, OverflowError) as error:  # such as 10^12 channels
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise ValueError(
+                f"model: expected settings of a detector, got ones that cannot be built: {reason}."
+            ) from error
 
     def set_precision(self) -> None:
         """Choose the precision of float32 operators on CUDA; under autocast it concerns what stays in float32."""

@@ -109,6 +109,8 @@ def fit(value: Any, hint: Any, where: str, packages: Sequence[str]) -> Any:
             raise ValueError(f"{where}: expected {describe(hint)}, got {value!r}.")
         items = (fit(item, arguments[0], f"{where}.{i}", packages) for i, item in enumerate(value))
         return tuple(items) if origin is tuple else list(items)
+    if _is_made(hint):
+        raise ValueError(f"{where}: expected {describe(hint)}, got {'null' if value is None else repr(value)}.")
     if isinstance(value, Mapping):
         kind = arguments[1] if origin in (dict, Mapping) else Any
         return {key: fit(item, kind, f"{where}.{key}", packages) for key, item in value.items()}
@@ -116,9 +118,14 @@ def fit(value: Any, hint: Any, where: str, packages: Sequence[str]) -> Any:
         raise ValueError(f"{where}: expected names with values, got {value!r}.")
     if isinstance(value, list):
         return [fit(item, Any, f"{where}.{i}", packages) for i, item in enumerate(value)]
-    if value is None and inspect.isclass(hint) and hint is not Any:
-        raise ValueError(f"{where}: expected {describe(hint)}, got null.")
     return value
+
+
+def _is_made(hint: Any) -> bool:
+    """True for objects that only a node can describe: instances of a class, and callables."""
+    return get_origin(hint) is Callable or (
+        inspect.isclass(hint) and get_origin(hint) is None and hint not in (object, Any, dict, list)
+    )
 
 
 def _fit_record(value: Any, record: type, where: str, packages: Sequence[str]) -> Any:
@@ -414,4 +421,7 @@ def describe(hint: Any) -> str:
         return f"a list, each item {describe(arguments[0])}"
     if dataclasses.is_dataclass(hint):
         return "{" + ", ".join(f"{field.name}: ..." for field in dataclasses.fields(hint)) + "}"
+    if _is_made(hint) and hint not in SCALARS:
+        kind = get_args(hint)[1] if origin is Callable else hint
+        return f"a class by name ({getattr(kind, '__name__', 'any')}, as _target_)"
     return SCALARS.get(hint, getattr(hint, "__name__", str(hint)))

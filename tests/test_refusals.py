@@ -58,7 +58,7 @@ COMPOSED = [
     ("data.canvas=[640]", "data.canvas: expected batch or bucket or a list of 2 values, got [640]."),
     ("model.rpn.sampler.num_samples=many", "model.rpn.sampler.num_samples: expected a whole number, got 'many'."),
     ("model.pixel_mean=[1,2]", "model.pixel_mean: expected a list of 3 values, got [1, 2]."),
-    ("model.backbone=null", "model.backbone: expected Backbone, got null."),
+    ("model.backbone=null", "model.backbone: expected a class by name (Backbone, as _target_), got null."),
     ("optimizer.lr=null", "optimizer.lr: expected a number, got null."),
     # ranges
     ("trainer.batch_size=0", "trainer.batch_size: expected a whole number at least 1 or auto, got 0."),
