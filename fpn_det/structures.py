@@ -15,7 +15,6 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -206,6 +205,7 @@ class Pyramid:
     strides: tuple[int, ...]  # input px per cell
     sizes: Tensor  # i64 [B, 2]
     canvas_stride: int = 32  # what the sides of the batch divide by
+    _cells: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -219,14 +219,16 @@ class Pyramid:
             starts.append(starts[-1] + height * width)
         return starts
 
-    @cached_property
+    @property
     def cells(self) -> Tensor:
         """Concatenate all levels to one table of cells [B, N, C], by level, then row-major.
 
         Always float32: the gradient of a cell is a sum of many small terms that bfloat16 would round away.
         """
-        # [B, C, H, W] -> [B, H*W, C], cast in the same copy
-        return torch.cat([level.flatten(2).transpose(1, 2).float() for level in self.levels], dim=1)
+        if not self._cells:  # no `cached_property`, whose lock a compiled graph cannot contain
+            # [B, C, H, W] -> [B, H*W, C], cast in the same copy
+            self._cells.append(torch.cat([level.flatten(2).transpose(1, 2).float() for level in self.levels], dim=1))
+        return self._cells[0]
 
 
 @dataclass(frozen=True)

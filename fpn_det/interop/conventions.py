@@ -144,6 +144,7 @@ class BatchedNmsDetections(DetectionFilter):
     def nms(self) -> Nms:
         return torchvision.ops.batched_nms
 
+    suppresses_by_class: ClassVar[bool] = False
     first_label: ClassVar[int] = 0  # number of the first class, by which boxes are shifted
 
     def suppress(self, boxes: Tensor, scores: Tensor, valid: Tensor, labels: Tensor, batch: Batch) -> Tensor:

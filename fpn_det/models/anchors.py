@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fpn_det.models.caching import LastResults
 from fpn_det.schema import Positive
 
 
@@ -44,9 +45,14 @@ class AnchorGenerator(nn.Module):
         cells = torch.stack([self.make_cell(level_sizes, ratios) for level_sizes in per_level])
         self.register_buffer("cell_anchors", cells, persistent=False)  # [L, A, 4]
         self.cell_anchors: Tensor
+        self._centers: LastResults[list[Tensor]] = LastResults()
+        self._anchors: LastResults[Tensor] = LastResults()
 
     def centers(self, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """(x, y) of every cell's anchors, px, [H_l * W_l, 2] per level."""
+        return self._centers.get((tuple(shapes), self.cell_anchors.device), lambda: self._make_centers(shapes))
+
+    def _make_centers(self, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
         centers = []
         for (height, width), (stride_y, stride_x) in zip(shapes, self.steps(shapes), strict=True):
             y = (torch.arange(height, device=self.cell_anchors.device) + self.offset) * stride_y
@@ -57,6 +63,9 @@ class AnchorGenerator(nn.Module):
 
     def forward(self, shapes: Sequence[tuple[int, int]]) -> Tensor:
         """All anchors [M, 4] of maps with these (H_l, W_l), in input px. They may reach beyond the image."""
+        return self._anchors.get((tuple(shapes), self.cell_anchors.device), lambda: self._make_anchors(shapes))
+
+    def _make_anchors(self, shapes: Sequence[tuple[int, int]]) -> Tensor:
         levels = []
         for centers, cells in zip(self.centers(shapes), self.cell_anchors, strict=True):
             # [H*W, 1, 4] + [A, 4] -> [H*W*A, 4]

@@ -15,26 +15,41 @@ import torchvision
 from torch import Tensor
 
 from fpn_det.boxes import box_area
+from fpn_det.models.caching import LastResults
 from fpn_det.schema import Count, CountOrZero, Positive
 from fpn_det.structures import Pyramid
 
 
-class _Geometry(NamedTuple):
-    """Per level: first row, height, width, stride; each [L], on the pyramid's device."""
+class Geometry(NamedTuple):
+    """Where the levels of a pyramid lie in its table of cells; each [L], i64, on the pyramid's device."""
 
-    start: Tensor
+    start: Tensor  # first row
     height: Tensor
     width: Tensor
     stride: Tensor
 
 
-def _geometry(pyramid: Pyramid, num_levels: int) -> _Geometry:
-    rows = [
-        (start, *shape, stride)
-        for start, shape, stride in zip(pyramid.starts, pyramid.shapes, pyramid.strides, strict=True)
-    ]
-    columns = torch.tensor(list(zip(*rows[:num_levels], strict=True)))
-    return _Geometry(*columns.to(pyramid.levels[0].device, non_blocking=True))
+class GeometryCache:
+    """Makes the geometry of pyramids, once for each shape."""
+
+    def __init__(self) -> None:
+        self._results: LastResults[Geometry] = LastResults()
+
+    def __call__(self, pyramid: Pyramid, num_levels: int) -> Geometry:
+        """The geometry of the first `num_levels` levels."""
+        device, shapes = pyramid.levels[0].device, pyramid.shapes[:num_levels]
+        columns = (
+            tuple(pyramid.starts[:num_levels]),
+            tuple(height for height, _ in shapes),
+            tuple(width for _, width in shapes),
+            tuple(pyramid.strides[:num_levels]),
+        )
+
+        def make() -> Geometry:
+            # filled on the device, because the host would wait for a copy
+            return Geometry(*(torch.stack([torch.full((), each, device=device) for each in row]) for row in columns))
+
+        return self._results.get((columns, device), make)
 
 
 class LevelAssigner:
@@ -108,6 +123,7 @@ class RoIAlign:
         self.sampling_ratio = sampling_ratio
         self.aligned = aligned
         self.method = method
+        self._geometry = GeometryCache()
         self.assigner = self.assigner_class(strides, canonical_size, canonical_level)
 
     def __call__(self, pyramid: Pyramid, boxes: Tensor) -> Tensor:
@@ -120,7 +136,7 @@ class RoIAlign:
     def _table(self, pyramid: Pyramid, boxes: Tensor, levels: Tensor) -> Tensor:
         cells = pyramid.cells
         num_images, num_cells, channels = cells.shape
-        start, height, width, stride = (value[levels] for value in _geometry(pyramid, len(self.strides)))
+        start, height, width, stride = (value[levels] for value in self._geometry(pyramid, len(self.strides)))
         first_row = start + torch.arange(num_images, device=boxes.device)[:, None] * num_cells
         x, x_weight = self._axis(boxes[..., 0], boxes[..., 2], stride, width)
         y, y_weight = self._axis(boxes[..., 1], boxes[..., 3], stride, height)
@@ -175,13 +191,15 @@ class RoIAlign:
         return pooled
 
 
-def gather_neighborhoods(pyramid: Pyramid, cell_idxs: Tensor) -> Tensor:
-    """The 3x3 cells around each of `cell_idxs` [B, S], as a 3x3 convolution with padding 1 sees them.
+def gather_neighborhoods(pyramid: Pyramid, geometry: Geometry, cell_idxs: Tensor) -> Tensor:
+    """The 3x3 cells around each of `cell_idxs` [B, S], which are the input of a 3x3 convolution with padding 1.
+
+    Args:
+        geometry: of all levels of the pyramid.
 
     Returns:
         [B, S, 9 * C], float32, row by row, channels innermost; zero outside the map.
     """
-    geometry = _geometry(pyramid, len(pyramid.levels))
     level = torch.searchsorted(geometry.start, cell_idxs, right=True) - 1
     start, height, width, _ = (value[level][..., None] for value in geometry)
     cell = cell_idxs[..., None] - start

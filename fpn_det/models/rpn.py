@@ -19,7 +19,7 @@ from fpn_det.models.anchors import AnchorGenerator
 from fpn_det.models.losses import BinaryCrossEntropy, BinaryLoss, BoxLoss, SmoothL1, masked_sum
 from fpn_det.models.matching import Matcher, Sampler
 from fpn_det.models.nms import nms_keep
-from fpn_det.models.roi_align import gather_neighborhoods
+from fpn_det.models.roi_align import GeometryCache, gather_neighborhoods
 from fpn_det.models.selection import ProposalFilter
 from fpn_det.schema import Count
 from fpn_det.structures import Batch, Candidates, Detections, Losses, Proposals, Pyramid, Sample
@@ -133,6 +133,7 @@ class RPN(nn.Module):
         self.test_filter = test_filter
         self.cls_loss = cls_loss
         self.box_loss = box_loss
+        self._geometry = GeometryCache()
 
     def forward(self, pyramid: Pyramid) -> RPNOutput:
         """Run the head at every anchor; without gradient where the loss is evaluated at the sampled anchors."""
@@ -221,7 +222,9 @@ class RPN(nn.Module):
                 1, sample.idxs[..., None].expand(-1, -1, 4)
             )
         per_cell = self.anchors.num_per_cell
-        return self.head.at(gather_neighborhoods(pyramid, sample.idxs // per_cell), sample.idxs % per_cell)
+        geometry = self._geometry(pyramid, len(pyramid.levels))
+        neighborhoods = gather_neighborhoods(pyramid, geometry, sample.idxs // per_cell)
+        return self.head.at(neighborhoods, sample.idxs % per_cell)
 
     def inside(self, pyramid: Pyramid) -> Tensor:
         """Anchors [B, M] centered within their image's own size, rounded up to the canvas stride."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -70,6 +71,7 @@ class DetectionFilter:
     max_detections: Count = 100
     min_side: Amount = 0.0
     nms_method: NmsMethod = "auto"
+    suppresses_by_class: ClassVar[bool] = True  # False: `suppress` depends on all classes of an image
 
     @torch.no_grad()
     def __call__(self, candidates: Candidates, batch: Batch) -> Detections:
@@ -78,24 +80,41 @@ class DetectionFilter:
         width, height = box_sides(candidates.boxes)
         passes = (candidates.scores > self.score_threshold) & candidates.valid[..., None]  # NaN fails
         passes = passes & (width >= self.min_side) & (height >= self.min_side)
-        ranked = torch.where(passes, candidates.scores, -1.0).flatten(1)
-        most = passes.flatten(1).sum(dim=1).max().clamp(min=1)
-        _, order = ranked.topk(int(most), sorted=False)  # a host read
-        order = order.sort(dim=1).values  # of equal scores the first proposal wins
-        ranked = ranked.gather(1, order)
-        valid = ranked > 0
-        proposal, labels = order // num_classes, order % num_classes
-        one_box_per_proposal = candidates.boxes.shape[2] == 1
-        column = proposal if one_box_per_proposal else order
-        boxes = candidates.boxes.flatten(1, 2).gather(1, column[..., None].expand(-1, -1, 4))
-        keep = self.suppress(boxes, ranked, valid, labels, batch)
-        scores, best = ranked.masked_fill(~keep, -1.0).sort(dim=1, descending=True, stable=True)
+        scores = torch.where(passes, candidates.scores, -1.0)
+        if self.suppresses_by_class and (scores.is_cuda or torch.compiler.is_compiling()):
+            keep, order = self._suppress_by_class(candidates.boxes, scores).flatten(1), None
+            scores = scores.flatten(1)
+            labels = torch.arange(num_classes, device=scores.device).repeat(len(candidates.valid[0]))[None]
+            labels = labels.expand_as(scores)
+        else:
+            # few candidates pass, and suppression of few is fast; the number is a host read
+            most = passes.flatten(1).sum(dim=1).max().clamp(min=1)
+            _, order = scores.flatten(1).topk(int(most), sorted=False)
+            order = order.sort(dim=1).values  # of equal scores the first proposal wins
+            scores, labels = scores.flatten(1).gather(1, order), order % num_classes
+            keep = self.suppress(_boxes_at(candidates, order), scores, scores > 0, labels, batch)
+        scores, best = scores.masked_fill(~keep, -1.0).sort(dim=1, descending=True, stable=True)
         scores, best = scores[:, : self.max_detections], best[:, : self.max_detections]
-        boxes = boxes.gather(1, best[..., None].expand(-1, -1, 4))
         valid = scores > 0
+        boxes = _boxes_at(candidates, best if order is None else order.gather(1, best))
         boxes = torch.where(valid[..., None], boxes, 0.0)
         return Detections(boxes, scores.masked_fill(~valid, 0.0), labels.gather(1, best), valid)
 
     def suppress(self, boxes: Tensor, scores: Tensor, valid: Tensor, labels: Tensor, batch: Batch) -> Tensor:
         """Mask [B, P] of the boxes [B, P, 4] that survive suppression within their class."""
         return nms_keep(boxes, scores, valid, self.nms_iou, labels, self.nms_method)
+
+    def _suppress_by_class(self, boxes: Tensor, scores: Tensor) -> Tensor:
+        """Mask [B, R, K] of what survives; each class of an image is a group. Shapes do not depend on the data."""
+        num_images, num_proposals, num_classes = scores.shape
+        boxes = boxes.expand(-1, -1, num_classes, -1).transpose(1, 2).flatten(0, 1)  # [B * K, R, 4]
+        scores = scores.transpose(1, 2).flatten(0, 1)
+        keep = nms_keep(boxes, scores, scores > 0, self.nms_iou, method=self.nms_method)
+        return keep.view(num_images, num_classes, num_proposals).transpose(1, 2)
+
+
+def _boxes_at(candidates: Candidates, idxs: Tensor) -> Tensor:
+    """Boxes [B, P, 4] of candidates `idxs` [B, P], which are numbered by proposal, then by class."""
+    if candidates.boxes.shape[2] == 1:  # one box for all classes
+        idxs = idxs // candidates.scores.shape[2]
+    return candidates.boxes.flatten(1, 2).gather(1, idxs[..., None].expand(-1, -1, 4))

@@ -1,0 +1,45 @@
+"""Tensors that depend on shapes alone, kept from step to step."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class LastResults(Generic[T]):
+    """Keeps the results for the last few keys, such as the shapes of the maps of a canvas.
+
+    In a compiled graph every result is a constant, so nothing is kept there.
+
+    Args:
+        size: number of results to keep.
+    """
+
+    def __init__(self, size: int = 8) -> None:
+        self.size = size
+        self._results: OrderedDict[Hashable, T] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The result for `key`, from `make` if it is not kept.
+
+        Args:
+            key: all that the result depends on, the device included.
+        """
+        if torch.compiler.is_compiling():
+            return make()
+        if key in self._results:
+            self._results.move_to_end(key)
+            return self._results[key]
+        with torch.inference_mode(False), torch.no_grad():  # usable wherever it is first needed
+            result = self._results[key] = make()
+        if len(self._results) > self.size:
+            self._results.popitem(last=False)
+        return result
+
+    def __deepcopy__(self, memo: dict) -> LastResults[T]:
+        return LastResults(self.size)
