@@ -30,10 +30,43 @@ class FixedBatchNorm2d(FrozenBatchNorm2d):
     So it equals `nn.BatchNorm2d` in eval mode to the last bit, and detectron2's frozen norm.
     """
 
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__(num_features, eps)
+        self._kept: _ScaleAndShift | None = None
+
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad:
             return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """The norm as an affine map, [C] each; computed again only after a buffer was replaced or changed."""
+        buffers = (self.weight, self.bias, self.running_mean, self.running_var)
+        if any(buffer.is_inference() for buffer in buffers):  # their changes are not counted
+            return _scale_and_shift(*buffers, self.eps)
+        if self._kept is None or not self._kept.is_of(buffers):
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = _ScaleAndShift(buffers, _scale_and_shift(*buffers, self.eps))
+        return self._kept.value
+
+
+class _ScaleAndShift:
+    """Scale and shift, and the buffers that they were computed from."""
+
+    def __init__(self, buffers: tuple[Tensor, ...], value: tuple[Tensor, Tensor]) -> None:
+        self.buffers = buffers
+        self.versions = [buffer._version for buffer in buffers]
+        self.value = value
+
+    def is_of(self, buffers: tuple[Tensor, ...]) -> bool:
+        """True if these are the same buffers with unchanged values."""
+        return all(
+            buffer is own and buffer._version == version
+            for buffer, own, version in zip(buffers, self.buffers, self.versions, strict=True)
+        )
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None  # the copy of a norm has buffers of its own
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -126,14 +159,23 @@ def make_norm(name: Norm, channels: int, eps: float = 1e-5) -> nn.Module:
 
 
 def folded(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """(scale, shift) [C] of a norm whose statistics are fixed now; None for any other norm, or if it is not `foldable`."""
+    """(scale, shift) [C] of a norm whose statistics do not move now; None for any other, or if it is not `foldable`.
+
+    Those of a frozen norm are computed once, until its buffers change.
+    """
     if not getattr(norm, "foldable", True):
         return None
+    if isinstance(norm, FixedBatchNorm2d) and not torch.compiler.is_compiling():
+        return norm.scale_and_shift()
     if not isinstance(norm, FrozenBatchNorm2d) and (not isinstance(norm, nn.BatchNorm2d) or norm.training):
         return None
     assert norm.running_mean is not None and norm.running_var is not None
-    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    return scale, norm.bias - norm.running_mean * scale
+    return _scale_and_shift(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+
+
+def _scale_and_shift(weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    scale = weight * torch.rsqrt(variance + eps)
+    return scale, bias - mean * scale
 
 
 def set_foldable(model: nn.Module, foldable: bool) -> None:

@@ -17,7 +17,7 @@ from fpn_det.structures import Match, Sample, Targets
 
 IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
 
-PAIRS_AT_ONCE = 1 << 24  # IoU values in memory at a time: 64 MiB for any number of boxes
+PAIRS_AT_ONCE = 1 << 24  # IoU values in memory at a time, 64 MiB
 
 
 @dataclass(frozen=True)
@@ -47,30 +47,48 @@ class Matcher:
     def __call__(self, targets: Targets, candidates: Tensor, allowed: Tensor) -> Match:
         """Match candidates [M, 4] or [B, M, 4], of which only those `allowed` [B, M] take part."""
         candidates = candidates.expand(len(targets.boxes), -1, -1) if candidates.dim() == 2 else candidates
-        chunk = max(1, PAIRS_AT_ONCE // targets.labels.numel())
-        parts = list(zip(candidates.split(chunk, dim=1), allowed.split(chunk, dim=1), strict=True))
-        ious = [self._iou(targets, *parts[0])] if len(parts) == 1 else None  # kept if it is the only one
+        num_images, num_boxes = targets.labels.shape
+        images_at_once = min(max(1, PAIRS_AT_ONCE // (num_boxes * max(1, candidates.shape[1]))), num_images)
+        candidates_at_once = max(1, PAIRS_AT_ONCE // (num_boxes * images_at_once))
+        matches = []
+        for start in range(0, num_images, images_at_once):
+            images = slice(start, start + images_at_once)
+            boxes, valid = targets.boxes[images], targets.valid[images]
+            matches.append(self._match(boxes, valid, candidates[images], allowed[images], candidates_at_once))
+        if len(matches) == 1:
+            return Match(*matches[0])
+        return Match(*(torch.cat(parts) for parts in zip(*matches, strict=True)))
 
-        def iou_of(part: int) -> Tensor:
-            return ious[part] if ious else self._iou(targets, *parts[part])
-
-        best = [iou_of(part).max(dim=1) for part in range(len(parts))]
-        best_iou = torch.cat([values for values, _ in best], dim=1)  # [B, M], -1 without boxes
+    def _match(
+        self, gt_boxes: Tensor, gt_valid: Tensor, candidates: Tensor, allowed: Tensor, candidates_at_once: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Positive, negative and matched_idxs [B, M] of some images. The IoU of each pair is computed once."""
+        best, box_bests, masks = [], [], []
+        for part, part_allowed in zip(
+            candidates.split(candidates_at_once, dim=1), allowed.split(candidates_at_once, dim=1), strict=True
+        ):
+            iou = box_iou(gt_boxes, part)  # [B, G, M'], -1 for padding and candidates that do not take part
+            iou.masked_fill_(~(gt_valid[:, :, None] & part_allowed[:, None, :]), -1.0)
+            best.append(iou.max(dim=1))
+            if self.allow_low_quality_matches:
+                box_bests.append(iou.amax(dim=2))
+                masks.append(iou == box_bests[-1][..., None])
+        best_iou = torch.cat([values for values, _ in best], dim=1)  # -1 for images without boxes
         matched_idxs = torch.cat([idxs for _, idxs in best], dim=1)
         positive = best_iou >= self.positive_iou
         if self.allow_low_quality_matches:
-            box_best = torch.stack([iou_of(part).amax(dim=2) for part in range(len(parts))]).amax(dim=0)  # [B, G]
-            eligible = targets.valid & self.is_eligible(box_best)
+            box_best = torch.stack(box_bests).amax(dim=0)  # [B, G]
+            eligible = gt_valid & self.is_eligible(box_best)
             low_quality, reassigned = [], []
-            for part, (_, part_idxs) in enumerate(best):
-                is_best = (iou_of(part) == box_best[..., None]) & eligible[..., None]  # [B, G, M']
+            for (_, part_idxs), part_best, is_best in zip(best, box_bests, masks, strict=True):
+                is_best &= (eligible & (part_best == box_best))[..., None]
                 low_quality.append(is_best.any(dim=1))
                 reassigned.append(self.reassign(part_idxs, is_best))
             positive = positive | torch.cat(low_quality, dim=1)
             matched_idxs = torch.cat(reassigned, dim=1)
         positive = positive & allowed
         negative = (best_iou < self.negative_iou) & allowed & ~positive
-        return Match(positive, negative, matched_idxs)
+        return positive, negative, matched_idxs
 
     def is_eligible(self, best_iou: Tensor) -> Tensor:
         """Mask [B, G] of the boxes that get low-quality matches, given their best IoU: those that a candidate touches."""
@@ -83,12 +101,6 @@ class Matcher:
             is_best: whether each candidate is a best one of each box [B, G, M'].
         """
         return matched_idxs
-
-    @staticmethod
-    def _iou(targets: Targets, candidates: Tensor, allowed: Tensor) -> Tensor:
-        """IoU [B, G, M'], -1 for padding rows and candidates that do not take part."""
-        iou = box_iou(targets.boxes, candidates)
-        return iou.masked_fill_(~(targets.valid[:, :, None] & allowed[:, None, :]), -1.0)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 from compare import assert_close
@@ -34,6 +37,25 @@ def test_folded_norm_equals_unfolded(name: str):
             strict=True,
         ):
             assert_close(mine, theirs, 1e-5)
+
+
+def test_scale_and_shift_of_a_frozen_norm_are_computed_once_and_follow_its_buffers():
+    norm, other = lively(make_norm("frozen", 6)), make_norm("frozen", 6)
+    first = folded(norm)
+    assert folded(norm)[0] is first[0]
+    twin = copy.deepcopy(norm)
+    twin.running_var.mul_(4)
+    assert_close(folded(twin)[0], first[0] / 2, 1e-3)
+    other.running_mean.fill_(7)
+    other.load_state_dict(norm.state_dict())
+    assert torch.equal(folded(other)[1], first[1])
+    norm.load_state_dict(twin.state_dict())
+    assert torch.equal(folded(norm)[0], folded(twin)[0])
+    assert folded(norm.double())[0].dtype == torch.float64
+    buffer = io.BytesIO()
+    torch.save(norm, buffer)
+    buffer.seek(0)
+    assert torch.equal(folded(torch.load(buffer, weights_only=False))[0], folded(norm)[0])
 
 
 def test_norms_whose_statistics_move_are_not_folded():

@@ -56,11 +56,13 @@ def test_low_quality_matches_may_be_reassigned():
 
 
 @pytest.mark.parametrize("low_quality", [False, True])
-@pytest.mark.parametrize("pairs", [1 << 24, 64])
+@pytest.mark.parametrize("pairs", [1 << 24, 500, 64])
 def test_matcher_equals_torchvision_in_any_number_of_pieces(
     low_quality: bool, pairs: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(matching, "PAIRS_AT_ONCE", pairs)
+    computed = []
+    monkeypatch.setattr(matching, "box_iou", lambda *boxes: computed.append(box_iou(*boxes)) or box_iou(*boxes))
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(2, 60, 2, generator=generator) * 50
     candidates = torch.cat([corners, corners + 5 + torch.rand(2, 60, 2, generator=generator) * 40], dim=2)
@@ -70,6 +72,8 @@ def test_matcher_equals_torchvision_in_any_number_of_pieces(
     match = Matcher(0.7, 0.3, allow_low_quality_matches=low_quality)(
         targets, candidates, everything(targets, candidates)
     )
+    assert sum(iou.numel() for iou in computed) == targets.labels.numel() * candidates.shape[1]  # each pair once
+    assert max(iou.numel() for iou in computed) <= pairs
     oracle = TorchvisionMatcher(0.7, 0.3, allow_low_quality_matches=low_quality)
     for image in range(2):
         iou = box_iou(targets.boxes[image][targets.valid[image]], candidates[image])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ class TopDown(nn.Module):
 
     def upsampled(self, coarser: Tensor, finer: Tensor) -> Tensor:
         """The coarser map upsampled to the size of the finer one."""
-        return F.interpolate(coarser, size=finer.shape[-2:], mode=self.upsampling)
+        return upsample(coarser, finer, self.upsampling)
 
 
 class ExtraLevels(nn.Module):
@@ -95,6 +96,12 @@ class ExtraLevels(nn.Module):
                 top = top[:, :, ::2, ::2] if self.method == "subsample" else F.max_pool2d(top, 3, stride=2, padding=1)
             extra.append(top)
         return levels + extra
+
+
+def upsample(coarser: Tensor, finer: Tensor, method: str = "nearest") -> Tensor:
+    """The coarser map upsampled to the size of the finer one, in its own dtype; autocast would return float32."""
+    with torch.autocast(coarser.device.type, enabled=False):
+        return F.interpolate(coarser, size=finer.shape[-2:], mode=method)
 
 
 def apply_each(layers: nn.ModuleList, maps: Sequence[Tensor]) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fpn_det.models.layers import Norm
-from fpn_det.models.necks.base import ExtraLevels, Neck, apply_each, projection
+from fpn_det.models.necks.base import ExtraLevels, Neck, apply_each, projection, upsample
 from fpn_det.schema import Count
 
 
@@ -61,7 +61,7 @@ class _Layer(nn.Module):
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
         down = list(levels)
         for number in range(len(levels) - 2, -1, -1):
-            coarser = F.interpolate(down[number + 1], size=levels[number].shape[-2:], mode="nearest")
+            coarser = upsample(down[number + 1], levels[number])
             down[number] = self.down[number]([levels[number], coarser])
         up = [down[0]]
         for number, node in enumerate(self.up, start=1):

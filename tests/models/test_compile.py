@@ -1,0 +1,87 @@
+"""torch.compile of the training step and of detection: one graph without a break, compiled once for each canvas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import assert_close
+from test_detector import make_batch, make_model, spread_out
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fpn_det.structures import Detections
+
+CONTENTS = [
+    {"objects": (3, 1)},
+    {"objects": (0, 0)},
+    {"objects": (8, 2)},
+    {"objects": (1, 1), "sizes": [[96, 100], [50, 128]]},
+    {"objects": (5, 0), "sizes": [[64, 64], [96, 128]]},
+]
+
+
+@pytest.fixture(autouse=True)
+def empty_compile_cache() -> None:
+    torch._dynamo.reset()
+
+
+def compiled(function, backend: CompileCounterWithBackend):
+    return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+
+
+def check_losses(canvases: list[tuple[int, int]]) -> None:
+    model, backend = make_model().train(), CompileCounterWithBackend("aot_eager")
+    step = compiled(lambda batch, number: model(batch, number).terms, backend)
+    number = 0
+    for canvas in canvases:
+        for content in CONTENTS if canvas == (96, 128) else CONTENTS[:2]:
+            batch = make_batch(canvas=canvas, **content)
+            expected = model(batch, number).terms
+            losses = step(batch, torch.tensor(number))
+            for name, value in expected.items():
+                assert_close(losses[name], value, 1e-5)
+            number += 1
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
+    assert backend.frame_count == len(canvases)
+
+
+def check_detections(canvases: list[tuple[int, int]]) -> None:
+    model, backend = spread_out(make_model()).eval(), CompileCounterWithBackend("aot_eager")
+    detect = compiled(lambda batch: model.detect(batch), backend)
+    for canvas in canvases:
+        for content in CONTENTS if canvas == (96, 128) else CONTENTS[:2]:
+            batch = make_batch(canvas=canvas, **content)
+            assert_same_detections(detect(batch), model.detect(batch))
+    assert backend.frame_count == len(canvases)
+
+
+def assert_same_detections(detections: Detections, expected: Detections) -> None:
+    assert expected.valid.any()
+    for image, expected_image in zip(detections.images(), expected.images(), strict=True):
+        for values, expected_values in zip(image, expected_image, strict=True):
+            assert_close(values.float(), expected_values.float(), 1e-5)
+
+
+def test_losses_are_one_graph_for_any_content():
+    check_losses([(96, 128)])
+
+
+def test_detection_is_one_graph_for_any_content():
+    check_detections([(96, 128)])
+
+
+@pytest.mark.slow
+def test_losses_are_one_graph_for_each_canvas():
+    check_losses([(96, 128), (128, 128), (64, 96)])
+
+
+@pytest.mark.slow
+def test_detection_is_one_graph_for_each_canvas():
+    check_detections([(96, 128), (128, 128), (64, 96)])
+
+
+def test_suppression_by_class_equals_suppression_of_the_candidates_that_pass(monkeypatch: pytest.MonkeyPatch):
+    model, batch = spread_out(make_model()).eval(), make_batch()
+    expected = model.detect(batch)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # selects the way with fixed shapes
+    assert_same_detections(model.detect(batch), expected)

@@ -1,0 +1,181 @@
+"""The training step and detection on CUDA tensors without data, which need no GPU.
+
+Every operator computes shapes, dtypes and devices only. An operator that needs a value, such as `.item()`, raises; an
+operator between devices is recorded. The backward pass needs a CUDA context and is not part of this.
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+from test_detector import make_batch
+from tiny import TINY
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fpn_det.composition import compose
+from fpn_det.data.flip_resize import FlipResize
+from fpn_det.models import losses as losses_module
+from fpn_det.models import rpn as rpn_module
+from fpn_det.structures import Proposals, _map_tensors
+from fpn_det.training import ema
+from fpn_det.training.optimization import Optimization
+
+MODELS = [
+    "neck=fpn",
+    "neck=bottom_up",
+    "neck=top_down_only",
+    "neck=finest_level",
+    "neck=single_map",
+    "neck=single_map model.neck.level=C4 model.neck.channels=null",
+    "neck=feature_hierarchy",
+    "neck=pafpn",
+    "neck=bifpn",
+    "neck=fpn model.neck.upsampling=bilinear model.neck.merge=average",
+    "model.roi_head=null evaluation=proposals trainer.best_metric=AR1000",
+    "model.rpn.head.num_convs=2",
+]
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MATRIX_PRODUCTS = ("convolution", "mm", "addmm", "bmm")
+UPSAMPLINGS = ("upsample_nearest2d", "upsample_bilinear2d")
+
+
+class DeviceWatch(TorchDispatchMode):
+    """Records operators between the host and the device, and the dtypes of matrix products and of upsampling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.between_devices: list[str] = []
+        self.matrix_dtypes: set[torch.dtype] = set()
+        self.upsampling_dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = func.name().split("::")[1].split(".")[0]
+        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)] + results
+        devices = {tensor.device.type for tensor in tensors}
+        if devices == {"cpu", "cuda"}:
+            # a scalar of the host is an argument of the kernel, unless it is copied or is an index
+            copies = name in ("_to_copy", "copy_", "index", "index_put", "index_put_")
+            if copies or any(tensor.dim() and tensor.device.type == "cpu" for tensor in tensors):
+                self.between_devices.append(name)
+        if name in MATRIX_PRODUCTS:
+            self.matrix_dtypes.add(results[0].dtype)
+        if name in UPSAMPLINGS:
+            self.upsampling_dtypes.add(results[0].dtype)
+        return result
+
+
+@pytest.fixture(autouse=True)
+def autocast_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep autocast for CUDA on, which torch turns off where it finds no GPU."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+
+
+def build(words: str, precision: str = "fp32"):
+    """(settings, model, batch) with all tensors on a CUDA device; call it under FakeTensorMode."""
+    overrides = [*TINY, *words.split(), f"precision={precision}"]
+    if "model.roi_head=null" in overrides:
+        overrides = [word for word in overrides if "roi_head." not in word]
+    config = compose(overrides)
+    with torch.device("cuda"):
+        model = config.build_model(3).train()
+    return config, model, make_batch((2, 0)).to("cuda")
+
+
+@pytest.mark.parametrize("words", MODELS)
+def test_losses_and_detections_stay_on_the_device(words: str):
+    with FakeTensorMode():
+        _, model, batch = build(words)
+        for dtype in PRECISIONS.values():
+            with DeviceWatch() as watch, torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                losses = model.train()(batch, 0)
+                detections = model.eval().detect(batch)
+            assert not watch.between_devices
+            assert watch.matrix_dtypes == {dtype} and watch.upsampling_dtypes <= {dtype}
+            for value in losses.terms.values():
+                assert value.device.type == "cuda" and value.dtype == torch.float32 and value.requires_grad
+            assert detections.boxes.device.type == "cuda"
+            assert detections.boxes.dtype == detections.scores.dtype == torch.float32
+
+
+def test_a_model_without_an_rpn_stays_on_the_device():
+    with FakeTensorMode():
+        _, model, batch = build("neck=fpn")
+        model.rpn = None
+        proposals = Proposals.stack([torch.rand(20, 4)] * len(batch.pixels))
+        with_proposals = replace(batch, proposals=_map_tensors(proposals, lambda tensor: tensor.to("cuda")))
+        with DeviceWatch() as watch:
+            model(with_proposals, 0)
+            model.detect(with_proposals)
+        assert not watch.between_devices
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("antialias", [False, True])
+def test_resizing_stays_on_the_device(flip: bool, antialias: bool):
+    with FakeTensorMode(), torch.device("cuda"):
+        pixels, canvas = torch.zeros(60, 80, 3, dtype=torch.uint8), torch.zeros(96, 128, 3, dtype=torch.uint8)
+        with DeviceWatch() as watch:
+            FlipResize((45, 60), flip, "cv2", antialias).apply_on_device(pixels, canvas[:45, :60])
+        assert not watch.between_devices
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_update_stays_on_the_device(precision: str, monkeypatch: pytest.MonkeyPatch):
+    with FakeTensorMode():
+        config, model, batch = build("trainer.ema=0.99 trainer.clip_norm=1.0", precision)
+        with torch.device("cuda"):
+            average = config.build_model(3)
+        monkeypatch.setattr(ema, "copy", types.SimpleNamespace(deepcopy=lambda _: average))  # fails on fake tensors
+        schedule = config.build_schedule()(steps=10)
+        optimizer = config.build_recipe().build(model, len(batch))
+        optimization = Optimization(
+            model, optimizer, schedule, precision, config.trainer.clip_norm, config.trainer.ema
+        )
+        for parameter in optimization.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        with DeviceWatch() as watch:
+            optimization._update(0, torch.ones((), dtype=torch.bool, device="cuda"))
+            measures = optimization.measures()
+        assert not watch.between_devices
+        assert {value.device.type for value in measures.values()} == {"cuda"}
+
+
+def read_value(values: Tensor, mask: Tensor) -> Tensor:
+    return values.new_full((), values.sum().item())
+
+
+def copy_constant(values: Tensor, mask: Tensor) -> Tensor:
+    return (values * values.new_tensor([1.0])).sum()
+
+
+def index_from_host(values: Tensor, mask: Tensor) -> Tensor:
+    return values[torch.tensor([0])].sum()
+
+
+def copy_to_host(values: Tensor, mask: Tensor) -> Tensor:
+    return values.cpu().sum()
+
+
+@pytest.mark.parametrize("fault", [read_value, copy_constant, index_from_host, copy_to_host])
+def test_a_read_or_a_copy_in_the_step_is_found(fault, monkeypatch: pytest.MonkeyPatch):
+    assert rpn_module.masked_sum is losses_module.masked_sum
+    monkeypatch.setattr(rpn_module, "masked_sum", fault)
+    with FakeTensorMode():
+        _, model, batch = build("neck=fpn")
+        try:
+            with DeviceWatch() as watch:
+                model(batch, 0)
+        except DataDependentOutputException:
+            assert fault is read_value
+        else:
+            assert watch.between_devices
