@@ -199,6 +199,7 @@ def wrap_in_ddp(model: nn.Module) -> nn.Module:
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {name: False, "gradient_as_bucket_view": True}
+    options["find_unused_parameters"] = getattr(model, "has_unused_parameters", False)
     return DistributedDataParallel(model, **options)
 
 

@@ -167,6 +167,11 @@ class Detector(nn.Module):
         assert self.rpn is not None
         return self.rpn.test_filter.post_nms
 
+    @property
+    def has_unused_parameters(self) -> bool:
+        """True if parameters may get no gradient: without an RPN, those of levels that no box is pooled from."""
+        return self.rpn is None and len(self.neck.strides) > len(self.neck.roi_strides)
+
     def without_roi_head(self) -> Detector:
         """Copy of the detector, sharing its weights, whose detections are its proposals."""
         proposer = copy.copy(self)

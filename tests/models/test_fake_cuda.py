@@ -138,9 +138,7 @@ def test_the_update_stays_on_the_device(precision: str, monkeypatch: pytest.Monk
         monkeypatch.setattr(ema, "copy", types.SimpleNamespace(deepcopy=lambda _: average))  # fails on fake tensors
         schedule = config.build_schedule()(steps=10)
         optimizer = config.build_recipe().build(model, len(batch))
-        optimization = Optimization(
-            model, optimizer, schedule, precision, config.trainer.clip_norm, config.trainer.ema
-        )
+        optimization = Optimization(model, optimizer, schedule, precision, config.trainer.clip_norm, config.trainer.ema)
         for parameter in optimization.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         with DeviceWatch() as watch:

@@ -21,12 +21,14 @@ from fpn_det.errors import SystemFault, translate_system_errors
 from fpn_det.models.box_heads import TwoLayerHead
 from fpn_det.models.detector import Detector
 from fpn_det.models.layers import SyncBatchNorm2d
+from fpn_det.models.necks.bifpn import BiFPN
 from fpn_det.models.necks.fpn import FPN
 from fpn_det.models.resnet import ResNet
+from fpn_det.models.roi_align import RoIAlign
 from fpn_det.models.roi_head import ROIHead
 from fpn_det.runs.checkpoint import CheckpointFolder
 from fpn_det.runtime import Ranks, all_reduce_mean, broadcast_object, current_ranks, process_group, run_on_main
-from fpn_det.structures import Batch, Targets
+from fpn_det.structures import Batch, Proposals, Targets
 from fpn_det.training.nonfinite import explain, first_bad_step, load_dump
 from fpn_det.training.optimizers import SGD
 from fpn_det.training.trainer import Trainer
@@ -85,6 +87,30 @@ def detect_and_learn(ranks: Ranks, folder: Path) -> dict[str, list[float]]:
             terms = torch.stack([torch.stack(list(losses.terms.values())) for losses in found]).mean(0)
             curve += all_reduce_mean(terms).tolist()
         curves[f"{norm}, accumulate {accumulate}"] = curve
+    return curves
+
+
+def learn_without_rpn(ranks: Ranks, folder: Path) -> dict[str, list[float]]:
+    """Losses of three steps of detectors whose coarsest levels get no gradient."""
+    curves = {}
+    for name, neck in (("bifpn", partial(BiFPN, repeats=1, norm=None)), ("conv", partial(FPN, extra_method="conv"))):
+        torch.manual_seed(0)
+        model = Detector(
+            3,
+            ResNet(18, norm="frozen", frozen_stages=0),
+            partial(neck, channels=16),
+            rpn=None,
+            roi_head=partial(ROIHead, box_head=SMALL, pooler=partial(RoIAlign, method="torchvision")),
+        )
+        optimization = make_optimization(model.train(), SGD(lr=0.01, base_batch_size=None))
+        curve = []
+        for step in range(3):
+            (rows,) = micro_batches(torch.arange(4), ranks, 1).tolist()
+            batch = drawn(rows)
+            proposals = Proposals.stack([torch.tensor([[0.0, 0, 30, 30], [5, 5, 60, 40]])] * len(rows))
+            (losses,) = optimization.step([dataclasses.replace(batch, proposals=proposals)], step)
+            curve += all_reduce_mean(torch.stack(list(losses.terms.values()))).tolist()
+        curves[name] = curve
     return curves
 
 
@@ -241,6 +267,14 @@ def test_a_detector_learns_the_same_on_two_ranks_of_which_one_has_no_objects(two
         for name, curve in result["detect_and_learn"].items():
             assert curve == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
     assert one["frozen, accumulate 1"] == pytest.approx(one["frozen, accumulate 2"], rel=1e-3, abs=1e-5)
+
+
+def test_a_detector_without_rpn_learns_the_same_on_two_ranks(tmp_path):
+    one, other = spawn(learn_without_rpn, tmp_path)
+    expected = learn_without_rpn(Ranks(), tmp_path)
+    for name, curve in expected.items():
+        assert one[name] == other[name]
+        assert_close(torch.tensor(one[name]), torch.tensor(curve), 1e-5, name)
 
 
 def test_bad_loss_on_one_rank_stops_all(two_ranks, ranks_folder):
