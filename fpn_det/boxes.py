@@ -1,7 +1,7 @@
 """Boxes, and the convention of their coordinates.
 
-Coordinates are continuous, in px, xyxy: pixel i covers [i, i + 1), so a box over the whole image is (0, 0, w, h), its
-width is x2 - x1, and nowhere is one added or taken away. Cell j of a map of stride s covers [j * s, (j + 1) * s).
+Coordinates are continuous, in px, xyxy: pixel i covers [i, i + 1), so a box over the whole image is (0, 0, w, h) and its
+width is x2 - x1, without the +1 of integer conventions. Cell j of a map of stride s covers [j * s, (j + 1) * s).
 A horizontal flip is x -> w - x.
 """
 
@@ -18,12 +18,12 @@ MAX_LOG_SCALE = math.log(1000 / 16)  # a predicted box is at most 62.5 times as 
 
 
 def xywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """From COCO's (x, y, width, height) [..., 4] to corners."""
+    """Convert COCO's (x, y, width, height) [..., 4] to corners."""
     return torch.cat([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], dim=-1)
 
 
 def xyxy_to_xywh(boxes: Tensor) -> Tensor:
-    """From corners [..., 4] to COCO's (x, y, width, height)."""
+    """Convert corners [..., 4] to COCO's (x, y, width, height)."""
     return torch.cat([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], dim=-1)
 
 
@@ -39,7 +39,7 @@ def box_area(boxes: Tensor) -> Tensor:
 
 
 def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Intersection over union of every pair: [..., P, 4] and [..., Q, 4] give [..., P, Q].
+    """Intersection over union [..., P, Q] of every pair of boxes [..., P, 4] and others [..., Q, 4].
 
     A pair without area has IoU 0, never NaN.
     """
@@ -54,7 +54,7 @@ def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Cut boxes [B, P, 4] to their images, `sizes` [B, 2] as (h, w)."""
+    """Clip boxes [B, P, 4] to their images of `sizes` [B, 2], (h, w)."""
     limit = sizes.to(boxes.dtype).flip(-1).repeat(1, 2)[:, None]  # [B, 1, 4] (w, h, w, h)
     return torch.minimum(boxes.clamp(min=0), limit)
 
@@ -77,7 +77,7 @@ class BoxCoder:
             raise ValueError(f"coder.weights: expected four positive numbers, got {list(self.weights)}.")
 
     def encode(self, boxes: Tensor, references: Tensor) -> Tensor:
-        """Deltas [..., 4] that lead from reference boxes to boxes [..., 4].
+        """Encode boxes [..., 4] as deltas [..., 4] of reference boxes.
 
         Args:
             boxes: xyxy, px, with positive sides.
@@ -94,9 +94,9 @@ class BoxCoder:
         return torch.stack([delta * weight for delta, weight in zip(deltas, self.weights, strict=True)], dim=-1)
 
     def decode(self, deltas: Tensor, references: Tensor) -> Tensor:
-        """Boxes [..., 4] from deltas [..., 4] of reference boxes [..., 4]; float32."""
+        """Decode deltas [..., 4] of reference boxes [..., 4] to boxes [..., 4], float32."""
         width, height = box_sides(references)
-        # plain numbers: a tensor of weights would have to be copied to the device
+        # Python numbers, because a tensor of weights would have to be copied to the device
         dx, dy, dw, dh = (delta / weight for delta, weight in zip(deltas.float().unbind(-1), self.weights, strict=True))
         center_x = references[..., 0] + 0.5 * width + dx * width
         center_y = references[..., 1] + 0.5 * height + dy * height

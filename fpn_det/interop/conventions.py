@@ -124,7 +124,7 @@ class ProbabilityAfterTopK(BatchedNmsProposals):
 
 @dataclass(frozen=True)
 class ProbabilityBeforeTopK(BatchedNmsProposals):
-    """mmdetection: probabilities rank everywhere; of equal ones the first comes first."""
+    """mmdetection: ranks by probabilities before top-k too; of equal ones the first ranks higher."""
 
     @property
     def nms(self) -> Nms:
@@ -187,7 +187,7 @@ class MmdetDetections(BatchedNmsDetections):
 
 @dataclass(frozen=True)
 class BoundedBoxCoder(BoxCoder):
-    """mmdetection: decoded log scales are bounded below as above."""
+    """mmdetection: log scales are clamped at both ends."""
 
     min_log_scale: ClassVar[float] = -math.log(1000 / 16)
 

@@ -15,17 +15,17 @@ from fpn_det.schema import Positive
 
 
 class AnchorGenerator(nn.Module):
-    """Lay the same few boxes around every cell.
+    """Generates the same anchors around every cell of a level.
 
     Args:
         strides: input px per cell, one per level, fine to coarse.
         sizes: square roots of the anchors' areas, px. One number per level, or a list of numbers per level; on a
             pyramid of one level a flat list puts all sizes on it.
         ratios: height / width. Within a cell anchors are ordered by ratio, then by size.
-        offset: where in its cell an anchor is centered, in strides; 0 is the top left corner.
+        offset: position of the anchors' center within its cell, in strides; 0 is the top left corner.
 
     Raises:
-        ValueError: sizes and levels do not go together.
+        ValueError: the number of sizes does not fit the number of levels.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class AnchorGenerator(nn.Module):
         self._anchors: LastResults[Tensor] = LastResults()
 
     def centers(self, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """(x, y) of every cell's anchors, px, [H_l * W_l, 2] per level."""
+        """Centers (x, y) of the anchors of every cell, input px, [H_l * W_l, 2] per level."""
         return self._centers.get((tuple(shapes), self.cell_anchors.device), lambda: self._make_centers(shapes))
 
     def _make_centers(self, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Faster R-CNN on a Feature Pyramid Network, assembled; or one of its two stages alone."""
+"""Faster R-CNN with a Feature Pyramid Network, or one of its two stages alone."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class ImagePyramid:
 
 
 class Detector(nn.Module):
-    """From images to losses (`forward`) or to detections (`detect`), whatever the mode.
+    """Maps images to losses (`forward`) or to detections (`detect`), independent of the training mode.
 
     Args:
         num_classes: K, foreground only; None leaves the last layers to `reset_classifier`.
         backbone: makes the feature maps.
-        neck, rpn, roi_head: make the parts, from what the part before declares. Without an ROI head (None) the RPN alone is
+        neck, rpn, roi_head: factories, called with the attributes that the preceding part declares. Without an ROI head (None) the RPN alone is
             trained, and its proposals are the detections, all of label 0. Without an RPN the ROI head is trained on the
             proposals of the batch (Fast R-CNN).
         pixel_mean, pixel_std: of the three channels in `channel_order`, for pixels in 0..255.
         channel_order: of the backbone's weights, `rgb` or `bgr`; batches are always RGB.
-        channels_last: memory format of the maps; None = channels last where a CPU records no gradient, which was measured
-            to make detection faster and training slower.
+        channels_last: memory format of the maps; None = channels last for detection on the CPU, where training was
+            measured to be slower with it, and for half precision on a GPU.
         image_pyramid: scales of the input.
 
     Attributes:
@@ -98,11 +98,15 @@ class Detector(nn.Module):
         if self.channels_last:
             self.to(memory_format=torch.channels_last)
 
-    def forward(self, batch: Batch, step: int) -> Losses:
-        """All losses at this optimizer step; the step decides which anchors and boxes are sampled."""
+    def forward(self, batch: Batch, step: int | Tensor) -> Losses:
+        """Compute all losses at an optimizer step, which determines the anchors and boxes that are sampled.
+
+        Args:
+            step: a number, or an i64 scalar on the device, with which a compiled graph serves all steps.
+        """
         return Losses.mean([self._losses(view, step) for view, _ in self.train_views.of(batch, self.stride)])
 
-    def _losses(self, batch: Batch, step: int) -> Losses:
+    def _losses(self, batch: Batch, step: int | Tensor) -> Losses:
         pyramid, losses = self.pyramid(batch), Losses()
         if self.rpn:
             output = self.rpn(pyramid)
@@ -123,7 +127,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def raw(self, batch: Batch) -> Candidates:
-        """Every proposal's scores and boxes, before the final selection: for export, merging and analysis."""
+        """Scores and boxes of every proposal before the final selection, for merging and analysis."""
         return self.views.merge(self._raw, batch, self.stride)
 
     def _raw(self, batch: Batch) -> Candidates:
@@ -133,7 +137,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def propose(self, batch: Batch) -> Proposals:
-        """The RPN's answer alone, with its test filter; without an RPN, what comes with the batch."""
+        """Proposals of the RPN, selected by its test filter; without an RPN those of the batch."""
         return self._proposals(self.pyramid(batch), batch)
 
     def _proposals(self, pyramid: Pyramid, batch: Batch) -> Proposals:
@@ -145,13 +149,15 @@ class Detector(nn.Module):
         return Pyramid(levels, self.neck.strides, batch.sizes, self.stride)
 
     def normalize(self, batch: Batch) -> Tensor:
-        """Pixels [B, 3, H, W] with mean 0 and deviation 1; the padding outside each image is 0, whatever bytes it holds."""
+        """Normalize pixels [B, 3, H, W] to mean 0 and deviation 1, and set the padding of each image to 0."""
         height, width = batch.pixels.shape[2:]
         assert height % self.stride == 0 and width % self.stride == 0, "the canvas must divide by the stride"
         pixels = batch.pixels.flip(1) if self.flips_channels else batch.pixels
         channels_last = self.channels_last
         if channels_last is None:
-            channels_last = pixels.device.type == "cpu" and not torch.is_grad_enabled()
+            device = pixels.device.type
+            is_half_on_gpu = device == "cuda" and torch.is_autocast_enabled(device)
+            channels_last = is_half_on_gpu or (device == "cpu" and not torch.is_grad_enabled())
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         pixels = pixels.to(torch.float32, memory_format=memory_format)
         pixels = (pixels - self.pixel_mean) / self.pixel_std

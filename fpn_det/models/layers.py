@@ -40,9 +40,9 @@ class FixedBatchNorm2d(FrozenBatchNorm2d):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """The norm as an affine map, [C] each; computed again only after a buffer was replaced or changed."""
+        """Scale and shift [C] of the norm as an affine map; recomputed only after a buffer was replaced or changed."""
         buffers = (self.weight, self.bias, self.running_mean, self.running_var)
-        if any(buffer.is_inference() for buffer in buffers):  # their changes are not counted
+        if any(buffer.is_inference() for buffer in buffers):  # these have no version counter
             return _scale_and_shift(*buffers, self.eps)
         if self._kept is None or not self._kept.is_of(buffers):
             with torch.inference_mode(False), torch.no_grad():
@@ -51,7 +51,7 @@ class FixedBatchNorm2d(FrozenBatchNorm2d):
 
 
 class _ScaleAndShift:
-    """Scale and shift, and the buffers that they were computed from."""
+    """Scale and shift with the buffers, and their versions, that they were computed from."""
 
     def __init__(self, buffers: tuple[Tensor, ...], value: tuple[Tensor, Tensor]) -> None:
         self.buffers = buffers
@@ -70,7 +70,7 @@ class _ScaleAndShift:
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm that refuses a batch with a single value per channel, which has no variance."""
+    """Batch norm that refuses a batch with a single value per channel, whose variance is undefined."""
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training:
@@ -92,11 +92,11 @@ def check_has_variance(count: int) -> None:
 
 
 class SyncBatchNorm2d(BatchNorm2d):
-    """Batch norm over the images of all ranks; on any device, unlike torch's.
+    """Batch norm over the images of all ranks, on any device (torch's needs CUDA).
 
     One all-reduce exchanges mean, sum of squared deviations and count of each rank, which are then combined (Chan et al.
-    1979). Ranks may hold different numbers of pixels. A difference of squares, E[x^2] - E[x]^2, would lose all digits
-    where the mean is large compared with the deviation.
+    1979). Ranks may have different numbers of pixels. The difference E[x^2] - E[x]^2 would cancel catastrophically where
+    the mean is large compared with the standard deviation.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class SyncBatchNorm2d(BatchNorm2d):
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         values = input.float()
         local_count = values.numel() // values.shape[1]
-        # a float32 mean is not exact enough: deviations are taken from it, and its own error is part of the exchange
+        # a float32 mean is not exact enough, so its rounding error is measured and exchanged too
         pivot = values.detach().sum((0, 2, 3)) / max(local_count, 1)
         deviations = values - pivot[:, None, None]
         error = deviations.sum((0, 2, 3)) / max(local_count, 1)
@@ -114,7 +114,7 @@ class SyncBatchNorm2d(BatchNorm2d):
         moments = torch.stack(
             [pivot.double() + error, squares.double(), torch.full_like(squares, local_count).double()]
         )
-        # each rank fills its own row, so that the sum over ranks is a gather with a gradient
+        # each rank fills its own row; the sum over ranks is then an all-gather with a gradient
         rows = [torch.zeros_like(moments)] * ranks.world_size
         rows[ranks.rank] = moments
         means, squares, counts = all_reduce_sum(torch.stack(rows)).unbind(1)  # f64 [ranks, C] each
@@ -124,7 +124,7 @@ class SyncBatchNorm2d(BatchNorm2d):
         total = squares.sum(0) + (counts * (means - mean).square()).sum(0)
         with torch.no_grad():
             momentum = self.momentum if self.momentum is not None else 0.1
-            weight = torch.where(count > 0, momentum, 0.0).float()  # without a value the statistics stay
+            weight = torch.where(count > 0, momentum, 0.0).float()  # without values the statistics are kept
             self.running_mean.lerp_(mean.float(), weight)
             self.running_var.lerp_((total / (count - 1).clamp(min=1)).float(), weight)
             self.num_batches_tracked += 1
@@ -151,7 +151,7 @@ def make_norm(name: Norm, channels: int, eps: float = 1e-5) -> nn.Module:
     """Make a normalization layer over `channels`; `eps` is added to the variance.
 
     Raises:
-        ValueError: no such norm.
+        ValueError: unknown name.
     """
     if name not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got '{name}'.")
@@ -159,7 +159,7 @@ def make_norm(name: Norm, channels: int, eps: float = 1e-5) -> nn.Module:
 
 
 def folded(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """(scale, shift) [C] of a norm whose statistics do not move now; None for any other, or if it is not `foldable`.
+    """Scale and shift [C] of a norm with fixed statistics; None for other norms and for those that are not `foldable`.
 
     Those of a frozen norm are computed once, until its buffers change.
     """

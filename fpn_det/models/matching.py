@@ -6,7 +6,7 @@ Everything here has a fixed shape and asks the device nothing: no candidate is p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +14,6 @@ from torch import Tensor
 from fpn_det.boxes import box_iou
 from fpn_det.schema import Count, CountOrZero, Fraction
 from fpn_det.structures import Match, Sample, Targets
-
-IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
 
 PAIRS_AT_ONCE = 1 << 24  # IoU values in memory at a time, 64 MiB
 
@@ -122,8 +120,12 @@ class Sampler:
             )
 
     @torch.no_grad()
-    def __call__(self, match: Match, indices: Tensor, step: int) -> Sample:
-        """Sample for images with these data set `indices` [B] at this optimizer step."""
+    def __call__(self, match: Match, indices: Tensor, step: int | Tensor) -> Sample:
+        """Sample for images with these data set `indices` [B] at an optimizer step.
+
+        Args:
+            step: a number, or an i64 scalar on the device, with which a compiled graph serves all steps.
+        """
         keys = random_keys(self.seed, step, indices, match.positive.shape[1])
         num_slots = min(self.num_samples, keys.shape[1])
         max_positives = min(int(self.num_samples * self.positive_fraction), keys.shape[1])
@@ -148,15 +150,15 @@ class ProposalSampler(Sampler):
     add_gt: bool = True  # the ground-truth boxes join the proposals
 
 
-def random_keys(seed: int, step: int, indices: Tensor, num_candidates: int) -> Tensor:
+def random_keys(seed: int, step: int | Tensor, indices: Tensor, num_candidates: int) -> Tensor:
     """Distinct non-negative random integers [B, M], i64: a hash of (seed, step, data set index, candidate)."""
     start = _mix((_mix((_mix(seed & 0xFFFFFFFF) + step) & 0xFFFFFFFF) + indices) & 0xFFFFFFFF)
     candidates = torch.arange(num_candidates, device=indices.device)
     return (_mix(start[:, None] ^ _mix(candidates)) << 30) | candidates  # the index in the low bits breaks ties
 
 
-def _mix(value: IntOrTensor) -> IntOrTensor:
-    """Scramble 32-bit integers, Python's or held in i64; a bijection (multiply and xor-shift rounds)."""
+def _mix(value: Any) -> Any:
+    """Hash 32-bit integers, given as Python numbers or i64; bijective (multiply and xor-shift rounds)."""
     value = ((value ^ (value >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     value = ((value ^ (value >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return value ^ (value >> 16)

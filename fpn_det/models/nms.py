@@ -1,7 +1,4 @@
-"""Non-maximum suppression: of boxes that overlap too much, keep the one with the best score.
-
-Its answer depends on the data, so it comes out as a mask, and here alone the host may have to wait for the device.
-"""
+"""Greedy non-maximum suppression of several groups of boxes, with a mask of fixed shape as its result."""
 
 from __future__ import annotations
 
@@ -14,9 +11,7 @@ from torch import Tensor
 
 from fpn_det.boxes import box_iou
 
-PAIR_BYTES = (
-    1 << 27
-)  # float32 IoU values in memory at a time; the temporaries beside them take about three times as much
+PAIR_BYTES = 1 << 27  # float32 IoU values in memory at a time; temporaries take about three times as much
 MIN_BLOCK = 32  # boxes of a group that are decided together at least
 MAX_TRITON_BOXES = 1 << 18  # per group
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -32,19 +27,23 @@ def nms_keep(
     labels: Tensor | None = None,
     method: NmsMethod = "auto",
 ) -> Tensor:
-    """Which boxes survive greedy suppression, each group for itself.
+    """Suppress overlapping boxes within each group.
 
     Args:
-        boxes: [P, K, 4], non-negative coordinates; P groups (an image, or a level of an image).
-        scores: [P, K]; of equal scores the first wins.
-        valid: [P, K]; what is not valid neither survives nor suppresses.
-        iou_threshold: in [0, 1); a box goes if its IoU with a better survivor is greater.
-        labels: [P, K]; if given, only boxes of the same label suppress each other.
-        method: `torchvision` calls its operator once per group (one host read each), `batched` handles all groups at
-            once, `auto` takes the first on CPU and the second elsewhere.
+        boxes: [P, K, 4], xyxy with non-negative coordinates; a group is an image, or a level or class of an image.
+        scores: [P, K]; of equal scores the first one ranks higher.
+        valid: [P, K]; a box that is not valid is not kept and suppresses nothing.
+        iou_threshold: in [0, 1); a box is suppressed if its IoU with a kept box of higher score is greater.
+        labels: [P, K]; if given, boxes suppress only boxes with the same label.
+        method: `torchvision` calls torchvision's operator for each group, with one host read each. `batched` processes
+            all groups at once, on a GPU with Triton without a host read. `auto` chooses the first on the CPU and the
+            second elsewhere.
 
     Returns:
-        bool [P, K].
+        Mask [P, K] of the boxes that are kept.
+
+    Raises:
+        ValueError: unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"nms: expected method {', '.join(METHODS)}, got '{method}'.")

@@ -1,7 +1,7 @@
-"""Greedy suppression on a GPU as two Triton kernels, without a read by the host.
+"""Greedy suppression on a GPU with two Triton kernels and without host reads.
 
-The first kernel packs one bit for each pair of boxes, as torchvision's operator does. The second one goes through the
-boxes of a group from the best to the worst, 32 at a time, and collects the bits of those that it keeps.
+The first kernel computes one bit for each pair of boxes, as torchvision's operator does. The second kernel processes the
+boxes of a group by descending score, 32 at a time, and accumulates the bits of the boxes that it keeps.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _pack_overlaps(
     local_row = tl.program_id(1) * block_rows + tl.arange(0, block_rows)
     row = first_row + local_row
     column = word * 32 + tl.arange(0, 32)
-    # words left of the diagonal are about boxes that are decided; they stay unset, and nothing reads them
+    # words left of the diagonal describe boxes with higher scores; they stay undefined and are not read
     if word * 32 + 31 > first_row + tl.program_id(1) * block_rows:
         is_row = (local_row < num_rows) & (row < num_boxes)
         is_column = column < num_boxes
@@ -93,7 +93,7 @@ def _collect(
         block_kept = block_state * 0
         start = block * 32 - first_row
         for bit in range(32):
-            # rows after the last box exist only as set bits of the state
+            # rows after the last box are marked as removed in the state
             own_bits = tl.load(bits + (start + bit) * num_words + block, mask=start + bit < num_rows, other=0)
             survives = ((block_state >> bit) & 1) == 0
             block_kept |= survives.to(tl.int32) << bit
@@ -110,14 +110,14 @@ def _collect(
 
 
 def greedy_mask(boxes: Tensor, valid: Tensor, iou_threshold: float, labels: Tensor | None) -> Tensor:
-    """Mask [P, K] of the boxes that survive greedy suppression, each group by itself.
+    """Mask [P, K] of the boxes that greedy suppression keeps in each group.
 
-    Memory: at most BITMASK_BYTES for pairs, except that 32 boxes of every group are compared at a time.
+    The bitmask takes at most BITMASK_BYTES, or 32 rows of every group if these take more.
 
     Args:
-        boxes: [P, K, 4], float32, best first; K up to `nms.MAX_TRITON_BOXES`: one program holds a bit for each of them.
+        boxes: [P, K, 4], float32, by descending score; K up to `nms.MAX_TRITON_BOXES`: one program holds a bit for each of them.
         valid: [P, K].
-        labels: [P, K]; if given, only boxes of one label suppress each other.
+        labels: [P, K]; if given, boxes suppress only boxes with the same label.
     """
     num_groups, num_boxes = valid.shape
     num_words = triton.cdiv(num_boxes, 32)

@@ -1,7 +1,7 @@
-"""Reading sparse places of a pyramid: rows of one table of cells.
+"""RoIAlign and neighborhoods of cells, gathered from one table of all cells of a pyramid.
 
-`Pyramid.cells` lays all levels in one axis. A row index is `start[level] + y * W_level + x`, so a reader needs the
-level only to know `start` and `W`: boxes of all levels and images are read in one call, without loops or scatter.
+`Pyramid.cells` concatenates all levels. The row of a cell is `start[level] + y * W_level + x`, so boxes of all levels and
+images are pooled in one call, without a loop over levels and without scatter.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fpn_det.structures import Pyramid
 
 
 class Geometry(NamedTuple):
-    """Where the levels of a pyramid lie in its table of cells; each [L], i64, on the pyramid's device."""
+    """Position and shape of each level in the table of cells; [L] each, i64, on the pyramid's device."""
 
     start: Tensor  # first row
     height: Tensor
@@ -30,7 +30,7 @@ class Geometry(NamedTuple):
 
 
 class GeometryCache:
-    """Makes the geometry of pyramids, once for each shape."""
+    """Makes the geometry of a pyramid once for each shape."""
 
     def __init__(self) -> None:
         self._results: LastResults[Geometry] = LastResults()
@@ -46,7 +46,7 @@ class GeometryCache:
         )
 
         def make() -> Geometry:
-            # filled on the device, because the host would wait for a copy
+            # filled on the device, because a copy from the host blocks
             return Geometry(*(torch.stack([torch.full((), each, device=device) for each in row]) for row in columns))
 
         return self._results.get((columns, device), make)
@@ -84,7 +84,7 @@ class LevelAssigner:
 
 
 class RoIAlign:
-    """Pool a fixed grid of bins from each box's level (Mask R-CNN 3; level by FPN 4.2).
+    """Pools a fixed grid of bins from the level of each box (Mask R-CNN 3; levels by FPN 4.2).
 
     A bin is the mean of its sampling points, a point the bilinear mix of four cells, so a bin is a weighted sum of
     rows of the table; all bins of all boxes are one `embedding_bag`. `method="torchvision"` calls torchvision's
@@ -152,9 +152,9 @@ class RoIAlign:
         return bins.view(-1, self.output_size, self.output_size, channels).permute(0, 3, 1, 2)
 
     def _axis(self, low: Tensor, high: Tensor, stride: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-        """Cells and their weights along one axis: [B, R, bins, 2 * points] each.
+        """Cells and their bilinear weights along one axis, [B, R, bins, 2 * points] each.
 
-        A point that lies more than one cell outside counts as zero; otherwise it is moved onto the map.
+        A sampling point more than one cell outside the map has weight 0; other points are clamped to the map.
         """
         low, high = low / stride, high / stride
         extent = high - low if self.aligned else (high - low).clamp(min=1)
@@ -165,7 +165,7 @@ class RoIAlign:
         point = low[..., None] + steps * extent[..., None]
         inside = (point >= -1) & (point <= limit)
         point = torch.minimum(point.clamp(min=0), limit - 1)
-        cell = point.floor().long()  # NaN boxes are never pooled: proposals are finite
+        cell = point.floor().long()  # proposals are finite
         fraction = point - cell
         cells = torch.stack([cell, torch.minimum(cell + 1, limit - 1)], dim=-1)
         weights = torch.stack([1 - fraction, fraction], dim=-1) * (inside / self.sampling_ratio)[..., None]

@@ -96,8 +96,8 @@ class ROIHead(nn.Module):
         """Make new last layers with random weights for `num_classes` foreground classes."""
         self.predictor = self.make_predictor(self.box_head.width, num_classes)
 
-    def losses(self, pyramid: Pyramid, proposals: Proposals, batch: Batch, step: int) -> Losses:
-        """`roi_class`, and `roi_box` of the positives, at the sampled boxes."""
+    def losses(self, pyramid: Pyramid, proposals: Proposals, batch: Batch, step: int | Tensor) -> Losses:
+        """Losses `roi_class` of the sampled boxes and `roi_box` of the positive ones."""
         targets = batch.targets
         boxes, valid = proposals.boxes, proposals.valid
         if self.sampler.add_gt:

@@ -1,7 +1,7 @@
 """The region proposal network on every level of a pyramid (Faster R-CNN 3.1, FPN 4.1).
 
-The loss reads a few hundred of some hundred thousand anchors. So the head first runs densely without gradient, for
-the proposals, and then with gradient at the sampled cells only: the same numbers for five sixths of the training step.
+The loss uses a few hundred of several hundred thousand anchors. So the head runs at every cell without gradient, for the
+proposals, and with gradient at the sampled cells only. Losses are the same, and a training step takes 5/6 of the time.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class RPNHead(nn.Module):
         return logits.flatten(1), deltas.reshape(len(deltas), -1, 4)
 
     def predictors(self, num_levels: int) -> list[Callable[[Tensor], Tensor]]:
-        """For each level the siblings as one function, [B, C, H, W] to [B, A*5, H, W]; one convolution serves both."""
+        """Functions of each level that map [B, C, H, W] to [B, A*5, H, W]: both siblings as one convolution."""
         siblings = (self.objectness, self.deltas)
         weight = torch.cat([layer.weight for layer in siblings])
         bias = torch.cat([layer.bias for layer in siblings])  # type: ignore[misc]
@@ -96,7 +96,7 @@ class RPNOutput:
 
 
 class RPN(nn.Module):
-    """Proposes boxes.
+    """Proposes boxes that may contain an object.
 
     Args:
         channels, strides: of the pyramid.
@@ -147,7 +147,7 @@ class RPN(nn.Module):
         level_sizes = [height * width * per_cell for height, width in pyramid.shapes]
         return RPNOutput(logits, deltas, self.anchors(pyramid.shapes), self.inside(pyramid), level_sizes)
 
-    def losses(self, output: RPNOutput, pyramid: Pyramid, batch: Batch, step: int) -> Losses:
+    def losses(self, output: RPNOutput, pyramid: Pyramid, batch: Batch, step: int | Tensor) -> Losses:
         """`rpn_objectness` and `rpn_box` at the sampled anchors (eq. 1)."""
         match = self.matcher(batch.targets, output.anchors, output.inside)
         sample = self.sampler(match, batch.indices, step)
