@@ -1,1 +1,1 @@
-"""How good detections are."""
+"""COCO metrics, their engines, and the evaluation of a detector."""

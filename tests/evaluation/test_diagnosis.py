@@ -81,7 +81,7 @@ def test_one_name_for_all_is_named(annotations):
     table = found(annotations)
     table = table.take(np.flatnonzero(table.labels != 0))
     (cause,) = causes(annotations, DetectionTable(table.images, table.boxes, table.scores, np.zeros_like(table.labels)))
-    assert "Every detection is called 'ant'." in cause
+    assert "Every detection has the class 'ant'." in cause
 
 
 def test_names_without_connection_are_named(annotations):
@@ -101,16 +101,16 @@ def mirror(boxes: np.ndarray, sizes: np.ndarray, axis: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("words", "change"),
     [
-        ("x and y of the boxes are exchanged", lambda boxes, sizes: boxes[:, [1, 0, 3, 2]]),
-        ("boxes hold x, y, width, height", lambda boxes, sizes: np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])),
+        ("x and y of the boxes are swapped", lambda boxes, sizes: boxes[:, [1, 0, 3, 2]]),
+        ("boxes are xywh instead of xyxy", lambda boxes, sizes: np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])),
         (
-            "boxes hold corners where x, y, width",
+            "boxes are xyxy instead of xywh",
             lambda boxes, sizes: np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]),
         ),
-        ("boxes begin at their centers", lambda boxes, sizes: boxes + np.tile((boxes[:, 2:] - boxes[:, :2]) / 2, 2)),
-        ("mirrored left to right", lambda boxes, sizes: mirror(boxes, sizes, 0)),
-        ("upside down", lambda boxes, sizes: mirror(boxes, sizes, 1)),
-        ("fractions of the sides", lambda boxes, sizes: boxes / np.tile(sizes[:, ::-1], 2)),
+        ("boxes start at their centers", lambda boxes, sizes: boxes + np.tile((boxes[:, 2:] - boxes[:, :2]) / 2, 2)),
+        ("flipped horizontally", lambda boxes, sizes: mirror(boxes, sizes, 0)),
+        ("flipped vertically", lambda boxes, sizes: mirror(boxes, sizes, 1)),
+        ("normalized to the size", lambda boxes, sizes: boxes / np.tile(sizes[:, ::-1], 2)),
         ("multiplied by 0.6", lambda boxes, sizes: boxes * 1.6667),
         ("multiplied by 3", lambda boxes, sizes: boxes / 3),
     ],
@@ -124,7 +124,7 @@ def test_frame_and_classes_are_both_named(annotations):
     both = causes(
         annotations, found(annotations, lambda boxes, sizes: boxes[:, [1, 0, 3, 2]], lambda labels: labels ^ 1)
     )
-    assert "exchanged" in both[0] and "'bee' is 'ant'" in both[1] and "'ant' is 'bee'" in both[1]
+    assert "swapped" in both[0] and "'bee' is 'ant'" in both[1] and "'ant' is 'bee'" in both[1]
 
 
 def test_no_detections_are_said(annotations):
@@ -161,7 +161,7 @@ def test_objects_met_by_the_worst_boxes_are_no_mistake_of_frame(annotations):
             )
         )
     (cause,) = diagnose(annotations, DetectionTable.join(many), np.arange(NUM_IMAGES))
-    assert "Boxes meet 100% of the objects" in cause and "train longer" in cause
+    assert "Boxes match 100% of the objects" in cause and "train longer" in cause
 
 
 def test_without_objects_there_is_nothing_to_say(annotations):
