@@ -74,9 +74,10 @@ def mutate_value(node: Any, rng: random.Random) -> None:
 def load_document(path: Path) -> Any:
     """The JSON document of a file; None if it is damaged already."""
     try:
-        return json.loads(path.read_bytes())
+        document = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         return None
+    return document if isinstance(document, dict | list) and document else None
 
 
 def mutate_bytes(content: bytes, rng: random.Random) -> bytes:

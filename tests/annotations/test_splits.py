@@ -8,13 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from broken import clean, write, write_pictures
+from broken import FAULTS, clean, write, write_pictures
+from PIL import Image
 
 from fpn_det.annotations.config import SplitConfig
 from fpn_det.annotations.reading import read_annotations
 from fpn_det.annotations.splits import find_overlap
 from fpn_det.composition import compose
 from fpn_det.data.config import DataConfig
+from fpn_det.data_report.report import inspect_data
 from fpn_det.structures import Annotations
 
 
@@ -181,3 +183,135 @@ def test_evaluation_reads_what_training_left_for_it(root, defaults):
     again = data.read_split("val", train.class_names, seed=3)
     assert again.image_ids.tolist() == val.image_ids.tolist()
     assert sorted([*train.image_ids.tolist(), *val.image_ids.tolist()]) == [7, 17, 27, 37, 47, 57]
+
+
+def voc_root(root: Path, lists: dict[str, str]) -> Path:
+    for number, stem in enumerate("abc"):
+        (root / "JPEGImages").mkdir(parents=True, exist_ok=True)
+        (root / "Annotations").mkdir(exist_ok=True)
+        Image.new("RGB", (80, 64), (number, 9, 9)).save(root / f"JPEGImages/{stem}.png")
+        box = "<bndbox><xmin>11</xmin><ymin>11</ymin><xmax>40</xmax><ymax>30</ymax></bndbox>"
+        (root / f"Annotations/{stem}.xml").write_text(
+            f"<annotation><object><name>cat</name>{box}</object></annotation>"
+        )
+    for split, names in lists.items():
+        (root / "ImageSets/Main").mkdir(parents=True, exist_ok=True)
+        (root / f"ImageSets/Main/{split}.txt").write_text("\n".join(names))
+    return root
+
+
+def yolo_root(root: Path, colors: dict[str, list[int]], description: str = "") -> Path:
+    for split, numbers in colors.items():
+        (root / "images" / split).mkdir(parents=True)
+        (root / "labels" / split).mkdir(parents=True)
+        for number in numbers:
+            Image.new("RGB", (80, 64), (number, 9, 9)).save(root / f"images/{split}/{split}{number}.png")
+            (root / f"labels/{split}/{split}{number}.txt").write_text("0 .5 .5 .25 .5\n")
+    (root / "data.yaml").write_text("names: [cat]\n" + description)
+    return root
+
+
+def data_at(kind: str, root: Path, *words: str) -> DataConfig:
+    return compose(["experiment=demo", f"data={kind}", f"data.root={root}", *words]).data
+
+
+def test_images_in_two_splits_are_found_below_a_root_too(tmp_path):
+    voc = voc_root(tmp_path / "voc", {"train": "ab", "val": "bc"})
+    with pytest.raises(ValueError, match=r"image_in_two_splits \(1\)(?s:.*)b.png"):
+        data_at("voc", voc).read_train_and_val(0)
+    data = data_at("voc", voc, "data.on_error=fix").read_train_and_val(0)
+    assert [data.train.path(row).name for row in range(len(data.train))] == ["a.png"] and len(data.val) == 2
+
+    yolo = yolo_root(tmp_path / "yolo", {"train": [1, 2], "val": [2, 3]})  # the same pixels under another name
+    with pytest.raises(ValueError, match=r"image_copied_to_two_splits \(1\)(?s:.*)train2.png"):
+        data_at("yolo", yolo).read_train_and_val(0)
+    data = data_at("yolo", yolo, "data.on_error=fix").read_train_and_val(0)
+    assert [data.train.path(row).name for row in range(len(data.train))] == ["train1.png"] and len(data.val) == 2
+
+
+def test_evaluation_on_the_training_images_is_possible_where_it_is_stated_and_is_reported(tmp_path):
+    root = yolo_root(tmp_path, {"train": [1, 2]}, "train: images/train\nval: images/train\n")
+    data = data_at("yolo", root).read_train_and_val(0)
+    assert len(data.train) == len(data.val) == 2
+    assert [finding.kind for finding in data.findings["val"]] == ["val_is_train"]
+
+
+def test_a_folder_without_lists_is_no_two_splits(tmp_path):
+    root = voc_root(tmp_path, {})
+    with pytest.raises(ValueError, match=r"data.train: expected a list .* those of data.val too. .*data.val_fraction"):
+        data_at("voc", root).read_train_and_val(0)
+    with pytest.raises(ValueError, match=r"data.test: expected a list or a folder of the images of the split"):
+        data_at("voc", root).read_split("test", ["cat"], 0)
+    data = data_at("voc", root, "data.val_fraction=0.4").read_train_and_val(0)
+    assert (len(data.train), len(data.val)) == (2, 1)
+
+
+def test_xml_files_and_images_in_folders_of_other_names_are_found(tmp_path):
+    root = voc_root(tmp_path, {})
+    (root / "Annotations").rename(root / "annots")
+    (root / "JPEGImages").rename(root / "images")
+    assert len(data_at("voc", root, "data.val_fraction=0.4").read_train_and_val(0).train) == 2
+
+
+UNUSABLE = {
+    "no annotations": lambda document, folder: document.update(annotations=[]),
+    "no table of annotations": lambda document, folder: document.pop("annotations"),
+    "no images": lambda document, folder: document.update(images=[], annotations=[]),
+    "no categories": lambda document, folder: document.update(categories=[]),
+    "crowd only": lambda document, folder: [record.update(iscrowd=1) for record in document["annotations"]],
+    "no files": lambda document, folder: [path.unlink() for path in folder.iterdir()],
+    "nothing": lambda document, folder: None,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [*((name, "train") for name in [*FAULTS, *UNUSABLE]), *((name, "other") for name in UNUSABLE)]
+)
+def test_check_data_and_training_refuse_the_same_data(root, defaults, name, part):
+    fault = FAULTS[name][0] if name in FAULTS else UNUSABLE[name]
+    document = clean()
+    fault(document, root / part)
+    write(document, root / f"{part}.json")
+    for on_error in ("fail", "fix", "skip"):
+        data = data_of(root, defaults, on_error)
+        try:
+            data.read_train_and_val(0)
+            is_trained = True
+        except ValueError:
+            is_trained = False
+        assert inspect_data(data).is_sound == is_trained, on_error
+
+
+def test_ten_kinds_of_fault_are_all_returned(root, defaults):
+    def break_everything(document):
+        objects = document["annotations"]
+        objects[0]["bbox"] = [1, 2, float("nan"), 4]
+        objects[1]["bbox"] = [9, 9, 0, 9]
+        objects[2]["bbox"] = [90, 9, 9, 9]
+        objects[3]["id"] = 0
+        objects[4]["area"] = -1
+        objects[5]["iscrowd"] = 2
+        objects[8]["category_id"] = 333
+        objects[9]["image_id"] = 4711
+        document["images"][1]["width"] = 65
+        document["images"].append(dict(document["images"][2]))
+        (root / "train" / "3.png").unlink()
+        (root / "train" / "5.png").write_bytes(b"")
+
+    change(root, "train", break_everything)
+    data = data_of(root, defaults, "fix").read_train_and_val(0)
+    assert {finding.kind for finding in data.findings["train"]} == {
+        "box_not_numbers",
+        "box_without_area",
+        "box_outside",
+        "annotation_id",
+        "area_missing",
+        "iscrowd_missing",
+        "class_unknown",
+        "image_unknown",
+        "image_size_differs",
+        "image_id_duplicate",
+        "image_file_missing",
+        "image_unreadable",
+    }
+    assert not data.findings["val"]
