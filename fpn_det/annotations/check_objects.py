@@ -58,7 +58,7 @@ def check_objects(
     labels = np.array(
         [classes.labels.get(parse_id(record.get("category_id")), UNKNOWN_CLASS) for record in records], dtype=np.int64
     )
-    flagged = objects.column("ignore") == 1
+    flagged = np.array([parse_number(record.get("ignore", 0)) == 1 for record in records], dtype=bool)
     has_image = np.array([image_id not in images.left_out for image_id in objects.image_ids], dtype=bool)
     wanted = has_image & (labels != IGNORED_CLASS) & ~(flagged & (flagged_objects == "drop"))
     keep = wanted & (objects.rows >= 0) & (labels != UNKNOWN_CLASS)

@@ -15,6 +15,8 @@ NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
 
 def parse_id(value: Any) -> int | str | None:
     """Return an id: 7, 7.0 and "7" are the integer 7; another string stays a string; anything else is None."""
+    if type(value) is int:  # most ids of a file
+        return value if abs(value) < 2**63 else None
     if isinstance(value, str):
         if not INTEGER.fullmatch(value):
             return value.strip() or None
@@ -31,6 +33,8 @@ def parse_pixels(value: Any) -> int:
 
 def parse_number(value: Any) -> float:
     """Return a number, also from a string; NaN for anything else and for values beyond MAX_NUMBER."""
+    if type(value) is float:  # most values of a file
+        return value if abs(value) < MAX_NUMBER else math.nan
     if isinstance(value, str):
         if not NUMBER.fullmatch(value):
             return math.nan
