@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+import yaml
 from tiny import ROOT
 
 from fpn_det.cli import help as help_texts
 from fpn_det.cli.arguments import fit_words
 from fpn_det.cli.declarations import as_word, declarations, describe_setting, experiments
+from fpn_det.cli.settings import describe_tree
 from fpn_det.composition import CONFIGS, compose
 
 HEAVY = ("torch", "hydra", "omegaconf", "numpy")
@@ -147,3 +149,14 @@ def test_settings_are_listed_with_values_types_and_meanings(run_tool, monkeypatc
     text = capsys.readouterr().out
     assert re.search(r"trainer\.batch_size=4 .*images per step", text)
     assert "optimizer.base_batch_size=4" in text and "model.backbone.depth" not in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["experiment=demo"], ["neck=bifpn"], ["neck=pafpn"], ["roi_head=conv5"], ["experiment=rpn_r50_fpn"]],
+    ids=str,
+)
+def test_every_setting_has_a_meaning(words):
+    rows = dict(describe_tree(yaml.safe_load(compose(words).to_yaml())))
+    assert len(rows) > 100
+    assert [name for name, meaning in rows.items() if not meaning or meaning.startswith("(")] == []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,11 @@ class Declaration:
     default: str | None
     meaning: str
 
+    def describe(self) -> str:
+        """The meaning; the options where the type lists them and the meaning is missing."""
+        options = re.search(r"Literal\[([^\]]*)\]", self.type)
+        return self.meaning or (options[1].replace("'", "") if options else "")
+
 
 @cache
 def declarations(class_path: str) -> dict[str, Declaration]:
@@ -58,9 +63,12 @@ def declarations(class_path: str) -> dict[str, Declaration]:
     for base in node.bases:
         if isinstance(base, ast.Name):
             found |= declarations(_resolve(base.id, module, tree))
-    if any("dataclass" in ast.unparse(item) for item in node.decorator_list):
-        return found | {item.name: item for item in _fields(node, source.splitlines())}
-    return found | {item.name: item for item in _arguments(node)}
+    is_dataclass = any("dataclass" in ast.unparse(item) for item in node.decorator_list)
+    documented = _args_section(ast.get_docstring(node) or "")
+    for item in _fields(node, source.splitlines()) if is_dataclass else _arguments(node):
+        inherited = found[item.name].meaning if item.name in found else ""
+        found[item.name] = replace(item, meaning=item.meaning or documented.get(item.name, "") or inherited)
+    return found
 
 
 def _resolve(name: str, module: str, tree: ast.Module) -> str:
@@ -95,8 +103,7 @@ def _fields(node: ast.ClassDef, lines: list[str]) -> Iterator[Declaration]:
             comments = [_comment(line) for line in lines[item.lineno - 1 : end]]
             default = None if item.value is None else _without_factory(item.value)
             meaning = " ".join(comment for comment in comments if comment) or _comment_above(lines, item.lineno - 1)
-            hint = ast.unparse(item.annotation)
-            yield Declaration(item.target.id, hint, default, meaning or _choices(hint))
+            yield Declaration(item.target.id, ast.unparse(item.annotation), default, meaning)
 
 
 def _comment_above(lines: list[str], end: int) -> str:
@@ -104,12 +111,6 @@ def _comment_above(lines: list[str], end: int) -> str:
     while lines[start - 1].lstrip().startswith("#"):
         start -= 1
     return " ".join(line.lstrip("# ") for line in lines[start:end])
-
-
-def _choices(hint: str) -> str:
-    """The options of a `Literal`."""
-    found = re.search(r"Literal\[([^\]]*)\]", hint)
-    return found[1].replace("'", "") if found else ""
 
 
 def _comment(line: str) -> str:
@@ -129,7 +130,6 @@ def _arguments(node: ast.ClassDef) -> Iterator[Declaration]:
     function = next((item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"), None)
     if function is None:
         return
-    meanings = _args_section(ast.get_docstring(node) or "")
     given = function.args
     positional = given.args[1:]
     missing = len(positional) - len(given.defaults)
@@ -137,22 +137,24 @@ def _arguments(node: ast.ClassDef) -> Iterator[Declaration]:
     for argument, default in zip([*positional, *given.kwonlyargs], defaults, strict=True):
         hint = "" if argument.annotation is None else ast.unparse(argument.annotation)
         text = None if default is None else _default_word(default)
-        yield Declaration(argument.arg, hint, text, meanings.get(argument.arg, "") or _choices(hint))
+        yield Declaration(argument.arg, hint, text, "")
 
 
 def _args_section(docstring: str) -> dict[str, str]:
-    """What the `Args` of a docstring say about each argument."""
-    _, _, section = docstring.partition("Args:\n")
+    """The text about each name in the `Args` or `Attributes` of a docstring; `a, b: text` is about both."""
+    section = re.split(r"^(?:Args|Attributes):\n", docstring, maxsplit=1, flags=re.MULTILINE)[-1]
+    if section == docstring:
+        return {}
     found: dict[str, str] = {}
-    name = ""
+    names: list[str] = []
     for line in section.splitlines():
         if line and not line.startswith(" "):
             break
-        if start := re.match(r"    (\w+): (.*)", line):
-            name = start[1]
-            found[name] = start[2]
-        elif name and line.strip():
-            found[name] += f" {line.strip()}"
+        if start := re.match(r"    (\w+(?:, \w+)*): (.*)", line):
+            names = start[1].split(", ")
+            found |= dict.fromkeys(names, start[2])
+        elif line.strip():
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
     return found
 
 

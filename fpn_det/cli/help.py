@@ -119,13 +119,13 @@ def _own_options(command: str) -> Iterable[tuple[str, str]]:
         if name == "overrides" or name in inherited - own:
             continue
         default = "<required>" if item.default is None else item.default
-        yield f"{name}={default}", item.meaning
+        yield f"{name}={default}", item.describe()
 
 
 def _settings(names: Iterable[str]) -> Iterable[tuple[str, str]]:
     for name in names:
         if item := describe_setting(name):
-            yield f"{name}={item.default}", item.meaning
+            yield f"{name}={item.default}", item.describe()
 
 
 def format_rows(rows: Iterable[tuple[str, str]]) -> str:

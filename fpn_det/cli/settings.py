@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def describe_tree(
-    tree: Mapping[str, Any], class_path: str = TRAIN_CONFIG, prefix: str = ""
+    tree: Mapping[str, Any], class_path: str = TRAIN_CONFIG, prefix: str = "", outer: str = ""
 ) -> Iterator[tuple[str, str]]:
     """`name=value` and the meaning with the type of every setting of a complete tree.
 
@@ -47,6 +47,7 @@ def describe_tree(
         tree: settings of one section.
         class_path: full name of the class that declares them; empty if none does.
         prefix: dotted name of the section, with a dot at its end.
+        outer: meaning of the section, for settings without a declaration of their own.
     """
     declared = declarations(class_path)
     for name, value in tree.items():
@@ -54,9 +55,10 @@ def describe_tree(
             continue
         if isinstance(value, Mapping) and value:
             inner = value.get("_target_") or (class_of_field(class_path, name) if name in declared else "")
-            yield from describe_tree(value, inner, f"{prefix}{name}.")
+            meaning = declared[name].meaning if name in declared else outer
+            yield from describe_tree(value, inner, f"{prefix}{name}.", meaning)
         else:
             item = declared.get(name)
-            meaning = "class of this part" if name == "_target_" else item.meaning if item else ""
+            meaning = "class of this part" if name == "_target_" else item.describe() if item else outer
             kind = f" ({item.type})" if item and item.type else ""
             yield f"{prefix}{name}={as_word(value)}", f"{meaning}{kind}".strip()

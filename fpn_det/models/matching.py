@@ -111,7 +111,7 @@ class Sampler:
 
     num_samples: Count  # per image
     positive_fraction: Fraction  # upper bound
-    seed: CountOrZero = 0
+    seed: CountOrZero = 0  # of the random draws
 
     def __post_init__(self) -> None:
         if self.num_samples < 1 or not 0 <= self.positive_fraction <= 1:

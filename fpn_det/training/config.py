@@ -54,7 +54,7 @@ class TrainerConfig:
     compile: bool = False  # compile backbone and neck
     keep_last: CountOrZero = 2  # numbered checkpoints to keep; 0 = all
     best_metric: str = "AP"  # decides which checkpoint becomes best.pt
-    early_stop: EarlyStopping | None = None
+    early_stop: EarlyStopping | None = None  # end the run when the metric stops improving
     val_loss: bool = False  # also measure the losses on the validation images, with every evaluation
     probe: bool = False  # first rehearse a step of the largest images and most objects, to report the peak of memory
     timeout_minutes: Positive = 30.0  # how long one rank waits for another within a step

@@ -26,6 +26,7 @@ class Recipe(ABC):
     lr: Positive
     # lr is scaled linearly from here to the batch size of the run; None: use lr unscaled
     base_batch_size: Count | None = 16
+    # weight decay of the weights of convolutions and linear layers
     weight_decay: Amount = 1e-4
     # weight decay of the weights and biases of norms
     norm_weight_decay: Amount = 0.0
@@ -74,6 +75,7 @@ class Recipe(ABC):
 class SGD(Recipe):
     """Stochastic gradient descent with momentum."""
 
+    # decay of the running sum of gradients
     momentum: Decay = 0.9
     # Nesterov momentum; requires momentum
     nesterov: bool = False
@@ -99,7 +101,9 @@ class AdamW(Recipe):
     """Adam with decoupled weight decay."""
 
     weight_decay: Amount = 0.05
+    # decays of the running means of the gradient and of its square
     betas: tuple[Decay, Decay] = (0.9, 0.999)
+    # added to the root of the mean square
     eps: Positive = 1e-8
 
     def build(self, model: nn.Module, batch_size: int) -> Optimizer:

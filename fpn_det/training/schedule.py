@@ -70,6 +70,7 @@ class MultiStep(Schedule):
 class Cosine(Schedule):
     """Cosine decay from 1 to `final_factor`."""
 
+    # learning rate at the end, relative to the peak
     final_factor: Fraction = 0.0
 
     def decay(self, progress: float) -> float:
