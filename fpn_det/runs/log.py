@@ -198,7 +198,7 @@ class RunLog:
             f"Done in {seconds}. Best {metric} {_metric(best)} at step {best_step}.\n"
             f"  run folder   {folder}\n"
             f"  TensorBoard  {python} -m tensorboard.main --logdir {folder / 'tensorboard'}\n"
-            f"  next         {python} tools/eval.py run={folder}"
+            f"  next         {python} -m fpn_det.cli.main eval run={folder}"
         )
 
     def show(self, table: RenderableType) -> None:

@@ -150,4 +150,4 @@ def test_log_summary_says_what_to_type_next(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "Best AP 0.700 at step 300." in shown and "0.650" in shown
     assert "-m tensorboard.main --logdir runs/demo/tensorboard\n" in shown
-    assert "tools/eval.py run=runs/demo\n" in shown
+    assert "eval run=runs/demo\n" in shown
