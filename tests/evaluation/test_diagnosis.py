@@ -1,4 +1,4 @@
-"""Detections made wrong in one known way: that way is named."""
+"""Diagnosis of detections with one deliberate mistake each."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def annotations() -> Annotations:
 
 
 def found(annotations: Annotations, change=lambda boxes, sizes: boxes, rename=lambda labels: labels) -> DetectionTable:
-    """Every object, a little off, after `change` of the boxes and `rename` of the labels; and as many false alarms of low score."""
+    """Detect every object with small box noise, after `change` of boxes and `rename` of labels, plus as many false positives of low score."""
     random = np.random.default_rng(1)
     images = np.repeat(np.arange(NUM_IMAGES), PER_IMAGE)
     boxes = annotations.boxes.numpy() + random.normal(0, 1, (len(images), 4))
@@ -63,13 +63,13 @@ def causes(annotations: Annotations, detections: DetectionTable) -> list[str]:
     return diagnose(annotations, detections, np.arange(NUM_IMAGES))
 
 
-def test_shifted_classes_are_named(annotations):
+def test_diagnose_reports_permuted_classes(annotations):
     (cause,) = causes(annotations, found(annotations, rename=lambda labels: (labels + 1) % 4))
     assert "class mapping is wrong" in cause and "AP50 is 1.00, with classes 0.00" in cause
     assert "'bee' is 'ant', 'cat' is 'bee', 'dog' is 'cat'" in cause
 
 
-def test_labels_off_by_one_are_named(annotations):
+def test_diagnose_reports_labels_off_by_one(annotations):
     without_last = found(annotations)
     without_last = without_last.take(np.flatnonzero(without_last.labels < 3))
     table = DetectionTable(without_last.images, without_last.boxes, without_last.scores, without_last.labels + 1)
@@ -77,14 +77,14 @@ def test_labels_off_by_one_are_named(annotations):
     assert "Labels are off by 1." in cause
 
 
-def test_one_name_for_all_is_named(annotations):
+def test_diagnose_reports_a_single_class_for_all(annotations):
     table = found(annotations)
     table = table.take(np.flatnonzero(table.labels != 0))
     (cause,) = causes(annotations, DetectionTable(table.images, table.boxes, table.scores, np.zeros_like(table.labels)))
     assert "Every detection has the class 'ant'." in cause
 
 
-def test_names_without_connection_are_named(annotations):
+def test_diagnose_reports_unrelated_classes(annotations):
     random = np.random.default_rng(2)
     table = found(annotations, rename=lambda labels: (labels + random.integers(1, 4, labels.shape)) % 4)
     (cause,) = causes(annotations, table)
@@ -92,7 +92,7 @@ def test_names_without_connection_are_named(annotations):
 
 
 def mirror(boxes: np.ndarray, sizes: np.ndarray, axis: int) -> np.ndarray:
-    """Boxes with x (0) or y (1) counted from the other side."""
+    """Mirror boxes along x (0) or y (1)."""
     mirrored = boxes.copy()
     mirrored[:, [axis, axis + 2]] = sizes[:, [1 - axis]] - boxes[:, [axis + 2, axis]]
     return mirrored
@@ -115,31 +115,31 @@ def mirror(boxes: np.ndarray, sizes: np.ndarray, axis: int) -> np.ndarray:
         ("multiplied by 3", lambda boxes, sizes: boxes / 3),
     ],
 )
-def test_wrong_frame_is_named(annotations, words, change):
+def test_diagnose_reports_a_wrong_frame(annotations, words, change):
     (cause,) = causes(annotations, found(annotations, change))
     assert "frame of the boxes is wrong" in cause and words in cause
 
 
-def test_frame_and_classes_are_both_named(annotations):
+def test_diagnose_reports_frame_and_classes(annotations):
     both = causes(
         annotations, found(annotations, lambda boxes, sizes: boxes[:, [1, 0, 3, 2]], lambda labels: labels ^ 1)
     )
     assert "swapped" in both[0] and "'bee' is 'ant'" in both[1] and "'ant' is 'bee'" in both[1]
 
 
-def test_no_detections_are_said(annotations):
+def test_diagnose_reports_missing_detections(annotations):
     (cause,) = causes(annotations, found(annotations).take(np.zeros(0, int)))
     assert "there are no detections" in cause
 
 
-def test_detections_of_other_images_are_said(annotations):
+def test_diagnose_reports_detections_of_other_images(annotations):
     table = found(annotations)
     rows = np.arange(10)
     (cause,) = diagnose(annotations, table.take(np.flatnonzero(table.images >= 10)), rows)
     assert "No detection is on an image with objects" in cause
 
 
-def test_an_untrained_detector_is_said(annotations):
+def test_diagnose_reports_an_untrained_detector(annotations):
     random = np.random.default_rng(3)
     images = np.repeat(np.arange(NUM_IMAGES), 50)
     corners = random.uniform(0, 400, (len(images), 2))
@@ -149,7 +149,7 @@ def test_an_untrained_detector_is_said(annotations):
     assert "The detector is untrained" in cause and "between 0.05 and 0.06" in cause
 
 
-def test_objects_met_by_the_worst_boxes_are_no_mistake_of_frame(annotations):
+def test_diagnose_reports_no_mistake_when_only_low_scores_match(annotations):
     random = np.random.default_rng(4)
     table = found(annotations)
     many = [table]
@@ -164,7 +164,7 @@ def test_objects_met_by_the_worst_boxes_are_no_mistake_of_frame(annotations):
     assert "Boxes match 100% of the objects" in cause and "train longer" in cause
 
 
-def test_without_objects_there_is_nothing_to_say(annotations):
+def test_diagnose_returns_nothing_without_objects(annotations):
     assert diagnose(annotations, found(annotations), np.zeros(0, np.int64)) == []
     assert 0 < ABOUT_ZERO < 0.05
 

@@ -1,4 +1,4 @@
-"""Both engines give the same tables, bit for bit."""
+"""Equality of the evaluation engines, bit for bit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def assert_equal_tables(
 @pytest.mark.parametrize("max_dets", [(1, 10, 100), (1, 2, 3), (5,), (10, 1000)])
 @pytest.mark.parametrize("seed", range(4))
 def test_engines_give_equal_tables(seed: int, max_dets: tuple[int, ...], agnostic: bool):
-    """Crowds, images and classes without objects, tied scores, any limits and areas, and a part of the images."""
+    """Cover crowds, images and classes without objects, tied scores, other limits and areas, and a subset of the images."""
     annotations, detections = random_scene(seed)
     images = np.arange(len(annotations))
     for areas in (EvaluationConfig().area_ranges, OTHER_AREAS, {}):

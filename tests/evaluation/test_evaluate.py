@@ -25,7 +25,7 @@ NUM_IMAGES = 5
 
 
 class Oracle(nn.Module):
-    """A detector that knows the targets, and misses the objects of every image after `blind_from`."""
+    """Detector that returns the targets, except for images from `blind_from` on."""
 
     def __init__(self, blind_from: int = NUM_IMAGES) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Oracle(nn.Module):
 
 
 def annotations_of_images() -> Annotations:
-    """Image i holds i objects (the first is empty), of 100 x 200 px."""
+    """Images of 100 x 200 px; image i has i objects."""
     counts = list(range(NUM_IMAGES))
     boxes = [[20.0 * j, 10.0 * i, 20.0 * j + 16, 10.0 * i + 30] for i in counts for j in range(i)]
     return Annotations(
@@ -62,7 +62,7 @@ def annotations_of_images() -> Annotations:
 
 
 def batches_of(annotations: Annotations, images: list[int], scale: float = 2.0) -> list[Batch]:
-    """One batch per pair of images, whose input frame is `scale` times the original one."""
+    """Batch pairs of images whose input frame is `scale` times the original frame."""
     batches = []
     for start in range(0, len(images), 2):
         rows = images[start : start + 2]
@@ -90,7 +90,7 @@ def test_evaluate_scores_in_the_original_frame():
     }
 
 
-def test_evaluate_gives_every_module_its_mode_back():
+def test_evaluate_restores_the_mode_of_every_module():
     annotations, model = annotations_of_images(), Oracle().train()
     model.frozen.eval()
     evaluate(model, batches_of(annotations, [1, 2]), annotations, SETTINGS)
@@ -101,7 +101,7 @@ def test_evaluate_gives_every_module_its_mode_back():
     assert model.trained.training
 
 
-def test_evaluate_refuses_an_image_that_comes_twice():
+def test_evaluate_refuses_a_duplicate_image():
     annotations = annotations_of_images()
     with pytest.raises(AssertionError, match="more than once"):
         evaluate(Oracle(), batches_of(annotations, [1, 2, 1]), annotations, SETTINGS)
@@ -135,7 +135,7 @@ def test_to_host_of_no_slots():
 
 
 def work(rank: int, port: int, answers) -> None:
-    """Rank 0 has the images 4, 1 and 3; rank 1 has 2 and 0 and finds nothing."""
+    """Evaluate images 4, 1 and 3 on rank 0; images 2 and 0, without detections, on rank 1."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -165,21 +165,21 @@ def test_evaluate_on_two_ranks_equals_one_process():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    fork = multiprocessing.get_context("fork")  # spares two imports of torch
+    fork = multiprocessing.get_context("fork")  # avoids two imports of torch
     answers = fork.Queue()
     processes = [fork.Process(target=work, args=(rank, port, answers), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
-    told = sorted(answers.get(timeout=60) for _ in processes)
+    results = sorted(answers.get(timeout=60) for _ in processes)
 
     annotations = annotations_of_images()
     alone = evaluate(Oracle(), batches_of(annotations, [1, 3, 4]), annotations, SETTINGS)
     expected = score(annotations, alone.detections, np.arange(NUM_IMAGES), SETTINGS).metrics
     statistics = {name: value * 3 / 5 for name, value in alone.statistics.items()}
-    assert told == [(0, expected, 5, 8, statistics), (1, expected, 5, 0, statistics)]
+    assert results == [(0, expected, 5, 8, statistics), (1, expected, 5, 0, statistics)]
 
 
-def test_write_evaluation_leaves_what_can_be_scored_again(tmp_path):
+def test_written_predictions_score_the_same(tmp_path):
     annotations = annotations_of_images()
     evaluation = evaluate(Oracle(blind_from=4), batches_of(annotations, [0, 1, 2, 3, 4]), annotations, SETTINGS)
     write_evaluation(tmp_path, evaluation, annotations, step=20, checkpoint="best.pt", weights="ema")
@@ -197,7 +197,7 @@ def test_write_evaluation_leaves_what_can_be_scored_again(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "metrics.jsonl", "predictions.json"}
 
 
-def test_write_evaluation_replaces_lines_that_an_interrupted_run_left(tmp_path):
+def test_write_evaluation_replaces_lines_of_an_interrupted_run(tmp_path):
     annotations = annotations_of_images()
     evaluation = evaluate(Oracle(), batches_of(annotations, [1, 2]), annotations, SETTINGS)
     nothing = replace(evaluation, detections=DetectionTable.join([]))

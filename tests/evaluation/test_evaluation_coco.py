@@ -25,7 +25,7 @@ DEFAULT = EvaluationConfig()
 
 
 def annotations_of(images: list[list[tuple]], num_classes: int = 2, image_ids=None, category_ids=None) -> Annotations:
-    """Images as lists of (x1, y1, x2, y2, label, crowd); all annotation ids are 0, which must not matter."""
+    """Build annotations from lists of (x1, y1, x2, y2, label, crowd) per image. All annotation ids are 0, which must be harmless."""
     rows = [row for image in images for row in image]
     boxes = torch.tensor([row[:4] for row in rows], dtype=torch.float64).reshape(-1, 4)
     return Annotations(
@@ -45,7 +45,7 @@ def annotations_of(images: list[list[tuple]], num_classes: int = 2, image_ids=No
 
 
 def table_of(rows: list[tuple]) -> DetectionTable:
-    """Rows of (image, x1, y1, x2, y2, score, label)."""
+    """Build a table from rows of (image, x1, y1, x2, y2, score, label)."""
     columns = np.array(rows, np.float64).reshape(-1, 7)
     return DetectionTable(
         columns[:, 0].astype(np.int64),
@@ -56,7 +56,7 @@ def table_of(rows: list[tuple]) -> DetectionTable:
 
 
 def perfect(annotations: Annotations) -> DetectionTable:
-    """Every object found, with score 1."""
+    """Detect every object with score 1."""
     images = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets.numpy()))
     real = ~annotations.iscrowd.numpy()
     boxes = annotations.boxes.numpy()[real].astype(np.float32)
@@ -64,7 +64,7 @@ def perfect(annotations: Annotations) -> DetectionTable:
 
 
 def random_scene(seed: int, num_images: int = 30, num_classes: int = 4) -> tuple[Annotations, DetectionTable]:
-    """Objects of all sizes, crowds, empty images, a class without objects; detections near them, beside them, in tied scores."""
+    """Draw objects of all sizes, crowds, empty images and a class without objects; detections near objects and elsewhere, with tied scores."""
     rng = np.random.default_rng(seed)
     images, found = [], []
     for image in range(num_images):
@@ -87,7 +87,7 @@ def random_scene(seed: int, num_images: int = 30, num_classes: int = 4) -> tuple
 def pycocotools_run(
     annotations: Annotations, detections: DetectionTable, image_ids=None, use_cats: bool = True, max_dets=None
 ) -> COCOeval:
-    """What pycocotools makes of the same data when it is used as its documentation shows, from dictionaries."""
+    """Evaluate the same data with pycocotools, from dictionaries as in its documentation."""
     owners = np.repeat(annotations.image_ids.numpy(), np.diff(annotations.offsets.numpy()))
     truth = COCO()
     truth.dataset = {
@@ -120,7 +120,7 @@ def pycocotools_run(
     return run
 
 
-def test_score_of_perfect_detections_is_one_whatever_the_ids():
+def test_score_of_perfect_detections_is_one_for_any_ids():
     annotations = annotations_of(
         [[(0, 0, 20, 20, 0, 0), (30, 30, 80, 90, 1, 0)], [], [(5, 5, 300, 300, 0, 0)]],
         image_ids=[0, 900, 7],
@@ -134,7 +134,7 @@ def test_score_of_perfect_detections_is_one_whatever_the_ids():
 
 
 def test_score_of_half_the_objects_by_hand():
-    # Class 0 has two objects: one found with score 0.9, then a false alarm. Precision is 1 up to recall 0.5 and 0 beyond:
+    # Class 0 has two objects: one detected with score 0.9, then a false positive. Precision is 1 up to recall 0.5 and 0 beyond:
     # the mean over the recalls 0, 0.01, ..., 1 is 51/101, at every IoU threshold. Class 1 has no objects.
     annotations = annotations_of([[(0, 0, 40, 40, 0, 0), (100, 100, 140, 140, 0, 0)]])
     found = table_of([(0, 0, 0, 40, 40, 0.9, 0), (0, 300, 300, 340, 340, 0.8, 0), (0, 0, 0, 9, 9, 0.8, 1)])
@@ -157,7 +157,7 @@ def test_score_counts_iou_thresholds_by_hand():
     )
 
 
-def test_score_does_not_punish_detections_inside_a_crowd():
+def test_score_ignores_detections_inside_a_crowd():
     annotations = annotations_of([[(0, 0, 40, 40, 0, 0), (100, 100, 300, 300, 0, 1)]], num_classes=1)
     found = table_of([(0, 110, 110, 150, 150, 0.9, 0), (0, 160, 160, 190, 190, 0.9, 0), (0, 0, 0, 40, 40, 0.5, 0)])
     evaluation = score(annotations, found, np.arange(1), DEFAULT)
@@ -176,7 +176,7 @@ def test_score_equals_pycocotools(seed):
         assert row["AP"] == (precision.mean() if (precision > -1).all() else None)
 
 
-def test_score_equals_pycocotools_on_a_part_of_the_images():
+def test_score_equals_pycocotools_on_a_subset_of_images():
     annotations, found = random_scene(5)
     rows = np.array([3, 4, 8, 9, 10, 20])
     inside = np.isin(found.images, rows)
@@ -187,7 +187,7 @@ def test_score_equals_pycocotools_on_a_part_of_the_images():
     assert ours.num_images == 6
 
 
-def test_precision_and_recall_without_classes_equal_pycocotools():
+def test_class_agnostic_tables_equal_pycocotools():
     annotations, found = random_scene(7)
     precision, recall = precision_and_recall(
         annotations, found, np.arange(len(annotations)), DEFAULT, class_agnostic=True
@@ -235,7 +235,7 @@ def test_recall_of_no_proposals_is_zero():
     assert (metrics["AR100"], metrics["ARs100"], metrics["ARl100"]) == (0, 0, None)
 
 
-def test_score_reads_the_headline_at_the_last_limit():
+def test_ap_is_computed_at_the_last_limit():
     annotations, _ = random_scene(1)
     settings = EvaluationConfig(max_dets=(1, 10, 1000))
     metrics = score(annotations, perfect(annotations), np.arange(len(annotations)), settings).metrics
@@ -243,7 +243,7 @@ def test_score_reads_the_headline_at_the_last_limit():
     assert [name for name in metrics if name.startswith("AR")] == ["AR1", "AR10", "AR1000", "ARs", "ARm", "ARl"]
 
 
-def test_score_names_area_ranges_as_the_settings_do():
+def test_metrics_are_named_after_area_ranges():
     annotations = annotations_of([[(0, 0, 4, 4, 0, 0), (50, 50, 90, 90, 0, 0)]], num_classes=1)
     found = table_of([(0, 0, 0, 4, 4, 0.9, 0)])
     settings = EvaluationConfig(area_ranges={"tiny": (0, 100), "huge": (1e6, 1e7), "rest": (100, 1e6)})
@@ -267,7 +267,7 @@ def test_score_without_objects_is_undefined(images):
     assert set(score(annotations, found, np.arange(len(images)), DEFAULT).metrics.values()) == {None}
 
 
-def test_score_counts_images_at_the_cap():
+def test_score_counts_images_at_the_limit_of_detections():
     annotations = annotations_of([[(0, 0, 40, 40, 0, 0)]] * 3)
     found = table_of([(0, 0, 0, 40, 40, 0.9, 0)] * 2 + [(2, 0, 0, 40, 40, 0.9, 0)])
     evaluation = score(annotations, found, np.arange(3), DEFAULT, max_detections=2)
@@ -282,7 +282,7 @@ def test_score_prints_nothing(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_detection_table_survives_a_results_file_exactly(tmp_path):
+def test_detection_table_round_trips_through_a_results_file(tmp_path):
     annotations, found = random_scene(2)
     file = tmp_path / "predictions.json"
     rows = list(found.results(annotations))
@@ -358,7 +358,7 @@ def test_detection_table_joins_in_the_order_of_images():
         ({"area_ranges": {"s": (32,)}}, r"got \[32\]"),
     ],
 )
-def test_settings_refuse_nonsense(arguments, words):
+def test_config_refuses_invalid_values(arguments, words):
     with pytest.raises(ValueError, match=words):
         EvaluationConfig(**arguments)
 
@@ -378,7 +378,7 @@ def test_score_of_the_ground_truth_of_real_images_is_one(coco128):
     assert all(metrics[name] == pytest.approx(1) for name in COCO_METRICS if name not in ("AR1", "AR10"))
 
 
-def test_score_of_real_images_is_what_pycocotools_reads_from_the_files(coco128, tmp_path):
+def test_score_of_real_images_equals_pycocotools_from_files(coco128, tmp_path):
     annotations, file = coco128
     exact, rng = perfect(annotations), np.random.default_rng(0)
     boxes = (exact.boxes + rng.normal(0, 5, exact.boxes.shape)).astype(np.float32)

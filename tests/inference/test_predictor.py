@@ -49,9 +49,7 @@ def predictor(settings, annotations) -> Predictor:
 
 
 @pytest.mark.parametrize("tta", [None, Views((0.5, 1.0), flip=True)])
-def test_predicting_the_validation_files_gives_the_detections_that_are_scored(
-    settings, annotations, predictor, tta, monkeypatch
-):
+def test_predictions_equal_the_detections_of_evaluation(settings, annotations, predictor, tta, monkeypatch):
     monkeypatch.setattr(predictor, "tta", tta)
     loader = settings.eval_loader(annotations, predictor.model.stride, Ranks(), CPU)
     scored = evaluate(predictor.model, loader, annotations, settings.evaluation, tta=tta).detections
@@ -72,7 +70,7 @@ def test_paths_pil_images_and_arrays_give_the_same(annotations, predictor):
         assert torch.equal(found.boxes, expected.boxes) and torch.equal(found.scores, expected.scores)
 
 
-def test_pictures_of_any_sizes_come_back_in_their_order_and_frame(predictor):
+def test_predictions_keep_order_and_frame_for_any_sizes(predictor):
     random = np.random.default_rng(0)
     sizes = [(40, 90), (300, 200), (90, 40), (120, 120)]
     images = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
@@ -84,7 +82,7 @@ def test_pictures_of_any_sizes_come_back_in_their_order_and_frame(predictor):
     assert predictor.predict([]) == []
 
 
-def test_other_things_are_refused(predictor, tmp_path):
+def test_predict_refuses_other_types(predictor, tmp_path):
     with pytest.raises(ValueError, match="expected a list of images, got a str. Put a single image in a list"):
         predictor.predict("image.jpg")
     with pytest.raises(ValueError, match=r"arrays \[h, w, 3\] RGB or \[h, w\] grey, got float64 \[4, 4, 3\]"):

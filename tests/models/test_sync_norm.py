@@ -72,16 +72,16 @@ def test_sync_norm_is_exact_where_the_mean_is_large_and_finite_where_values_are_
     expected = norm(offset_images().float().double()).detach()
     for name in ("offset", "one rank without values"):
         output = torch.cat([results[name][0] for results in ranks])
-        assert (output - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert_close(output.double(), expected, 1e-5)
         for _, _, mean, variance in (results[name] for results in ranks):
-            assert torch.allclose(mean.double(), norm.running_mean, rtol=1e-5, atol=0)
-            assert torch.allclose(variance.double(), norm.running_var, rtol=1e-5, atol=0)
+            assert_close(mean.double(), norm.running_mean, 1e-5)
+            assert_close(variance.double(), norm.running_var, 1e-5)
     for name in ("a single value", "no value"):
         for tensors in (results[name] for results in ranks):
             assert all(tensor.isfinite().all() for tensor in tensors)
         mean, variance = ranks[0][name][2:]
-        assert torch.allclose(mean, torch.full((5,), 0.3 if name == "a single value" else 0.0))
-        assert torch.allclose(variance, torch.full((5,), 0.9 if name == "a single value" else 1.0))
+        assert_close(mean, torch.full((5,), 0.3 if name == "a single value" else 0.0), 1e-5)
+        assert_close(variance, torch.full((5,), 0.9 if name == "a single value" else 1.0), 1e-5)
 
 
 def test_sync_norm_on_two_ranks_is_batch_norm_of_the_whole_batch(tmp_path: Path):

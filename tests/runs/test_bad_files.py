@@ -8,13 +8,13 @@ from fpn_det.image_io import BadImage
 from fpn_det.runs.bad_files import BadFiles, read_bad_files
 
 
-def test_each_bad_file_is_told_and_listed_once_even_after_a_resume(tmp_path):
-    told: list[str] = []
+def test_each_bad_file_is_logged_and_listed_once_also_after_a_resume(tmp_path):
+    logged: list[str] = []
     for _ in range(2):
-        count = BadFiles(tmp_path, 40, 0.1, told.append)
+        count = BadFiles(tmp_path, 40, 0.1, logged.append)
         for name in ("a.jpg", "b.jpg", "a.jpg"):
             count(BadImage(Path(name), f"{name}: torn"))
-    assert told == ["skipped: a.jpg: torn", "skipped: b.jpg: torn"]
+    assert logged == ["skipped: a.jpg: torn", "skipped: b.jpg: torn"]
     assert read_bad_files(tmp_path) == ["a.jpg\ta.jpg: torn", "b.jpg\tb.jpg: torn"]
 
 

@@ -35,7 +35,7 @@ def test_save_and_load_round_trip(tmp_path):
     assert names(tmp_path) == ["a.pt"]
 
 
-def test_save_refuses_what_would_not_load(tmp_path):
+def test_save_refuses_types_that_would_not_load(tmp_path):
     for value in (np.float64(0.5), Path("x"), {1.5: {"a": object()}}, [np.zeros(2)]):
         with pytest.raises(AssertionError, match=r"checkpoint\.value"):
             save_checkpoint(tmp_path / "a.pt", {"value": value})
@@ -56,7 +56,7 @@ def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert step_of(load_checkpoint(tmp_path / "a.pt")) == 1
 
 
-def test_load_names_what_is_wrong(tmp_path):
+def test_load_describes_the_problem(tmp_path):
     with pytest.raises(ValueError, match=r"none.pt: expected a checkpoint, got no such file"):
         load_checkpoint(tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("hello")
@@ -103,7 +103,7 @@ def test_folder_keeps_the_last_and_the_best(tmp_path):
     assert folder.is_finished()
 
 
-def test_folder_deletes_only_what_it_listed(tmp_path):
+def test_folder_deletes_only_listed_files(tmp_path):
     folder = CheckpointFolder(tmp_path, keep_last=1)
     save_checkpoint(tmp_path / "step_00000005.pt", state(5))
     for step in (10, 20):
@@ -135,7 +135,7 @@ def test_folder_falls_back_to_the_one_before(tmp_path):
         folder.load(warnings.append)
 
 
-def test_folder_goes_on_from_the_last_written_also_after_going_back(tmp_path):
+def test_folder_resumes_from_the_last_written_after_falling_back(tmp_path):
     folder = CheckpointFolder(tmp_path, keep_last=2)
     for step in (10, 20, 30):
         folder.save(state(step), step, is_best=False, finished=False)
@@ -147,7 +147,7 @@ def test_folder_goes_on_from_the_last_written_also_after_going_back(tmp_path):
 
 @pytest.mark.parametrize("call", ["save", "replace", "link"])
 def test_folder_survives_a_kill_anywhere(tmp_path, monkeypatch, call):
-    """Dies at the first, second, ... call of each kind while step 30 is saved; afterwards there is always a whole newest file."""
+    """Kill the save of step 30 at its first, second, ... system call of each kind; the newest file must always be complete."""
     target = {"save": torch, "replace": Path, "link": os}[call]
     original = getattr(target, call)
     for deadly in range(1, 6):

@@ -74,7 +74,7 @@ def test_resume_takes_a_checkpoint_or_a_run_folder(tmp_path):
     assert elsewhere.path == tmp_path / "other" and elsewhere.load(print)["progress"]["step"] == 20
 
 
-def test_resume_names_what_is_missing(tmp_path):
+def test_resume_describes_missing_files(tmp_path):
     with pytest.raises(
         ValueError, match=r"resume: expected auto, a checkpoint or a run folder, got .*none.pt, which does not exist"
     ):
@@ -83,7 +83,7 @@ def test_resume_names_what_is_missing(tmp_path):
         choose_folder("demo", None, str(tmp_path), root=tmp_path)
 
 
-def test_resume_refuses_weights_alone(tmp_path):
+def test_resume_refuses_weights_only(tmp_path):
     save_checkpoint(tmp_path / "converted.pt", {"model": {}})
     with pytest.raises(
         ValueError, match=r"resume: expected the checkpoint of a run, got weights only in .*converted.pt"
@@ -97,7 +97,7 @@ def test_folder_must_be_writable(tmp_path):
         choose_folder(None, str(tmp_path / "file" / "run"), None)
 
 
-def test_settings_are_written_down(tmp_path):
+def test_settings_are_written(tmp_path):
     write_settings(tmp_path, "seed: 1\n", ["seed=1", "trainer.epochs=2"])
     assert (tmp_path / "config.yaml").read_text() == "seed: 1\n"
     assert (tmp_path / "overrides.txt").read_text().split() == ["seed=1", "trainer.epochs=2"]
@@ -105,7 +105,7 @@ def test_settings_are_written_down(tmp_path):
 
 
 def holder_of(path) -> subprocess.Popen:
-    """Another process that holds the folder; it has said so."""
+    """Start a process that holds the lock of the folder."""
     code = (
         "import sys; from pathlib import Path; from fpn_det.runs.folder import RunFolder",
         f"with RunFolder(Path({str(path)!r})).locked():",
@@ -118,7 +118,7 @@ def holder_of(path) -> subprocess.Popen:
     return process
 
 
-def test_folder_has_one_writer_until_it_is_dead(tmp_path):
+def test_folder_is_locked_until_the_process_ends(tmp_path):
     run = choose_folder(None, str(tmp_path / "run"), None)
     other = holder_of(run.path)
     for attempt in (lambda: run.locked().__enter__(), lambda: choose_folder(None, str(run.path), None, set_aside=True)):

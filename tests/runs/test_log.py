@@ -105,7 +105,7 @@ def test_log_curves_are_monotonic_after_a_resume(tmp_path):
     assert points(tmp_path)["train/loss"] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
 
 
-def test_log_pictures_arrive(tmp_path):
+def test_log_writes_images(tmp_path):
     picture = np.random.default_rng(0).integers(0, 255, (8, 12, 3), dtype=np.uint8)
     with RunLog(tmp_path, Ranks()) as log:
         log.begin(Pace(0, 10, 1, 0))
@@ -116,7 +116,7 @@ def test_log_pictures_arrive(tmp_path):
     assert (image.width, image.height, image.step) == (12, 8, 1)
 
 
-def test_log_warns_once_when_training_waits_for_data(tmp_path, capsys):
+def test_log_warns_once_when_data_loading_is_slow(tmp_path, capsys):
     now = [0.0]
     with RunLog(tmp_path, Ranks()) as log:
         pace = Pace(0, 40, 2, 0, clock=lambda: now[0])
@@ -131,7 +131,7 @@ def test_log_warns_once_when_training_waits_for_data(tmp_path, capsys):
     assert "40% of the time" in lines[3] and "data.num_workers" in lines[3] and "data.resize_on=device" in lines[3]
 
 
-def test_log_puts_settings_and_results_side_by_side(tmp_path):
+def test_log_writes_hparams(tmp_path):
     with RunLog(tmp_path, Ranks()) as log:
         log.begin(Pace(0, 10, 1, 0))
         log.hparams(
@@ -143,7 +143,7 @@ def test_log_puts_settings_and_results_side_by_side(tmp_path):
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
-def test_log_summary_says_what_to_type_next(tmp_path, capsys, monkeypatch):
+def test_log_summary_shows_the_next_command(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with RunLog(tmp_path / "runs" / "demo", Ranks()) as log:
         log.summary("AP", 0.7, 300, evaluation_of(0.65))

@@ -27,7 +27,7 @@ def test_meters_average_since_the_last_read():
     assert math.isnan(meters.read()["loss"])
 
 
-def test_meters_do_not_change_what_they_were_given():
+def test_meters_do_not_modify_their_inputs():
     meters, value = Meters(), torch.tensor(1.0)
     meters.add({"loss": value})
     meters.add({"loss": value})

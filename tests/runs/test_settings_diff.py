@@ -12,17 +12,17 @@ from fpn_det.runs.overview import compare_runs, find_runs, runs_table, write_res
 from fpn_det.runs.settings_diff import changes_table, differing, flatten, read_settings
 
 
-def test_settings_become_dotted_names():
+def test_flatten_gives_dotted_names():
     assert flatten({"a": 1, "b": {"c": [1, {"d": 2}], "e": {}}}) == {"a": 1, "b.c": [1, {"d": 2}], "b.e": {}}
     assert read_settings("") == {"": {}}
 
 
-def test_differing_names_what_is_not_the_same_everywhere():
+def test_differing_returns_names_of_unequal_values():
     assert differing([{"a": 1, "b": 2, "c": None}, {"a": 1, "b": 3, "d": 1}]) == ["b", "c", "d"]
     assert differing([{"a": True}, {"a": 1}]) == ["a"]
 
 
-def test_changes_say_whether_the_numbers_change():
+def test_changes_table_states_the_effect_on_results():
     before = {"optimizer.lr": 0.1, "trainer.log_every": 20, "seed": 0}
     table = changes_table(before, {**before, "optimizer.lr": 0.2, "trainer.log_every": 5})
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
@@ -49,7 +49,7 @@ def root(tmp_path) -> Path:
     return tmp_path
 
 
-def test_runs_tell_how_they_went_and_what_differs(root):
+def test_compare_runs_lists_state_metrics_and_differing_settings(root):
     names, rows = compare_runs(find_runs(root), root)
     assert names == ["run", "status", "step", "best AP", "at step", "optimizer.lr"]
     assert rows == [
@@ -63,7 +63,7 @@ def _status(root: Path, answer) -> None:
     answer.put([run.status for run in find_runs(root)])
 
 
-def test_a_run_that_is_written_to_is_running(root):
+def test_a_locked_run_is_running(root):
     context = torch.multiprocessing.get_context("fork")
     answer = context.Queue()
     with RunFolder(root / "demo" / "b").locked():  # the lock is one of processes
@@ -73,7 +73,7 @@ def test_a_run_that_is_written_to_is_running(root):
         other.join()
 
 
-def test_results_are_left_as_files_and_shown(root):
+def test_results_are_written_and_shown(root):
     names, rows = compare_runs(find_runs(root), root)
     write_results(root, names, rows)
     assert (root / "results.csv").read_text().splitlines()[1] == "demo/a,finished,30,0.400,20,0.1"

@@ -12,7 +12,7 @@ from fpn_det.visualization.panels import GREY, SIDE, class_color, draw_batch, dr
 
 @pytest.fixture
 def annotations(tmp_path) -> Annotations:
-    """Four black images of 60 x 120 px; only the second and the last have objects, the last a crowd too."""
+    """Four black images of 60 x 120 px; the second and the last have objects, the last also a crowd."""
     Image.new("RGB", (120, 60)).save(tmp_path / "image.png")
     path = str(tmp_path / "image.png").encode()
     boxes = torch.tensor([[12, 30, 48, 54], [60, 30, 90, 54], [0, 0, 40, 40]], dtype=torch.float64)
@@ -32,7 +32,7 @@ def annotations(tmp_path) -> Annotations:
     )
 
 
-def test_draw_boxes_frames_the_box_where_it_lies():
+def test_draw_boxes_outlines_the_box():
     # 120 px become 480: a factor of 4. Pixel column 12 starts at 48, the box ends before column 192.
     pixels = np.zeros((60, 120, 3), np.uint8)
     drawn = draw_boxes(pixels, np.array([[12, 30, 48, 54]], np.float32), [0], ["cat 0.91"])
@@ -45,7 +45,7 @@ def test_draw_boxes_frames_the_box_where_it_lies():
     assert pixels.max() == 0
 
 
-def test_draw_boxes_keeps_texts_inside_the_picture():
+def test_draw_boxes_keeps_labels_inside_the_image():
     pixels = np.zeros((100, 100, 3), np.uint8)
     boxes = np.array([[0, 0, 5, 5], [98, 0, 100, 100], [-10, -10, 300, 300]])
     drawn = draw_boxes(pixels, boxes, [0, 1, 2], ["a long name 0.50"] * 3)
@@ -65,12 +65,12 @@ def test_class_colors_are_fixed_and_distinct():
     assert all(sum(color) > 300 for color in colors)
 
 
-def test_some_images_are_always_the_same_and_have_objects(annotations):
+def test_pick_images_is_deterministic_and_prefers_objects(annotations):
     assert pick_images(annotations, 1) == [1]
     assert pick_images(annotations, 8) == [1, 3]
 
 
-def test_draw_comparison_puts_truth_left_and_answer_right(annotations):
+def test_draw_comparison_has_truth_left_and_detections_right(annotations):
     found = DetectionTable(
         np.array([3, 3, 1]),
         np.array([[60, 30, 90, 54]] * 3, np.float32),

@@ -47,7 +47,7 @@ def levels(model, batch) -> PyramidInspection:
     return inspect_pyramid(model, batch)
 
 
-def test_levels_are_those_of_the_pyramid(levels):
+def test_inspection_has_the_levels_of_the_pyramid(levels):
     assert levels.names == ["P2", "P3", "P4", "P5", "P6"] and levels.strides == (4, 8, 16, 32, 64)
     for each, stride in zip(levels.features, levels.strides, strict=True):
         assert each.shape == (96, 128)
@@ -56,7 +56,7 @@ def test_levels_are_those_of_the_pyramid(levels):
     assert all(0 <= each.min() and each.max() <= 1 for each in levels.objectness)
 
 
-def test_anchors_proposals_and_rois_are_dealt_out_to_levels(levels, model, batch):
+def test_anchors_proposals_and_rois_are_assigned_to_levels(levels, model, batch):
     with torch.no_grad():
         output = model.eval().rpn(model.pyramid(batch))
         proposals = model.propose(batch)
@@ -70,7 +70,7 @@ def test_anchors_proposals_and_rois_are_dealt_out_to_levels(levels, model, batch
     assert sum(map(len, levels.pooled)) == NUM_BOXES
 
 
-def test_the_modes_of_the_model_are_left_as_they_were(model, batch):
+def test_inspection_restores_the_mode_of_the_model(model, batch):
     model.train()
     inspect_pyramid(model, batch)
     assert all(module.training for module in model.modules())
@@ -82,14 +82,14 @@ def test_a_sheet_has_a_row_for_each_kind_and_a_column_for_each_level(levels, bat
     assert with_rois.shape[1] >= 6 * SIDE and with_rois.shape[0] * 4 == without.shape[0] * 5
 
 
-def test_heat_goes_from_dark_to_bright_and_keeps_cells_square():
+def test_heatmap_is_monotonic_and_keeps_cells_square():
     under = np.zeros((8, 8, 3), np.uint8)
     picture = heatmap(np.array([[0.0, 1.0], [2.0, 4.0]], np.float32), under).astype(int).sum(axis=2)
     assert (picture[:4, :4] == picture[0, 0]).all() and (picture[4:, 4:] == picture[7, 7]).all()
     assert picture[0, 0] < picture[0, 7] < picture[7, 0] < picture[7, 7]
 
 
-def test_frames_have_their_colors():
+def test_outlines_have_the_given_colors():
     picture = outline_boxes(
         np.full((20, 20, 3), 100, np.uint8), np.array([[2.0, 3.0, 10.0, 12.0]]), np.array(LEVEL_COLORS[:1])
     )
