@@ -1,9 +1,8 @@
-"""Fetch COCO 2017 into its standard tree: train2017/, val2017/, annotations/.
+"""Download COCO 2017 into its standard folders: train2017/, val2017/, annotations/.
 
-Every step can be interrupted and run again: an archive goes on where it stopped (one that was fetched by other means
-may be put beside the folders), a folder gets its name when it is complete, and a folder that is there is left alone.
-An archive is compared with its known size and SHA-1 before it is unpacked, which checks each file's CRC; then it is
-deleted.
+Every step can be interrupted and run again. The download of an archive resumes (an archive from elsewhere may be put
+beside the folders), a folder gets its name when it is complete, and existing folders are skipped. An archive is checked
+by size and SHA-1 before it is unpacked, which checks the CRC of each file, and is deleted afterwards.
 
     python datasets/download_coco.py --out datasets/coco --parts val2017 annotations
 """
@@ -28,14 +27,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 BASE_URL = "https://s3.amazonaws.com/images.cocodataset.org"
 CHUNK = 1 << 20  # bytes
 TIMEOUT_S = 30.0
-ATTEMPTS = 5  # in a row that bring nothing
+ATTEMPTS = 5  # in a row without new data
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A zip file with one folder of the tree in it."""
+    """A zip file with one of the folders."""
 
-    folder: str  # what the part is called, too
+    folder: str  # also the name of the part
     path: str  # below the base URL
     size: int  # bytes
     sha1: str
@@ -78,11 +77,13 @@ def _require_space(folder: Path, needed: int) -> None:
 
 
 def _append(archive: Archive, url: str, path: Path, progress: Progress) -> None:
-    """Ask for what `path` lacks of the archive and write what comes, until the connection ends."""
+    """Request the rest of an archive and append it to `path` until the connection ends."""
     have = _size(path)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-        partial = response.status == http.HTTPStatus.PARTIAL_CONTENT  # else the server knows no ranges and sends all
+        partial = (
+            response.status == http.HTTPStatus.PARTIAL_CONTENT
+        )  # else the server does not support ranges and sends all
         start = have if partial else 0
         total = start + int(response.headers.get("Content-Length", archive.size - start))
         if total != archive.size:
@@ -95,7 +96,7 @@ def _append(archive: Archive, url: str, path: Path, progress: Progress) -> None:
 
 
 def fetch(archive: Archive, base_url: str, out: Path, retry_wait_s: float = 1.0) -> Path:
-    """Download what is missing of an archive, and check it.
+    """Download the missing part of an archive and check it.
 
     Args:
         retry_wait_s: before the second attempt; each further one waits twice as long.
@@ -126,7 +127,7 @@ def fetch(archive: Archive, base_url: str, out: Path, retry_wait_s: float = 1.0)
             failures += 1
             if failures == ATTEMPTS:
                 raise ValueError(
-                    f"{url}: expected data, got none in {ATTEMPTS} attempts ({problem}). Check the network and run again to go on."
+                    f"{url}: expected data, got none in {ATTEMPTS} attempts ({problem}). Check the network and run again to resume."
                 )
             time.sleep(retry_wait_s * 2 ** (failures - 1))
     if (sha1 := _sha1(path)) != archive.sha1:
@@ -138,7 +139,7 @@ def fetch(archive: Archive, base_url: str, out: Path, retry_wait_s: float = 1.0)
 
 
 def unpack(archive: Archive, out: Path) -> None:
-    """Turn a checked archive into its folder; goes on where an earlier attempt stopped."""
+    """Unpack a checked archive into its folder, resuming an earlier attempt."""
     unfinished = out / f".{archive.folder}.part"
     with zipfile.ZipFile(archive.file(out)) as content:
         files = [info for info in content.infolist() if not info.is_dir()]
@@ -152,10 +153,10 @@ def unpack(archive: Archive, out: Path) -> None:
 
 
 def download(archives: Sequence[Archive], base_url: str, out: Path, retry_wait_s: float = 1.0) -> None:
-    """Bring the folders of `archives` that are not there into `out`."""
+    """Download and unpack the folders of `archives` that do not exist in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     missing = [archive for archive in archives if not (out / archive.folder).exists()]
-    # pictures hardly shrink in an archive, and one archive lies beside what is unpacked
+    # images hardly shrink in an archive, and one archive exists beside the unpacked folders
     sizes = [archive.size for archive in missing]
     _require_space(out, sum(sizes) + max(sizes, default=0) - sum(_size(archive.file(out)) for archive in missing))
     for archive in missing:
@@ -164,10 +165,10 @@ def download(archives: Sequence[Archive], base_url: str, out: Path, retry_wait_s
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     names = [archive.folder for archive in ARCHIVES]
     parser = argparse.ArgumentParser(
-        description="Fetch COCO 2017.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="Download COCO 2017.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "coco", help="folder to make; data.root for training"
@@ -180,7 +181,7 @@ def main() -> None:
     except ValueError as error:
         parser.exit(1, f"{error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "Interrupted. Run again to go on.\n")
+        parser.exit(130, "Interrupted. Run again to resume.\n")
     print(f"{options.out}: {', '.join(options.parts)} complete.")
 
 

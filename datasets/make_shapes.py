@@ -1,13 +1,13 @@
-"""Draw a detection data set: plain shapes of very different sizes on textured grounds, in COCO's layout.
+"""Draw a detection data set in COCO's layout: plain shapes of very different sizes on textured backgrounds.
 
-Nothing is stored and nothing is fetched: image i of a split follows from (seed, split, i) alone, so that any number of
-workers draws the same bytes. Objects span more than four octaves of size at 192 px, hide one another and leave the
-image. Soft blobs, thin lines and open outlines lie between them and are not objects.
+Nothing is downloaded. Image i of a split is a function of (seed, split, i), so any number of workers draws the same
+bytes. Objects span more than four octaves of size at 192 px, occlude one another and exceed the border. Soft blobs, thin
+lines and open outlines between them are distractors without labels.
 
 A shape is a list of closed contours (even-odd, so a second contour is a hole). It is drawn SUBSAMPLES times finer than
-the image: the mean of the fine pixels is its coverage, their extent its box. So a box is tight around what was drawn,
-to a fraction of a pixel; it is that of the whole shape within the image, also where other shapes lie on top. A place
-that would leave this object or another one too little visible is refused, hence whatever is visible is labeled.
+the image: the mean of the fine pixels is its coverage, and their extent its box. So a box is tight to a fraction of a pixel. It is
+the box of the whole shape within the image, also where other shapes occlude it. A position that would leave an object
+too little visible is rejected, so every visible object is labeled.
 
     python datasets/make_shapes.py --out datasets/shapes --train 3000 --val 300
 """
@@ -30,7 +30,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-VERSION = 3  # of the pictures; any change that draws other bytes raises it
+VERSION = 3  # of the images; raised by any change of their bytes
 SPLITS = ("train2017", "val2017")  # COCO's names, where data.root looks for them
 
 SUBSAMPLES = 4  # fine pixels per pixel, along each axis
@@ -44,8 +44,8 @@ OVERHANG = 0.15  # of an object's width and height, that may lie outside the ima
 MAX_TILT = 0.4  # radians, either way
 MAX_STRETCH = 0.15  # log of an object's stretch along one of its axes
 MIN_VISIBLE = 0.75  # of an object's area, inside the image and not under other objects
-MIN_CONTRAST = 70  # mean distance of an object's color from what it lies on, in gray levels of 255
-PLACES = 8  # that are tried before an object is left out
+MIN_CONTRAST = 70  # mean color distance of an object from its background, in gray levels of 255
+PLACES = 8  # positions tried before an object is left out
 
 
 def _spokes(corners: int, radii: Sequence[float] = (1.0,), start: float = -math.pi / 2) -> np.ndarray:
@@ -69,7 +69,7 @@ CONTOURS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What the pictures follow from."""
+    """Settings that determine the images."""
 
     num_train: int
     num_val: int
@@ -97,7 +97,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Stamp:
-    """A shape drawn at its place: how far it covers each pixel of a window of the image."""
+    """A shape at its position: its coverage of each pixel in a window of the image."""
 
     window: tuple[slice, slice]  # rows, columns
     coverage: np.ndarray  # f32 in 0..1, of the window
@@ -106,7 +106,7 @@ class Stamp:
 
 
 def draw_stamp(contours: list[np.ndarray], size: tuple[int, int]) -> Stamp:
-    """Rasterize contours, given in px, some of which is inside an image of `size` (h, w)."""
+    """Rasterize contours in px that lie at least partly inside an image of `size` (h, w)."""
     points = np.concatenate(contours)
     low, high = np.floor(points.min(axis=0)).astype(int), np.ceil(points.max(axis=0)).astype(int)
     left, top = np.maximum(low, 0).tolist()
@@ -129,7 +129,7 @@ def draw_stamp(contours: list[np.ndarray], size: tuple[int, int]) -> Stamp:
 
 
 def pose(name: str, side: float, rng: np.random.Generator) -> list[np.ndarray]:
-    """The contours of a class, stretched and turned at random; their box starts at (0, 0), its longer side is `side`."""
+    """Return the contours of a class, stretched and rotated at random; their box starts at (0, 0), its longer side is `side`."""
     stretch = math.exp(rng.uniform(-MAX_STRETCH, MAX_STRETCH))
     angle = rng.uniform(-MAX_TILT, MAX_TILT)
     turn = np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))])
@@ -140,7 +140,7 @@ def pose(name: str, side: float, rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def texture(rng: np.random.Generator, size: tuple[int, int], strength: float) -> np.ndarray:
-    """Random color variation, smooth on several scales, around 0; f32 [h, w, 3]."""
+    """Return random color variation around 0, smooth on several scales, f32 [h, w, 3]."""
     result = np.zeros((*size, 3), np.float32)
     for cells in (3, 9, 30):
         grid = rng.standard_normal((cells, cells, 3), dtype=np.float32) * (strength * rng.uniform())
@@ -149,7 +149,7 @@ def texture(rng: np.random.Generator, size: tuple[int, int], strength: float) ->
 
 
 def draw_ground(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    """A background without objects: a textured color, often striped, with soft blobs; u8 [h, w, 3]."""
+    """Return a background without objects, u8 [h, w, 3]: a textured color, often striped, with soft blobs."""
     rough = (
         math.ceil(size[0] / 2),
         math.ceil(size[1] / 2),
@@ -168,7 +168,7 @@ def draw_ground(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
 
 
 def draw_strokes(canvas: np.ndarray, rng: np.random.Generator) -> None:
-    """Scribble lines and unclosed outlines of the classes on the canvas (u8), in place: things that are no objects."""
+    """Scribble lines and unclosed outlines of the classes on the canvas (u8), in place, as distractors without labels."""
     size = np.array(canvas.shape[1::-1])
     for _ in range(rng.integers(0, 4)):
         if rng.uniform() < 0.5:
@@ -183,7 +183,7 @@ def draw_strokes(canvas: np.ndarray, rng: np.random.Generator) -> None:
 
 
 def paint(canvas: np.ndarray, stamp: Stamp, rng: np.random.Generator) -> None:
-    """Fill a stamp on the canvas (u8), in place, with a textured color that differs from what is there."""
+    """Fill a stamp on the canvas (u8), in place, with a textured color that contrasts with the canvas."""
     patch = canvas[stamp.window]
     under = cv2.mean(patch, (stamp.coverage >= 0.5).astype(np.uint8))[:3]
     color = rng.uniform(0, 255, 3)
@@ -198,7 +198,7 @@ def paint(canvas: np.ndarray, stamp: Stamp, rng: np.random.Generator) -> None:
 def place_objects(
     rng: np.random.Generator, size: tuple[int, int], class_names: Sequence[str]
 ) -> list[tuple[int, Stamp]]:
-    """Choose objects and their places, as (label, stamp) from the lowest to the topmost.
+    """Choose objects and their positions, as (label, stamp) from the lowest to the topmost.
 
     Larger ones lie lower. Sides are uniform in their logarithm. Of each object, MIN_VISIBLE of its area is inside the
     image, and MIN_VISIBLE of that is not covered by later ones.
@@ -231,7 +231,7 @@ def place_objects(
 def draw_scene(
     rng: np.random.Generator, size: tuple[int, int], class_names: Sequence[str]
 ) -> tuple[np.ndarray, list[tuple[int, Stamp]]]:
-    """One picture, u8 [h, w, 3], and its objects as (label, stamp)."""
+    """Return one image, u8 [h, w, 3], and its objects as (label, stamp)."""
     canvas = draw_ground(rng, size)
     draw_strokes(canvas, rng)
     objects = place_objects(rng, size, class_names)
@@ -247,7 +247,7 @@ def draw_scene(
 def _write_image(
     index: int, split: str, folder: Path, settings: Settings
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Draw image `index` of a split into `folder`; its rows of the annotations file, those of objects without ids."""
+    """Draw image `index` of a split into `folder` and return its records, those of objects without ids."""
     cv2.setNumThreads(1)  # the workers fill the cores
     rng = np.random.default_rng([settings.seed, SPLITS.index(split), index])
     pixels, objects = draw_scene(rng, settings.size, settings.class_names)
@@ -293,7 +293,7 @@ def make_shapes(
     class_names: Sequence[str] = tuple(CONTOURS),
     workers: int = 1,
 ) -> bool:
-    """Draw the data set into the folder `out`, which appears complete or not at all.
+    """Draw the data set into the folder `out`, which is created complete or not at all.
 
     Args:
         out: new, empty, or made by an earlier call with the same settings, which is then left as it is.
@@ -329,7 +329,7 @@ def make_shapes(
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description="Draw shapes of many sizes as a COCO data set.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

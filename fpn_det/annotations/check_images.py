@@ -118,7 +118,7 @@ def _join(folder: Path | None, name: object) -> str:
 
 
 def _hint(path: str, wanted: str, listings: FolderListings, num_missing: int) -> str:
-    """What there is in place of a missing file, as the end of a sentence; only the first few are searched for."""
+    """Name the files that resemble a missing one, as the end of a sentence; searches for the first few only."""
     if path:
         return f", but {path}"
     similar = listings.similar(wanted) if num_missing <= SHOWN_PER_KIND else []

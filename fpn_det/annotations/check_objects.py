@@ -217,7 +217,7 @@ def _shorten(value: Any) -> str:
 
 
 def _repeats(table: np.ndarray) -> np.ndarray:
-    """Which rows of [T] or [T, n] equal an earlier row."""
+    """Mark the rows of [T] or [T, n] that equal an earlier row, bool [T]."""
     columns = table if table.ndim == 2 else table[:, None]
     order = np.lexsort(columns.T)  # keeps the order of equal rows
     repeated = np.zeros(len(table), dtype=bool)

@@ -1,4 +1,4 @@
-"""Files on disk: which names a folder holds, which name is meant by one that does not exist, and reading with limits."""
+"""Files on disk: listings of folders, the file that a misspelled name means, and reading with limits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FILE_KINDS = (
 
 
 def describe_irregular(mode: int) -> str:
-    """What a path with this `st_mode` is instead of a regular file; empty for a regular file."""
+    """Name what a path with this `st_mode` is instead of a regular file; empty for a regular file."""
     return next((name for test, name in FILE_KINDS if test(mode)), "")
 
 
@@ -71,7 +71,7 @@ def read_text(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
 
 
 def describe_foreign(content: bytes) -> str:
-    """What a file is that a failed download or checkout left in place of the data, with the remedy; else empty."""
+    """Name content that a failed download or checkout leaves in place of data, with the remedy; empty for other content."""
     if content.startswith(b"version https://git-lfs"):
         return "a pointer of Git LFS: fetch the data with `git lfs pull`"
     if content[:512].lstrip().lower().startswith((b"<!doctype html", b"<html")):

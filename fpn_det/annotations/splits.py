@@ -13,7 +13,7 @@ from fpn_det.annotations.reading import CheckedDataset
 from fpn_det.annotations.subsets import select_images
 from fpn_det.structures import Annotations
 
-# Some published sets have a few copies under other names. Up to this share of the images they are only a warning.
+# Some published sets have a few copies under other names. Up to this share of the images this is only a warning.
 TOLERATED_COPIES = 1e-3
 
 
@@ -60,7 +60,7 @@ def find_overlap(one: CheckedDataset, other: CheckedDataset, name: str) -> dict[
 
 
 def are_same_images(one: CheckedDataset, other: CheckedDataset) -> bool:
-    """True if both splits name the same list of images: somebody means to evaluate on the training images."""
+    """True if both splits name the same list of images, so the evaluation on training images is intended."""
     return one.image_lists == other.image_lists and None not in one.image_lists
 
 

@@ -1,4 +1,4 @@
-"""Small data sets and the ways to break them: one fault each, for the tests of what is made of broken data."""
+"""Small data sets and faults to put into them, one at a time."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def each(table: str, change: Callable[[dict], None]) -> Fault:
 
 
 def one(table: str, row: int = 0, **values: Any) -> Fault:
-    """Other values in one record; those that are `...` go."""
+    """Change values of one record; `...` deletes one."""
 
     def fault(document: Document, folder: Path) -> None:
         document[table][row].update(values)
@@ -73,7 +73,7 @@ def one(table: str, row: int = 0, **values: Any) -> Fault:
 
 
 def added(table: str, row: int = 0, **values: Any) -> Fault:
-    """A copy of one record with other values."""
+    """Append a copy of one record with other values."""
 
     def fault(document: Document, folder: Path) -> None:
         document[table].append(copy.deepcopy(document[table][row]) | values)
@@ -82,7 +82,7 @@ def added(table: str, row: int = 0, **values: Any) -> Fault:
 
 
 def file(name: str, change: Callable[[bytes], bytes | None]) -> Fault:
-    """Other content of a picture, or none."""
+    """Change the content of an image file, or delete it."""
 
     def fault(document: Document, folder: Path) -> None:
         content = change((folder / name).read_bytes())
@@ -100,7 +100,7 @@ def as_jpeg(content: bytes) -> bytes:
 
 
 def turned(content: bytes) -> bytes:
-    """The same picture as a person sees it, stored on its side with an EXIF orientation of 6."""
+    """Return the same upright image, stored rotated with an EXIF orientation of 6."""
     exif = Image.Exif()
     exif[0x112] = 6
     buffer = io.BytesIO()
@@ -322,7 +322,7 @@ FAULTS: dict[str, tuple[Fault, tuple[str, ...], bool]] = {
     ),
 }
 
-# What leaves the numbers as they are: it is said, and no run stops.
+# Faults that change no number: they are reported and stop no run.
 WARNINGS: dict[str, tuple[Fault, tuple[str, ...]]] = {
     "jpeg called png": (file("0.png", as_jpeg), ("image_mislabeled", "image 7 (0.png)", "JPEG")),
     "tiny box": (

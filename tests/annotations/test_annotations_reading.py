@@ -214,7 +214,7 @@ def test_read_annotations_refuses_what_is_no_coco_file(tmp_path, text, words):
         read_annotations(path)
 
 
-def test_missing_path_is_named_with_what_is_like_it(tmp_path):
+def test_missing_path_is_named_with_similar_names(tmp_path):
     (tmp_path / "annotations").mkdir()
     for name in ("instances_train2017.json", "instances_val2017.json", "other.txt"):
         (tmp_path / "annotations" / name).touch()
@@ -248,7 +248,7 @@ def test_drop_empty_drops_images_without_objects_and_with_crowds_only(document, 
     assert kept.image_ids.tolist() == [7, 37, 47, 57, 67, 77]
 
 
-def test_split_images_parts_the_images(document, write, pictures):
+def test_split_images_covers_all_images_once(document, write, pictures):
     annotations = read_annotations(write(document), pictures)
     train, val = split_images(annotations, 0.25, seed=0)
     assert (len(train), len(val)) == (6, 2)

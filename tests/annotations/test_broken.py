@@ -1,4 +1,4 @@
-"""Broken data: each fault is named with file and id under `fail`, and under `fix` what can be repaired scores as the clean set."""
+"""Broken data: `fail` names each fault with file and id, and a data set repaired by `fix` scores as the clean one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read(folder: Path, document: dict, on_error: str) -> Annotations:
 
 
 def perfect_detections(folder: Path) -> dict[str, list[tuple]]:
-    """What a detector without fault finds on the clean set, by file: (box, label)."""
+    """Return the ground truth of the clean set as detections, by file: (box, label)."""
     truth = read(folder, clean(), "fail")
     return {
         truth.path(row).stem: list(
@@ -69,7 +69,7 @@ def test_fault_is_named_and_repaired_or_left_out(name, folder, caplog):
 
 
 @pytest.mark.parametrize("name", WARNINGS)
-def test_warning_stops_nobody_and_is_repaired_under_fix(name, folder, caplog):
+def test_warning_is_accepted_under_fail_and_repaired_under_fix(name, folder, caplog):
     perfect = perfect_detections(folder)
     fault, words = WARNINGS[name]
     document = clean()

@@ -1,4 +1,4 @@
-"""VOC, YOLO and CSV as data: what each says in its own way is read alike, and what is wrong is named with file and place."""
+"""VOC, YOLO and CSV: the same data set in each format is read alike, and faults are named with file and place."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_voc_is_named_by_its_root_its_files_or_a_list(tmp_path, name):
     assert_is_the_set(read_annotations(make_voc(tmp_path / "set") / name))
 
 
-def test_voc_without_lists_is_all_its_files_even_beside_the_pictures(tmp_path):
+def test_voc_without_lists_reads_all_files_also_beside_the_images(tmp_path):
     root = make_voc(tmp_path / "set")
     for path in (root / "Annotations").iterdir():
         path.rename(root / "JPEGImages" / path.name)
@@ -164,7 +164,7 @@ def test_yolo_in_the_layouts_that_tools_write(tmp_path, change):
     assert_is_the_set(read_annotations(root))
 
 
-def test_yolo_size_is_that_of_the_picture_as_shown(tmp_path):
+def test_yolo_size_is_that_of_the_upright_image(tmp_path):
     root = make_yolo(tmp_path / "set")
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
@@ -380,7 +380,7 @@ def test_fault_is_named_and_repaired_or_left_out(tmp_path, caplog, name):
         ("csv", empty("train.csv"), "expected the columns file, x1"),
     ],
 )
-def test_data_without_its_parts_is_refused_in_one_sentence(tmp_path, kind, fault, words):
+def test_incomplete_data_is_refused_in_one_sentence(tmp_path, kind, fault, words):
     root = MAKERS[kind](tmp_path / "set")
     fault(root)
     for policy in ("fail", "fix"):

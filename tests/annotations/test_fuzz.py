@@ -5,6 +5,7 @@ FPN_DET_FUZZ_SECONDS sets the time for each format; `make fuzz` runs for minutes
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -66,9 +67,9 @@ def mutate_value(node: Any, rng: random.Random) -> None:
     if rng.random() < 0.2:
         del node[key]
     elif rng.random() < 0.2 and isinstance(node, list):
-        node.append(node[key])
+        node.append(copy.deepcopy(node[key]))
     else:
-        node[key] = rng.choice(VALUES)
+        node[key] = copy.deepcopy(rng.choice(VALUES))
 
 
 def load_document(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Several files as one data set, and the parts of one beside each other."""
+"""Several files as one data set, and the splits of a data set against each other."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def defaults() -> DataConfig:
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """Two sets of six pictures, `train` and `other`, with the same annotations."""
+    """Two sets of six images, `train` and `other`, with the same annotations."""
     for name in ("train", "other"):
         write_pictures(tmp_path / name)
         write(clean(), tmp_path / f"{name}.json")
@@ -141,7 +141,7 @@ def test_classes_of_validation_in_another_order_are_the_same(root, defaults):
     assert val.labels.tolist() == [0, 1] * 5 and val.category_ids == (1, 0)
 
 
-def test_a_picture_in_two_splits_is_named_and_leaves_training(root, defaults):
+def test_an_image_in_two_splits_is_named_and_left_out_of_training(root, defaults):
     shutil.copy(root / "train" / "0.png", root / "other" / "3.png")
     words = r"data.train(?s:.*)image_copied_to_two_splits \(1\)(?s:.*)image 7 .*: data.val has a copy with the same bytes: image 37"
     with pytest.raises(ValueError, match=words):
@@ -150,7 +150,7 @@ def test_a_picture_in_two_splits_is_named_and_leaves_training(root, defaults):
     assert 7 not in train.image_ids.tolist() and len(val) == 6
 
 
-def test_the_same_folder_in_two_splits_is_named_and_the_same_file_twice_is_meant(root, defaults):
+def test_the_same_folder_in_two_splits_is_named_and_the_same_file_is_accepted(root, defaults):
     data = data_of(root, defaults)
     data = replace(data, val=replace(data.val, images=data.train.images))
     train, val = (data.check_split(split, None) for split in ("train", "val"))
@@ -160,7 +160,7 @@ def test_the_same_folder_in_two_splits_is_named_and_the_same_file_twice_is_meant
     assert len(both_parts(replace(data, val=data.train), 0)[1]) == 6
 
 
-def test_pictures_are_not_looked_at_where_nobody_asks(root, defaults):
+def test_images_are_not_inspected_without_data_check(root, defaults):
     (root / "train" / "0.png").write_bytes(b"")
     data = replace(data_of(root, defaults), check=False)
     assert len(both_parts(data, 0)[0]) == 5  # the last has no objects
@@ -168,7 +168,7 @@ def test_pictures_are_not_looked_at_where_nobody_asks(root, defaults):
         both_parts(replace(data, check=True), 0)
 
 
-def test_a_set_without_objects_says_how_to_train_on_it(root, defaults):
+def test_a_set_without_objects_is_refused_with_the_setting_that_accepts_it(root, defaults):
     change(root, "train", lambda document: document.update(annotations=[]))
     with pytest.raises(ValueError, match="expected images with objects, got none. Set data.keep_empty=true"):
         both_parts(data_of(root, defaults), 0)
@@ -176,7 +176,7 @@ def test_a_set_without_objects_says_how_to_train_on_it(root, defaults):
     assert len(train) == 6 and train.boxes.shape == (0, 4)
 
 
-def test_evaluation_reads_what_training_left_for_it(root, defaults):
+def test_evaluation_reads_the_held_out_images_of_training(root, defaults):
     none = SplitConfig(None, None, None)
     data = replace(data_of(root, defaults), val=none, val_fraction=0.5, keep_empty=True)
     train, val = both_parts(data, seed=3)

@@ -299,15 +299,15 @@ def test_a_yaml_file_of_many_megabytes_is_refused_at_once(tmp_path):
     assert time.perf_counter() - start < 1
 
 
-def test_twenty_thousand_classes_are_matched_in_a_second(tmp_path):
+def test_twenty_thousand_classes_are_matched_in_linear_time(tmp_path):
     write_pictures(tmp_path / "train")
     document = clean()
     document["categories"] = [{"id": number, "name": f"class {number}"} for number in range(20_000)]
     path = write(document, tmp_path / "train.json")
     others = [f"class {number}" for number in range(10_000, 30_000)]
-    start = time.perf_counter()
+    start = time.process_time()
     checked = check_raw(load_raw(path, tmp_path / "train"), others, on_error="fix")
-    assert time.perf_counter() - start < 1.5
+    assert time.process_time() - start < 3  # 0.5 s; a step per pair of classes takes 8 s
     assert sum(finding.kind == "class_missing" for finding in checked.findings) == 10_000
 
 

@@ -1,4 +1,4 @@
-"""Annotations keep their meaning on the way from format to format."""
+"""Conversions between formats keep the annotations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def images(tmp_path) -> Path:
 
 @pytest.fixture
 def start(tmp_path, images) -> Path:
-    """A COCO file with four objects on the first picture, the second of them a crowd, and two on the second."""
+    """A COCO file with four objects on the first image, the second of them a crowd, and two on the second."""
     corners = np.random.default_rng(0).uniform(0, 20, (6, 2)).tolist()
     document = {
         "images": [
@@ -60,7 +60,7 @@ def convert(source: str, target: str, path: Path, output: Path, *options: str) -
 
 
 def contents(annotations: Annotations) -> list[tuple]:
-    """(file, size, class, crowd) of every object, and of every picture without one."""
+    """(file, size, class, crowd) of every object, and of every image without one."""
     rows = []
     for row in range(len(annotations)):
         picture = annotations.path(row).name, tuple(annotations.sizes[row].tolist())

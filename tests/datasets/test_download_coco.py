@@ -1,4 +1,4 @@
-"""The downloader against a server that drops connections, damages files and knows no ranges."""
+"""The downloader against a server that drops connections, damages files and does not support ranges."""
 
 from __future__ import annotations
 
@@ -83,47 +83,47 @@ def tree(folder):
 COMPLETE = [f"{folder}/{number}.bin" for folder in ("annotations", "val2017") for number in range(3)]
 
 
-def test_download_makes_the_tree_and_nothing_else(server, archives, tmp_path):
+def test_download_creates_the_folders_and_nothing_else(server, archives, tmp_path):
     download(archives, server.url, tmp_path / "coco")
     assert tree(tmp_path / "coco") == COMPLETE
     with zipfile.ZipFile(io.BytesIO(server.files["zips/val2017.zip"])) as content:
         assert (tmp_path / "coco" / "val2017" / "1.bin").read_bytes() == content.read("val2017/1.bin")
 
 
-def test_download_again_asks_for_nothing(server, archives, tmp_path):
+def test_second_download_requests_nothing(server, archives, tmp_path):
     download(archives, server.url, tmp_path)
     server.starts.clear()
     download(archives, server.url, tmp_path)
     assert server.starts == []
 
 
-def test_fetch_goes_on_where_the_connection_ended(server, archives, tmp_path):
+def test_fetch_resumes_after_a_lost_connection(server, archives, tmp_path):
     server.cut = 50_000
     path = fetch(archives[0], server.url, tmp_path, retry_wait_s=0)
     assert server.starts == [0, 50_000, 100_000]
     assert path.read_bytes() == server.files[archives[0].path]
 
 
-def test_fetch_goes_on_with_what_an_earlier_run_left(server, archives, tmp_path):
+def test_fetch_resumes_the_archive_of_an_earlier_run(server, archives, tmp_path):
     archives[0].file(tmp_path).write_bytes(server.files[archives[0].path][:70_001])
     fetch(archives[0], server.url, tmp_path)
     assert server.starts == [70_001]
 
 
-def test_fetch_starts_again_where_the_server_knows_no_ranges(server, archives, tmp_path):
+def test_fetch_restarts_if_the_server_does_not_support_ranges(server, archives, tmp_path):
     server.ranges = False
     archives[0].file(tmp_path).write_bytes(b"x" * 70_001)
     assert fetch(archives[0], server.url, tmp_path).read_bytes() == server.files[archives[0].path]
 
 
-def test_fetch_gives_up_when_nothing_comes(server, archives, tmp_path):
+def test_fetch_ends_after_five_attempts_without_data(server, archives, tmp_path):
     server.cut = 0
-    with pytest.raises(ValueError, match=r"val2017.zip: expected data, got none in 5 attempts .* run again to go on"):
+    with pytest.raises(ValueError, match=r"val2017.zip: expected data, got none in 5 attempts .* run again to resume"):
         fetch(archives[0], server.url, tmp_path, retry_wait_s=0)
     assert server.starts == [0] * 5
 
 
-def test_fetch_deletes_a_damaged_archive_and_can_begin_again(server, archives, tmp_path):
+def test_fetch_deletes_a_damaged_archive_and_can_restart(server, archives, tmp_path):
     good = server.files[archives[0].path]
     server.files[archives[0].path] = good[:500] + bytes([good[500] ^ 1]) + good[501:]
     with pytest.raises(
@@ -136,7 +136,7 @@ def test_fetch_deletes_a_damaged_archive_and_can_begin_again(server, archives, t
     assert tree(tmp_path) == COMPLETE
 
 
-def test_fetch_refuses_another_file_before_it_comes(server, archives, tmp_path):
+def test_fetch_refuses_a_file_of_another_size_before_the_download(server, archives, tmp_path):
     server.files[archives[0].path] += b"more"
     with pytest.raises(ValueError, match=rf"expected {archives[0].size} bytes, the server has {archives[0].size + 4}"):
         fetch(archives[0], server.url, tmp_path)
@@ -147,7 +147,7 @@ def test_fetch_refuses_another_file_before_it_comes(server, archives, tmp_path):
         fetch(archives[0], server.url, tmp_path)
 
 
-def test_unpack_goes_on_and_mends_a_file_cut_short(server, archives, tmp_path):
+def test_unpack_resumes_and_replaces_a_truncated_file(server, archives, tmp_path):
     fetch(archives[0], server.url, tmp_path)
     unfinished = tmp_path / ".val2017.part" / "val2017"
     unfinished.mkdir(parents=True)
@@ -157,7 +157,7 @@ def test_unpack_goes_on_and_mends_a_file_cut_short(server, archives, tmp_path):
     assert (tmp_path / "val2017" / "0.bin").stat().st_size == 40_000
 
 
-def test_download_needs_the_space_first(server, archives, tmp_path, monkeypatch):
+def test_download_checks_the_free_space_first(server, archives, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 300_000))
     with pytest.raises(
         ValueError, match=r"expected 0.0 GB of free space, got 0.0 GB. Make room or choose another --out"

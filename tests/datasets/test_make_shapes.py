@@ -74,7 +74,7 @@ def test_stamp_box_is_tight_around_the_covered_pixels(scenes):
             assert (math.floor(y1), math.ceil(y2)) == (rows.start + covered_rows[0], rows.start + covered_rows[-1] + 1)
 
 
-def test_pose_has_the_asked_side():
+def test_pose_has_the_requested_side():
     rng = np.random.default_rng(0)
     for name in CONTOURS:
         points = np.concatenate(pose(name, 37.0, rng))
@@ -103,7 +103,7 @@ def test_scenes_span_four_octaves_with_all_classes(scenes):
     assert 0.03 < sum(not objects for objects in drawn) / len(drawn) < 0.15
 
 
-def test_scenes_show_every_object_against_its_ground(scenes):
+def test_scenes_draw_every_object_with_contrast(scenes):
     for pixels, objects in scenes:
         for number, (_, stamp) in enumerate(objects):
             own = (stamp.coverage >= 0.99).astype(np.uint8)
@@ -165,7 +165,7 @@ def test_make_shapes_draws_the_same_bytes_with_any_number_of_workers(drawn, tmp_
     assert contents(tmp_path / "again") == contents(drawn)
 
 
-def test_make_shapes_draws_image_i_whatever_the_count(drawn, tmp_path):
+def test_make_shapes_draws_image_i_independently_of_the_count(drawn, tmp_path):
     make_shapes.make_shapes(tmp_path / "fewer", num_train=3, num_val=0, size=(96, 128), seed=5)
     fewer, more = contents(tmp_path / "fewer" / "train2017"), contents(drawn / "train2017")
     assert len(fewer) == 3 and fewer.items() <= more.items()
@@ -178,7 +178,7 @@ def test_make_shapes_draws_image_i_whatever_the_count(drawn, tmp_path):
     assert len(set(pictures)) == len(pictures)
 
 
-def test_make_shapes_leaves_a_finished_folder_alone(drawn):
+def test_make_shapes_does_not_change_a_finished_folder(drawn):
     before = {path: path.stat().st_mtime_ns for path in drawn.rglob("*")}
     assert not make_shapes.make_shapes(drawn, num_train=6, num_val=2, size=(96, 128), seed=5)
     assert before == {path: path.stat().st_mtime_ns for path in drawn.rglob("*")}

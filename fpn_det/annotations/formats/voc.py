@@ -159,7 +159,7 @@ def _find_list(source: Path, root: Path, split: str) -> Path | None:
 
 
 def _read_list(file: Path, parsed: Iterable[str]) -> list[str]:
-    """Names of a list without endings and flags; names may hold blanks, so a flag is only what is left beside a name.
+    """Names of a list without endings and flags; names may hold blanks, so a flag is only recognized if the whole line is no name.
 
     Raises:
         ValueError: the list is empty.
@@ -194,7 +194,7 @@ def _parse(path: Path, raw: RawDataset) -> ElementTree.Element | None:
         content = read_file(path, MAX_XML_BYTES)
         declared = DECLARATION.match(content)
         if declared and declared[1].lower() not in (b"utf-8", b"utf8", b"utf-16", b"us-ascii", b"iso-8859-1"):
-            # The parser knows few encodings; Python knows all.
+            # The parser supports few encodings; Python supports all.
             text = content[declared.end() :].decode(declared[1].decode("ascii"))
             element = ElementTree.fromstring(text)
         else:
