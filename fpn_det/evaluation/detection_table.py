@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,25 +58,29 @@ class DetectionTable:
         rows = _read_results(file)
         image_of = {image_id: row for row, image_id in enumerate(annotations.image_ids.tolist())}
         label_of = {category_id: label for label, category_id in enumerate(annotations.category_ids)}
-        unknown = [row["image_id"] for row in rows if row["image_id"] not in image_of]
+        image_ids = [row["image_id"] for row in rows]
+        unknown = [image_id for image_id in image_ids if image_id not in image_of]
         if rows and len(unknown) == len(rows):
             known = ", ".join(map(str, list(image_of)[:3]))
             raise ValueError(
                 f"{file}: none of its image ids is in the annotations: it has {unknown[0]}, ..., they have {known}, ... "
                 f"Use the annotations that the detections were made for."
             )
-        for row in rows:
-            if row["image_id"] not in image_of or row["category_id"] not in label_of:
+        category_ids = [row["category_id"] for row in rows]
+        if unknown or not label_of.keys() >= set(category_ids):
+            for row in rows:
+                if row["image_id"] in image_of and row["category_id"] in label_of:
+                    continue
                 what = f"image {row['image_id']}, category {row['category_id']}"
                 raise ValueError(
                     f"{file}: {what} is not in the annotations. Use the annotations that the detections were made for."
                 )
         xywh = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
         table = cls(
-            np.array([image_of[row["image_id"]] for row in rows], np.int64),
+            np.array([image_of[image_id] for image_id in image_ids], np.int64),
             np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
             np.array([row["score"] for row in rows], np.float64),
-            np.array([label_of[row["category_id"]] for row in rows], np.int64),
+            np.array([label_of[category_id] for category_id in category_ids], np.int64),
         )
         return cls.join([table])
 
@@ -108,14 +114,31 @@ def _read_results(file: Path) -> list[dict[str, Any]]:
             f"{file}: expected a list of detections (COCO results format), got {got}. "
             "Pass the file of detections, not the annotations."
         )
-    for number, row in enumerate(rows):
-        problem = _problem_of(row)
-        if problem:
-            raise ValueError(
-                f"{file}: detection {number}: expected image_id, category_id, bbox [x, y, width, height] and score, "
-                f"got {problem}. Write the file again in COCO's results format."
-            )
-    return rows
+    if _are_valid(rows):
+        return rows
+    number, problem = next((number, problem) for number, row in enumerate(rows) if (problem := _problem_of(row)))
+    raise ValueError(
+        f"{file}: detection {number}: expected image_id, category_id, bbox [x, y, width, height] and score, "
+        f"got {problem}. Write the file again in COCO's results format."
+    )
+
+
+def _are_valid(rows: list[Any]) -> bool:
+    """Return whether `_problem_of` finds nothing in any row, with few operations per row."""
+    try:
+        ids = {type(row[key]) for row in rows for key in ("image_id", "category_id")}
+        boxes, scores = [row["bbox"] for row in rows], [row["score"] for row in rows]
+        sides = list(itertools.chain.from_iterable(boxes))
+        numbers = np.array([*sides, *scores], np.float64)
+    except (TypeError, KeyError, IndexError, ValueError, OverflowError):
+        return False
+    return (
+        ids <= {int}
+        and set(map(type, boxes)) <= {list}
+        and set(map(len, boxes)) <= {4}
+        and set(map(type, sides)) | set(map(type, scores)) <= {int, float}
+        and bool(np.isfinite(numbers).all())
+    )
 
 
 def _problem_of(row: Any) -> str:
@@ -127,12 +150,15 @@ def _problem_of(row: Any) -> str:
         return f"no {' and no '.join(missing)}"
     for key in ("image_id", "category_id"):
         if type(row[key]) is not int:
-            return f"{key} {row[key]!r}"
+            return f"{key} {row[key]!r:.80}"
     box = row["bbox"]
     if not isinstance(box, list) or len(box) != 4 or not all(_is_finite_number(side) for side in box):
-        return f"bbox {box!r}"[:100]
-    return "" if _is_finite_number(row["score"]) else f"score {row['score']!r}"
+        return f"bbox {box!r:.80}"
+    return "" if _is_finite_number(row["score"]) else f"score {row['score']!r:.80}"
 
 
 def _is_finite_number(value: Any) -> bool:
-    return type(value) in (int, float) and bool(np.isfinite(value))
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # an integer that does not fit into a float
+        return False

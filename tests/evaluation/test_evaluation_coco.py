@@ -325,6 +325,9 @@ BOX = [1, 2, 3, 4]
         ([{"image_id": 1, "category_id": 3, "bbox": BOX[:3], "score": 1}], r"got bbox \[1, 2, 3\]"),
         ([{"image_id": 1, "category_id": 3, "bbox": BOX, "score": None}], "got score None"),
         ([{"image_id": 1, "category_id": 3, "bbox": BOX, "score": float("nan")}], "got score nan"),
+        ([{"image_id": 1, "category_id": 3, "bbox": BOX, "score": 10**400}], "got score 1000"),
+        ([{"image_id": 1, "category_id": 3, "bbox": BOX, "score": "0.5"}], "got score '0.5'"),
+        ([{"image_id": True, "category_id": 3, "bbox": BOX, "score": 1}], "got image_id True"),
     ],
 )
 def test_detection_table_refuses_results_of_another_format(tmp_path, results, words):
