@@ -124,7 +124,7 @@ def try_operators(device: torch.device) -> str | None:
 
 
 def remedy(device: torch.device, found: dict[str, str]) -> str:
-    """What to do when the operators fail on a device."""
+    """Advice for operators that fail on a device."""
     pair = f"torch {found['torch']} and torchvision {found['torchvision']}"
     if device.type == "cpu":
         return f"{pair} do not fit together: install them as a pair, pip install --force-reinstall torch torchvision."

@@ -170,7 +170,7 @@ def refuse_synonym(name: str, value: str, known: Iterable[str], trains: bool = T
         name: of a `name=value` word.
         value: its text.
         known: sections and settings of the command, which are not taken for words of other tools.
-        trains: whether the command has the settings of training.
+        trains: True for commands with the settings of training.
 
     Raises:
         ValueError: the word is another tool's.

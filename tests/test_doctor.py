@@ -33,7 +33,7 @@ def test_doctor_notices_wrong_results(monkeypatch):
     assert "results are wrong" in doctor.try_operators(torch.device("cpu"))
 
 
-def test_doctor_says_what_to_install(monkeypatch, capsys):
+def test_doctor_names_missing_packages(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "versions", lambda: dict.fromkeys(doctor.PACKAGES, "1.0") | {"pycocotools": "missing"})
     assert doctor.main() == 1
     assert "pip install pycocotools" in capsys.readouterr().out

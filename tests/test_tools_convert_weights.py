@@ -73,7 +73,7 @@ def test_a_file_loads_by_itself_by_its_experiment_and_converted(torchvision_file
         assert prediction.names == expected.names
 
 
-def test_load_says_what_is_missing(torchvision_file, tmp_path):
+def test_load_names_what_is_missing(torchvision_file, tmp_path):
     with pytest.raises(ValueError, match="expected weights for the experiment r50_fpn, got none. Pass weights=<file>"):
         api.load("r50_fpn")
     with pytest.raises(ValueError, match="expected weights of this model, got others"):

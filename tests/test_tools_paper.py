@@ -47,7 +47,7 @@ def test_what_is_finished_is_not_done_again(tmp_path):
     assert finish(jobs, tmp_path / "nowhere", (), 2, print) == [{"seed": 0}, {"seed": 1}]
 
 
-def test_a_run_that_fails_says_why(tmp_path):
+def test_a_failed_run_raises_its_message(tmp_path):
     with pytest.raises(RuntimeError, match="nowhere"):
         finish(jobs_of([ROWS["table1_b"]], 1, tmp_path), tmp_path / "nowhere", (), 1, print)
 
@@ -66,9 +66,9 @@ def results(numbers: dict[str, list[float]]) -> page.Results:
         ([0.3, 0.4], [0.5, 0.6], -20.0, "**no**"),
     ],
 )
-def test_a_claim_is_judged_by_all_seeds(better, worse, difference, verdict):
+def test_a_claim_is_compared_over_all_seeds(better, worse, difference, verdict):
     claim = page.Claim("", "a", "b", "AP")
-    found, words = page.judge(results({"a": better, "b": worse}), claim)
+    found, words = page.compare_seeds(results({"a": better, "b": worse}), claim)
     assert found == pytest.approx(difference) and verdict in words
 
 

@@ -1,4 +1,4 @@
-"""A run that meets a weight that is not a number, and what its dump tells."""
+"""A run with a weight that is not a number, and the replay of its dump."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tiny import TINY
 from fpn_det.runs.checkpoint import load_checkpoint, save_checkpoint
 
 
-def test_replay_shows_what_the_run_met(run_tool, shapes_dataset, tmp_path):
+def test_replay_shows_losses_and_module_of_the_run(run_tool, shapes_dataset, tmp_path):
     data = shutil.copytree(shapes_dataset, tmp_path / "data")
     assert run_tool("train.py", *TINY, f"data.root={data}", "trainer.max_steps=1").returncode == 0
     path = tmp_path / "runs/demo/checkpoints/last.pt"

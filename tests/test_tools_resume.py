@@ -1,4 +1,4 @@
-"""A run that goes on, from the command line."""
+"""Resuming a run from the command line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def weights_after(run: Path, step: int) -> dict:
         pytest.param(0, ["trainer.accumulate=1"], marks=pytest.mark.slow),
     ],
 )
-def test_run_goes_on_from_any_step_to_the_bit(run_tool, shapes_dataset, tmp_path, workers, settings):
+def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(run_tool, shapes_dataset, tmp_path, workers, settings):
     """8 images, 4 per step: step 3 is in the midst of the second epoch."""
     words = [
         *TINY,
@@ -57,7 +57,7 @@ def test_run_goes_on_from_any_step_to_the_bit(run_tool, shapes_dataset, tmp_path
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_killed_run_again_and_it_goes_on(shapes_dataset, tmp_path):
+def test_torchrun_restarts_a_killed_run_and_it_resumes(shapes_dataset, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--max-restarts=1", "--standalone"]
     words = [
         *TINY,

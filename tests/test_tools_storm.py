@@ -11,7 +11,7 @@ from tiny import ROOT
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "kills"), [(1, 4), (2, 2)])
-def test_nothing_is_lost_in_a_storm(ranks, kills):
+def test_interrupted_runs_equal_the_undisturbed_one(ranks, kills):
     command = [sys.executable, str(ROOT / "tools" / "storm.py"), f"ranks=[{ranks}]", f"kills={kills}"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr

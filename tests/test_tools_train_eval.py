@@ -110,7 +110,7 @@ def test_a_sweep_gives_every_job_a_folder(run_tool, shapes_dataset, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_batch_can_be_learned_by_heart(run_tool, tmp_path, shapes_dataset):
+def test_one_batch_can_be_overfitted(run_tool, tmp_path, shapes_dataset):
     trained = run_tool("train.py", "experiment=debug_overfit", f"data.root={shapes_dataset}", "run_dir=run")
     assert trained.returncode == 0, trained.stderr
     assert read(tmp_path / "run")["AP50"] > 0.9

@@ -2,7 +2,7 @@
 
 Trains the rows of Tables 1 and 3 and the pyramids of Figure 1 on drawn shapes, measures them as the paper does, and writes
 our numbers beside the paper's as docs/paper.md and docs/paper.html. Names and defaults are in `Options`; a dotted name is a
-setting of every run. Given again, the command goes on where it was interrupted; what is finished is kept.
+setting of every run. Repeat the command to continue after an interruption; finished runs are kept.
 """
 
 from __future__ import annotations
@@ -27,14 +27,12 @@ from fpn_det.schema import Count
 
 @dataclass(frozen=True)
 class Options:
-    """What to do, and where."""
+    """Options of the comparison."""
 
     quick: bool = False  # FPN, bottom-up and C5 only, with one seed
     seeds: Count = 3
     at_once: Count = 2  # runs at a time, one core each
-    precision: Literal["fp32", "bf16"] = (
-        "bf16"  # where the processor knows bf16, fp32 takes one and a half times as long
-    )
+    precision: Literal["fp32", "bf16"] = "bf16"  # fp32 takes one and a half times as long on processors with bf16
     data: str = "datasets/shapes_128"  # drawn if it is not there
     folder: str = "runs/paper"  # of all runs
     output: str = "docs"  # of the pages
@@ -42,7 +40,7 @@ class Options:
 
     @property
     def rows(self) -> list[Row]:
-        """What is compared."""
+        """The rows to compare."""
         return [row for row in (*PROPOSALS, *DETECTORS) if row.quick or not self.quick]
 
 

@@ -1,10 +1,10 @@
-"""Kill a run thirty times and see that it ends as if nothing had happened: python tools/storm.py [kills=30] [ranks=[1,2]] ...
+"""Kill a run thirty times and compare its result with an undisturbed run: python tools/storm.py [kills=30] [ranks=[1,2]] ...
 
-A small detector is trained twice: once undisturbed, once in many lives that end by SIGKILL or SIGTERM while the program
-starts, steps, saves or evaluates. Weights, moving average, momentum, best evaluation and all metrics have to be equal to
-the bit; every life has to go on from the newest checkpoint, and none may leave a process behind.
+A small detector is trained twice: once undisturbed, once with interruptions by SIGKILL or SIGTERM during start, step, save or
+evaluation. Weights, moving average, momentum, best evaluation and all metrics must be equal to the bit; every attempt must
+resume from the newest checkpoint, and none may leave a process behind.
 
-Lives are forked from this process, which has imported everything: that takes longer than what they do.
+Attempts are forked from this process, because imports take longer than the training.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-import fpn_det.api  # noqa: F401  for the lives
+import fpn_det.api  # noqa: F401  imported once, before the forks
 from fpn_det.cli.arguments import run_command
 from fpn_det.runs.checkpoint import load_checkpoint
 from fpn_det.schema import Count, CountOrZero
@@ -43,7 +43,7 @@ MOMENTS = ("start", "step", "save", "evaluation")
 EVAL_EVERY, SAVE_EVERY = 7, 3
 STEPS_PER_KILL, STEPS_AFTER = 3, 10
 DELAY_S = {"start": 2.0, "step": 0.3, "save": 0.2, "evaluation": 0.3}  # at most, from the moment to the kill
-PATIENCE_S = 60.0  # until all ranks of a life have ended, and what they started
+TIMEOUT_S = 60.0  # for all ranks of an attempt and their workers to end
 POLL_S = 0.005
 STEP = r"  step +(\d+)/"
 EXIT_CODES = {0, 1, 143, -signal.SIGKILL, -signal.SIGTERM}  # 1: the other rank is lost
@@ -66,29 +66,29 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """How bad the weather is."""
+    """Options of the storm."""
 
     kills: CountOrZero = 30
     ranks: tuple[Count, ...] = (1, 2)  # one storm for each number of ranks
     seed: CountOrZero = 0
 
 
-class Life:
-    """One life of a run: a process for each rank, in a process group of their own."""
+class Attempt:
+    """One attempt of a run: a process for each rank, in a process group of their own."""
 
     def __init__(self, words: Sequence[str], ranks: int, output: Path) -> None:
         with socket.socket() as free:
             free.bind(("", 0))
             port = free.getsockname()[1]
         self.ranks = [
-            multiprocessing.Process(target=_live, args=(words, rank, ranks, port, output)) for rank in range(ranks)
+            multiprocessing.Process(target=_run_rank, args=(words, rank, ranks, port, output)) for rank in range(ranks)
         ]
         for process in self.ranks:
             process.start()
             os.setpgid(process.pid or 0, self.ranks[0].pid or 0)
 
-    def goes_on(self) -> bool:
-        """Whether no rank has ended."""
+    def is_running(self) -> bool:
+        """True until a rank ends."""
         return all(process.is_alive() for process in self.ranks)
 
     def send(self, number: int, ranks: Sequence[BaseProcess]) -> None:
@@ -98,17 +98,17 @@ class Life:
                 os.kill(process.pid, number)
 
     def end(self) -> list[int | None]:
-        """Wait until nothing is left of it, as a launcher does; returns the exit codes, or minus the signal that ended a rank."""
-        while self.goes_on():
+        """Wait until all its processes have ended, as a launcher does; returns the exit codes, negative for signals."""
+        while self.is_running():
             time.sleep(POLL_S)
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + TIMEOUT_S
         if any(process.exitcode for process in self.ranks):
             self.send(signal.SIGTERM, self.ranks)
         for process in self.ranks:
             process.join(deadline - time.monotonic())
-            assert process.exitcode is not None, f"a rank outlives the others by {PATIENCE_S} s"
+            assert process.exitcode is not None, f"a rank outlives the others by {TIMEOUT_S} s"
         while _exists(self.ranks[0].pid or 0):
-            assert time.monotonic() < deadline, f"a worker outlives its run by {PATIENCE_S} s"
+            assert time.monotonic() < deadline, f"a worker outlives its run by {TIMEOUT_S} s"
             time.sleep(POLL_S)
         return [process.exitcode for process in self.ranks]
 
@@ -121,8 +121,8 @@ def _exists(group: int) -> bool:
     return True
 
 
-def _live(words: Sequence[str], rank: int, ranks: int, port: int, output: Path) -> None:
-    """What `python tools/train.py` with these words does, as one rank."""
+def _run_rank(words: Sequence[str], rank: int, ranks: int, port: int, output: Path) -> None:
+    """Run `python tools/train.py` with these words as one rank."""
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -133,8 +133,8 @@ def _live(words: Sequence[str], rank: int, ranks: int, port: int, output: Path) 
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-class Watch:
-    """What one life of a run does, seen from outside by the run's files."""
+class Observer:
+    """Follows an attempt by the files of its run."""
 
     def __init__(self, run: Path) -> None:
         self._folder = run / "checkpoints"
@@ -145,7 +145,7 @@ class Watch:
         self.newest_checkpoint = int(names[0].removeprefix("step_")) if names else 0
 
     def numbers(self, pattern: str) -> list[int]:
-        """What this life has logged."""
+        """Numbers that match `pattern` in the log of this attempt."""
         if not self._log.is_file():
             return []
         with self._log.open() as file:
@@ -153,7 +153,7 @@ class Watch:
             return [int(number) for number in re.findall(pattern, file.read())]
 
     def is_at(self, moment: str) -> bool:
-        """Whether the run is at a moment now."""
+        """True while the run is at this moment."""
         if moment == "start":
             return True
         if moment == "save":
@@ -163,10 +163,10 @@ class Watch:
 
 
 def storm(folder: Path, words: Sequence[str], ranks: int, kills: int, chance: random.Random) -> str:
-    """Train in `folder` undisturbed and then in a storm, and compare. Returns what happened."""
+    """Train in `folder` undisturbed and then with interruptions, and compare. Returns a summary."""
     words = [*words, f"trainer.max_steps={kills * STEPS_PER_KILL + STEPS_AFTER}", "trainer.epochs=null"]
     start = time.monotonic()
-    codes = Life([*words, f"run_dir={folder / 'calm'}"], ranks, folder / "calm.txt").end()
+    codes = Attempt([*words, f"run_dir={folder / 'calm'}"], ranks, folder / "calm.txt").end()
     assert not any(codes), f"the undisturbed run fails: {folder / 'calm.txt'}"
     calm_s = time.monotonic() - start
 
@@ -174,21 +174,21 @@ def storm(folder: Path, words: Sequence[str], ranks: int, kills: int, chance: ra
     steps = 0
     codes = [None]
     while any(code != 0 for code in codes):
-        watch = Watch(folder / "storm")
-        life = Life([*words, f"run_dir={folder / 'storm'}"], ranks, folder / "storm.txt")
+        observer = Observer(folder / "storm")
+        attempt = Attempt([*words, f"run_dir={folder / 'storm'}"], ranks, folder / "storm.txt")
         if deaths.total() < kills:
             moment, number = MOMENTS[deaths.total() % len(MOMENTS)], chance.choice([signal.SIGKILL, signal.SIGTERM])
-            while life.goes_on() and not watch.is_at(moment):
+            while attempt.is_running() and not observer.is_at(moment):
                 time.sleep(POLL_S)
             time.sleep(chance.uniform(0, DELAY_S[moment]))
-            deaths[f"{number.name} at {moment}"] += life.goes_on()
-            life.send(number, chance.choice([life.ranks, [chance.choice(life.ranks)]]))
-        codes = life.end()
-        steps += len(watch.numbers(STEP))
+            deaths[f"{number.name} at {moment}"] += attempt.is_running()
+            attempt.send(number, chance.choice([attempt.ranks, [chance.choice(attempt.ranks)]]))
+        codes = attempt.end()
+        steps += len(observer.numbers(STEP))
         assert set(codes) <= EXIT_CODES, f"unexpected exit codes {codes}: {folder / 'storm.txt'}"
-        went_on = watch.numbers(r"Going on after step (\d+)")
-        assert went_on in ([], [watch.newest_checkpoint]), (
-            f"expected to go on after step {watch.newest_checkpoint}, got {went_on}"
+        resumed = observer.numbers(r"Going on after step (\d+)")
+        assert resumed in ([], [observer.newest_checkpoint]), (
+            f"expected to resume after step {observer.newest_checkpoint}, got {resumed}"
         )
     assert deaths.total() == kills, f"the run was over after {deaths.total()} kills"
     for name in ("last.pt", "best.pt"):
@@ -207,7 +207,7 @@ def storm(folder: Path, words: Sequence[str], ranks: int, kills: int, chance: ra
 
 
 def compare(one: Any, other: Any, where: str) -> None:
-    """Assert that two checkpoints hold the same, to the bit; apart from their settings, which name their folders."""
+    """Assert that two checkpoints are equal to the bit, except for their settings, which contain paths."""
     if isinstance(one, dict):
         assert one.keys() == other.keys(), where
         for key in one.keys() - {"config"}:
@@ -229,11 +229,11 @@ def main(setting: Setting) -> None:
     for ranks in setting.ranks:
         place = folder / f"{ranks}_ranks"
         place.mkdir()
-        told = storm(
+        summary = storm(
             place, [*SETTINGS, f"data.root={folder / 'data'}"], ranks, setting.kills, random.Random(setting.seed)
         )
-        print(told, flush=True)
-    shutil.rmtree(folder)  # what fails stays, to be looked at
+        print(summary, flush=True)
+    shutil.rmtree(folder)  # kept after a failure, for inspection
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def _torchvision(settings: TrainConfig, device: torch.device) -> Stream:
             v2.ToPureTensor(),
         ]
     )
-    with redirect_stdout(None):  # pycocotools tells its progress
+    with redirect_stdout(None):  # pycocotools prints its progress
         dataset = CocoDetection(data.train.images, data.train.annotations, transforms=transforms)
     dataset.ids = [image for image in dataset.ids if any(not row["iscrowd"] for row in dataset.coco.imgToAnns[image])]
     loader = DataLoader(

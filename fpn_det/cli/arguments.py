@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from fpn_det.cli.launch import FOR_PEOPLE, end_with
+from fpn_det.cli.launch import USER_ERRORS, end_with
 from fpn_det.composition import parse_words
 from fpn_det.errors import translate_system_errors
 from fpn_det.schema import check_names, fit
@@ -32,7 +32,7 @@ def run_command(command: Callable[[S], object], schema: type[S], positional: str
     try:
         with translate_system_errors():
             command(fit_words(sys.argv[1:], schema, positional))
-    except FOR_PEOPLE as error:
+    except USER_ERRORS as error:
         end_with(error)
 
 

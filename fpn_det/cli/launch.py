@@ -34,7 +34,7 @@ from fpn_det.runtime import is_reported_by_main
 from fpn_det.terminal import SafeConsole, printable
 from fpn_det.training.config import TrainConfig
 
-FOR_PEOPLE = (ValueError, FloatingPointError, SystemFault)  # wrong input, diverged training, failures of the system
+USER_ERRORS = (ValueError, FloatingPointError, SystemFault)  # wrong input, diverged training, failures of the system
 FAILED, WRONG_COMMAND_LINE = 1, 2  # exit codes
 
 # A command: gets its config and the words of the command line.
@@ -76,7 +76,7 @@ def launch(command: Command, schema: type[C], config_name: str, saved: Callable[
                 command(compose_as(schema, config_name, words, earlier), words)
     except COMPOSING as error:
         end_with(ValueError(describe_refusal(error)))
-    except FOR_PEOPLE as error:
+    except USER_ERRORS as error:
         end_with(error)
 
 

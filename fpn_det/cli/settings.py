@@ -19,7 +19,7 @@ import yaml  # type: ignore[import-untyped]
 
 from fpn_det.cli.declarations import as_word, class_of_field, declarations
 from fpn_det.cli.help import TRAIN_CONFIG, format_rows
-from fpn_det.cli.launch import FOR_PEOPLE, end_with
+from fpn_det.cli.launch import USER_ERRORS, end_with
 from fpn_det.composition import compose
 
 
@@ -33,7 +33,7 @@ def main() -> None:
             raise ValueError(
                 f"settings: expected part of a name or meaning, got '{' '.join(words)}'. Try another word."
             )
-    except FOR_PEOPLE as error:
+    except USER_ERRORS as error:
         end_with(error)
     print(format_rows(rows))
 

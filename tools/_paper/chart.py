@@ -1,4 +1,4 @@
-"""Bars by the size of objects: ours filled, the paper's a line across."""
+"""Bar charts by object size: filled bars for our numbers, a line across each for those of the paper."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FONT_SIZE = 26
 
 
 def draw_bars(results: Results, rows: Sequence[Row], metrics: Mapping[str, str], file: Path) -> None:
-    """A group of bars for each metric that belongs to a size, in percent; a bar's thin line is the spread of seeds, from lowest to highest."""
+    """Draw a group of bars for each metric of a size range, in percent. Thin lines are the range over seeds."""
     metrics = {metric: name for metric, name in metrics.items() if name in SIZES}
     picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
     canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT_SIZE)

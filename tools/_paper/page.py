@@ -1,4 +1,4 @@
-"""The pages: our numbers beside the paper's, from the results alone."""
+"""The pages: our numbers beside those of the paper, from the saved results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = PROPOSAL_METRICS | DETECTION_METRICS
 TEXTS = Path(__file__).parent
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; }
 th { border-bottom: 2px solid #888; }
@@ -30,6 +30,7 @@ code, pre { background: #f4f4f4; border-radius: 3px; padding: 0.1rem 0.3rem; }
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>The pyramids of the FPN paper</title>
 <style>{style}</style>
 {body}
@@ -63,7 +64,7 @@ class Results:
 
 
 def table(results: Results, rows: Sequence[Row], metrics: Mapping[str, str]) -> str:
-    """Ours and, in a second line of each row, the paper's."""
+    """Our numbers, and those of the paper in a second line of each row."""
     costs = ["parameters", "training step", "image"]
     lines = [["", "seeds", *metrics.values(), *costs], ["---", *["---:"] * (1 + len(metrics) + len(costs))]]
     for row in rows:
@@ -97,7 +98,7 @@ def table(results: Results, rows: Sequence[Row], metrics: Mapping[str, str]) -> 
 
 @dataclass(frozen=True)
 class Claim:
-    """Something that the paper found: one row does better than another."""
+    """A finding of the paper: one row is better than another."""
 
     text: str
     better: str
@@ -127,8 +128,8 @@ CLAIMS = (
 )
 
 
-def judge(results: Results, claim: Claim) -> tuple[float, str]:
-    """Our difference in points, and whether every seed says what the claim says."""
+def compare_seeds(results: Results, claim: Claim) -> tuple[float, str]:
+    """The difference of the means in points, and the verdict: yes if every seed agrees with the claim."""
     better, worse = results.values(claim.better, claim.metric), results.values(claim.worse, claim.metric)
     difference = statistics.mean(better) - statistics.mean(worse)
     if min(better) > max(worse):
@@ -137,8 +138,8 @@ def judge(results: Results, claim: Claim) -> tuple[float, str]:
 
 
 def claims_table(results: Results, rows: Mapping[str, Row]) -> str:
-    """The paper's findings, by how many points in the paper and here."""
-    lines = ["| finding | points of | in the paper | here | found again? |", "| --- | --- | ---: | ---: | --- |"]
+    """The findings of the paper, with the differences in the paper and here."""
+    lines = ["| finding | points of | in the paper | here | reproduced? |", "| --- | --- | ---: | ---: | --- |"]
     for claim in CLAIMS:
         better, worse = (rows[name].paper for name in (claim.better, claim.worse))
         theirs = (
@@ -146,13 +147,13 @@ def claims_table(results: Results, rows: Mapping[str, Row]) -> str:
             if claim.metric in better and claim.metric in worse
             else ""
         )
-        ours, verdict = judge(results, claim)
+        ours, verdict = compare_seeds(results, claim)
         lines.append(f"| {claim.text} | {NAMES[claim.metric]} | {theirs} | {ours:+.1f} | {verdict} |")
     return "\n".join(lines)
 
 
 def write_pages(results: Results, proposals: Sequence[Row], detectors: Sequence[Row], file: Path) -> None:
-    """`file` as Markdown, and beside it as one HTML file that holds its pictures."""
+    """Write `file` as Markdown, and beside it one HTML file with embedded images."""
     rows = {row.name: row for row in (*proposals, *detectors)}
     is_whole = all(claim.better in rows and claim.worse in rows for claim in CLAIMS)
     parts = [
@@ -174,12 +175,12 @@ def write_pages(results: Results, proposals: Sequence[Row], detectors: Sequence[
             f'"Inference time increases considerably": the image pyramid takes {pyramid / one:.1f} times as long as the same detector on '
             f"one scale, and {pyramid / fpn:.1f} times as long as the FPN."
         ]
-        parts += ["## What the paper found", claims_table(results, rows), (TEXTS / "notes.md").read_text().strip()]
+        parts += ["## Findings of the paper", claims_table(results, rows), (TEXTS / "notes.md").read_text().strip()]
     else:
-        parts += ["One seed of some rows: this shows that everything works, and ranks nothing."]
+        parts += ["One seed of some rows: enough to test the tool, too little to rank the rows."]
     parts += [
-        "## What each pyramid sees",
-        "One image, and the length of the feature vector in every cell of every level (of the first seed; each map stretched "
+        "## Feature maps of each pyramid",
+        "One image, and the norm of the feature vector in every cell of every level (of the first seed; each map stretched "
         "from its smallest to its largest value).",
         f"![feature maps]({file.stem}_maps.jpg)",
         "## How it was measured",
@@ -197,11 +198,11 @@ def write_pages(results: Results, proposals: Sequence[Row], detectors: Sequence[
 
 
 def measured(results: Results) -> str:
-    """Versions, and how busy the machine was."""
+    """Versions, and the load of the machine."""
     loads = [run["load"] for run in results.runs]
     return (
         f"torch {results.versions['torch']}, revision {results.versions['git']}, {results.versions['device']}. "
-        f"The machine did other work meanwhile: on average {statistics.mean(loads):.1f} processes wanted one of its "
-        f"{results.runs[0]['cores']} cores. So times are not those of the runs, but of single images and of training steps of 4 images, "
-        "measured afterwards in fp32: on one core, all rows in turns, by the clock of the process."
+        f"The machine had other work: its load was {statistics.mean(loads):.1f} on average, on "
+        f"{results.runs[0]['cores']} cores. Therefore times were measured afterwards, of single images and of training steps of 4 images in "
+        "fp32: on one core, all rows in alternation, in process time."
     )

@@ -1,4 +1,4 @@
-"""One image as every pyramid sees it."""
+"""Feature maps of one image in every pyramid."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fpn_det.visualization.panels import GREY, RGBImage, arrange, scaled_to, to_
 from fpn_det.visualization.pyramid_panels import heatmap, inspect_pyramid
 
 SIDE = 150  # px of each map
-IMAGE = 3  # of the held-out ones: it has objects of all sizes
+IMAGE = 3  # of the validation set; it has objects of all sizes
 
 
 def draw_pyramids(rows: Sequence[Row], data: Path, folder: Path, file: Path) -> None:
-    """The feature vector's length in every cell: a line for each row of the page, a column for each stride."""
+    """Draw the norm of the feature vector in every cell: a line for each row of the page, a column for each stride."""
     maps: list[dict[int, RGBImage]] = []
     for row in rows:
         settings = compose([*row.settings, f"data.root={data}"])

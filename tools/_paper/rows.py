@@ -1,4 +1,4 @@
-"""What is compared: rows of the paper's tables (Lin et al. 2017) and of its first figure, with the paper's own numbers on COCO."""
+"""Rows of the tables of the paper (Lin et al. 2017) and of its Figure 1, with its numbers on COCO."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class Row:
 
     Attributes:
         name: folder of its runs.
-        title: what is compared.
-        settings: what `tools/train.py` trains, without seed and folder.
-        paper: the paper's numbers in percent, by our names of metrics.
-        seeds: how many runs at most.
-        quick: whether it belongs to the short list.
-        weights_of: the row whose weights it evaluates with settings of its own, instead of training.
+        title: of the row on the page.
+        settings: words for `fpn-det train`, without seed and folder.
+        paper: numbers of the paper in percent, by metric.
+        seeds: maximum number of runs.
+        quick: part of `quick=true`.
+        weights_of: name of the row whose weights are evaluated with `settings`; None = the row is trained.
     """
 
     name: str

@@ -1,7 +1,6 @@
-"""Training and scoring every row with every seed, each in a process and a folder of its own.
+"""Train and evaluate every row with every seed, each in a process and a folder of its own.
 
-A run that was cut short goes on from its last checkpoint when the same command is given again; a run whose `result.json`
-is there is done.
+An interrupted run continues from its last checkpoint when the command is repeated; a run with a `result.json` is done.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ class Job:
 
     @property
     def result_file(self) -> Path:
-        """What is there when the job is done."""
+        """File that marks a finished job."""
         return self.folder / "result.json"
 
 
 def jobs_of(rows: Iterable[Row], seeds: int, folder: Path) -> list[Job]:
-    """All first seeds, then all second ones: whoever stops early has every row. Rows that need others' weights come last."""
+    """All jobs: first seeds first, so that an interrupted comparison has every row. Rows that need weights of others come last."""
     rows = sorted(rows, key=lambda row: (row.weights_of is not None, row.seeds < seeds))
     return [
         Job(row, seed, folder / row.name / f"seed{seed}") for seed in range(seeds) for row in rows if seed < row.seeds
@@ -50,7 +49,7 @@ def make_data(folder: Path) -> None:
 
 
 def finish(
-    jobs: Sequence[Job], data: Path, overrides: Sequence[str], at_once: int, tell: Callable[[str], None]
+    jobs: Sequence[Job], data: Path, overrides: Sequence[str], at_once: int, log: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Do what is not done yet, several jobs at once; the results of all.
 
@@ -64,7 +63,7 @@ def finish(
         with ThreadPoolExecutor(at_once) as pool:
             for job, result in zip(open_jobs, pool.map(lambda job: _do(job, data, overrides), open_jobs), strict=True):
                 name, value = next(iter(result["metrics"].items()))
-                tell(f"{job.row.name}, seed {job.seed}: {name} {value:.3f}")
+                log(f"{job.row.name}, seed {job.seed}: {name} {value:.3f}")
     return [json.loads(job.result_file.read_text()) for job in jobs]
 
 
@@ -101,7 +100,7 @@ def _python(script: str, *arguments: str) -> None:
     """Run one of our programs on one core.
 
     Raises:
-        RuntimeError: it failed; its last words are the message.
+        RuntimeError: it failed; the message is its output on stderr.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / script), *arguments]

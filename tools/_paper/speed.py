@@ -1,4 +1,4 @@
-"""What a row costs: parameters, seconds per image and per training step, on one core, all rows in turns."""
+"""Cost of each row: parameters, seconds per image and per training step, on one core, in alternation."""
 
 from __future__ import annotations
 
