@@ -3,6 +3,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -10,16 +13,18 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from fpn_det.annotations.reading import read_annotations
 from fpn_det.annotations.subsets import drop_empty
-from fpn_det.data.collation import Collator
+from fpn_det.data import loaders
+from fpn_det.data.collation import Collator, PackedBatch
 from fpn_det.data.dataset import DetectionDataset, Example
 from fpn_det.data.flip_resize import FlipResize
 from fpn_det.data.loaders import EvalLoader, TrainLoader
 from fpn_det.data.sampling import GlobalBatches
 from fpn_det.data.transforms import Pipeline, ResizeShortestSide
-from fpn_det.data.workers import Workers
+from fpn_det.data.workers import BUFFERS_PER_WORKER, Workers
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Batch
 
@@ -301,3 +306,53 @@ def test_batches_on_the_gpu_equal_those_on_the_cpu(dataset):
         torch.cuda._sleep(10_000_000)  # the model is busy while the next batch is copied
         assert other.pixels.is_cuda
         assert_same(one, other.to("cpu"))
+
+
+def test_pixels_are_copied_to_the_gpu_before_their_buffer_may_be_overwritten(monkeypatch):
+    """Streams are simulated: a copy happens when the host waits for it, and a requested item overwrites the one before."""
+    copies: list[Callable[[], Tensor]] = []
+    locked: set[int] = set()
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            while copies:
+                copies.pop(0)()
+
+        def record_event(self) -> Stream:
+            return self
+
+        def wait_stream(self, other: Stream) -> None:
+            pass  # the device waits, not the host
+
+    def to(batch: Batch, device: torch.device) -> Batch:
+        assert batch.pixels.untyped_storage().data_ptr() in locked
+        target = torch.zeros_like(batch.pixels)
+        copies.append(lambda: target.copy_(batch.pixels))
+        return replace(batch, pixels=target)
+
+    def packed_batches(count: int) -> Iterator[PackedBatch]:
+        buffers = [torch.zeros(32 * 32 * 3, dtype=torch.uint8) for _ in range(BUFFERS_PER_WORKER)]
+        for number in range(count):
+            packed = Collator(32).pack([example(32, 32)], allocate=lambda *shape, n=number: buffers[n % 3].view(shape))
+            packed.pixels.fill_(number)
+            yield replace(packed, buffer=(0, number % 3))
+            packed.pixels.fill_(99)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(device))
+    monkeypatch.setattr(Batch, "to", to)
+    monkeypatch.setattr(Batch, "pin_memory", lambda batch: batch)
+    monkeypatch.setattr(loaders, "cuda_host_register", lambda address, size: locked.add(address) is None)
+    monkeypatch.setattr(loaders, "cuda_host_unregister", locked.remove)
+    monkeypatch.setattr(loaders, "_used_on_current_stream", lambda batch: batch)
+    batches = list(loaders._on_device(packed_batches(7), torch.device("cuda")))
+    assert [batch.pixels.unique().tolist() for batch in batches] == [[number] for number in range(7)]
+    assert not locked and not copies
+    abandoned = loaders._on_device(packed_batches(7), torch.device("cuda"))
+    first = next(abandoned)
+    abandoned.close()  # type: ignore[attr-defined]
+    assert first.pixels.unique().tolist() == [0] and not locked and not copies
