@@ -94,7 +94,7 @@ def test_load_weights_refuses_what_does_not_fit(settings):
     state = {"model": settings.build_model(3).state_dict(), "ema": None}
     with pytest.raises(ValueError, match=r"x.pt: expected a moving average of the weights, got none. Set weights=raw"):
         fill_model(settings.build_model(3), state, "x.pt", "ema")
-    with pytest.raises(ValueError, match=r"x.pt: expected the weights of this model, got others"):
+    with pytest.raises(ValueError, match=r"x.pt: expected weights of this model, got those of another"):
         fill_model(settings.build_model(4), state, "x.pt")
 
 
