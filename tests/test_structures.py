@@ -112,3 +112,27 @@ def test_batches_are_copied_to_the_cpu_synchronously():
         for device in ("cpu", torch.device("cpu")):
             assert on_gpu.to(device).pixels.device.type == "cpu"
     assert waits == {"cpu": {True}, "cuda": {False}}
+
+
+def test_digest_of_annotations_changes_with_boxes_and_names_and_not_with_the_folder():
+    def annotations(folder: str, name: str = "a.png", x: float = 1.0) -> Annotations:
+        path = f"{folder}/{name}".encode()
+        return Annotations(
+            image_ids=torch.tensor([7]),
+            path_bytes=torch.tensor(list(path), dtype=torch.uint8),
+            path_offsets=torch.tensor([0, len(path)]),
+            sizes=torch.tensor([[10, 20]]),
+            offsets=torch.tensor([0, 1]),
+            boxes=torch.tensor([[x, 1.0, 5.0, 5.0]], dtype=torch.float64),
+            labels=torch.tensor([0]),
+            iscrowd=torch.tensor([False]),
+            area=torch.tensor([16.0], dtype=torch.float64),
+            annotation_ids=torch.tensor([1]),
+            class_names=("cat",),
+            category_ids=(1,),
+        )
+
+    digest = annotations("/data").digest()
+    assert annotations("/elsewhere/set").digest() == digest
+    assert annotations("/data", x=1.5).digest() != digest
+    assert annotations("/data", name="b.png").digest() != digest

@@ -99,7 +99,7 @@ def _inspect_all(paths: Sequence[str], max_pixels: int) -> dict[str, ImageInfo]:
     return {path: infos[str(Path(path))] for path in paths}
 
 
-def _inspect(path: str, max_pixels: int) -> ImageInfo:
+def _inspect(path: str, max_pixels: int = MAX_PIXELS) -> ImageInfo:
     digest = ""
     try:
         content = read_file(Path(path), max_pixels)

@@ -315,3 +315,14 @@ def test_ten_kinds_of_fault_are_all_returned(root, defaults):
         "image_unreadable",
     }
     assert not data.findings["val"]
+
+
+def test_a_list_of_images_without_annotations_can_be_evaluated_and_not_trained_on(root, defaults):
+    change(root, "other", lambda document: document.pop("annotations"))
+    data = data_of(root, defaults)
+    test = replace(data, test=data.val).read_split("test", ["cat", "dog"], 0)
+    assert len(test) == 6 and not len(test.boxes)
+    with pytest.raises(ValueError, match="data.val .*expected annotations to evaluate on, got a list of images"):
+        data.read_train_and_val(0)
+    with pytest.raises(ValueError, match="data.train .*expected images with objects"):
+        replace(data, train=data.val, val=data.train).read_train_and_val(0)

@@ -517,3 +517,11 @@ def test_a_document_that_is_too_deep_or_too_large_a_number_is_refused(tmp_path):
     for content in ("[" * 100_000, '{"images": ' + "9" * 5000 + "}", b"\xff\xfe\x00", json.dumps({"images": {}})):
         with pytest.raises(ValueError, match="a.json: expected"):
             read_annotations(text(tmp_path / "a.json", content))
+
+
+def test_a_file_name_of_300_letters_is_a_missing_file(tmp_path):
+    xml(tmp_path / "Annotations/a.xml", "x" * 300 + ".png")
+    xml(tmp_path / "Annotations/b.xml")
+    image(tmp_path / "JPEGImages/b.png")
+    checked = check(tmp_path)
+    assert names_of(checked) == ["b.png"] and kinds_of(checked) == {"image_file_missing"}
