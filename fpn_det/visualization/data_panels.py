@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fpn_det.models.detector import Detector
 from fpn_det.structures import Batch, Pyramid
-from fpn_det.visualization.panels import SIDE, RGBImage, arrange, draw_boxes, scaled_to, to_rgb
+from fpn_det.visualization.panels import SIDE, RGBImage, draw_boxes, make_grid, resize_longer_side, to_rgb
 from fpn_det.visualization.pyramid_panels import LEVEL_COLORS, outline_boxes
 
 IMAGES_PER_SHEET = 6
@@ -35,7 +35,7 @@ def draw_anchors_and_objects(model: Detector, batch: Batch, class_names: Sequenc
     """
     names = [f"P{stride.bit_length() - 1}" for stride in model.neck.strides]
     anchored = match_anchors(model, batch)
-    pictures: list[RGBImage] = []
+    panels: list[RGBImage] = []
     titles: list[str] = []
     for row, (pixels, (height, width)) in enumerate(zip(batch.pixels.cpu(), batch.sizes.tolist(), strict=True)):
         valid = batch.targets.valid[row]
@@ -49,23 +49,25 @@ def draw_anchors_and_objects(model: Detector, batch: Batch, class_names: Sequenc
         if anchored:
             counts = torch.bincount(anchored[row].objects, minlength=len(labels)).tolist()
             texts = [f"{text} x{count}" for text, count in zip(texts, counts, strict=True)]
-        pictures.append(draw_boxes(shown, boxes.cpu().numpy(), labels, texts))
+        panels.append(draw_boxes(shown, boxes.cpu().numpy(), labels, texts))
         titles.append(title)
         if anchored:
             levels = anchored[row].levels.tolist()
             zoom = SIDE / max(shown.shape[:2])
             anchors = outline_boxes(
-                scaled_to(shown, SIDE), anchored[row].boxes.cpu().numpy() * zoom, np.array(LEVEL_COLORS)[levels]
+                resize_longer_side(shown, SIDE),
+                anchored[row].boxes.cpu().numpy() * zoom,
+                np.array(LEVEL_COLORS)[levels],
             )
             white = np.full((len(labels), 3), 255)
-            pictures.append(outline_boxes(anchors, boxes.cpu().numpy() * zoom, white, brightness=1))
+            panels.append(outline_boxes(anchors, boxes.cpu().numpy() * zoom, white, brightness=1))
             titles.append(
                 "anchors: "
                 + (", ".join(f"{levels.count(level)} on {names[level]}" for level in sorted(set(levels))) or "none")
             )
-    step = IMAGES_PER_SHEET * len(pictures) // len(batch)
-    for start in range(0, len(pictures), step):
-        yield arrange(pictures[start : start + step], titles[start : start + step], COLUMNS)
+    step = IMAGES_PER_SHEET * len(panels) // len(batch)
+    for start in range(0, len(panels), step):
+        yield make_grid(panels[start : start + step], titles[start : start + step], COLUMNS)
 
 
 @torch.no_grad()

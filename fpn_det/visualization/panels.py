@@ -61,21 +61,21 @@ def draw_comparison(
         for label, score in zip(labels, detections.scores[found], strict=True)
     ]
     detected = draw_boxes(pixels, detections.boxes[found], labels, texts)
-    return arrange([truth, detected], [f"{len(crowd)} objects", f"{len(found)} detections, score >= {min_score:g}"])
+    return make_grid([truth, detected], [f"{len(crowd)} objects", f"{len(found)} detections, score >= {min_score:g}"])
 
 
 def draw_batch(batch: Batch, class_names: Sequence[str]) -> RGBImage:
     """Draw the images of a batch with their targets, in the input frame, including the padding."""
     batch = batch.to("cpu")
-    pictures, titles = [], []
+    panels, titles = [], []
     for pixels, size, boxes, labels, valid in zip(
         batch.pixels, batch.sizes.tolist(), batch.targets.boxes, batch.targets.labels, batch.targets.valid, strict=True
     ):
         ids = labels[valid].tolist()
         texts = [class_names[label] for label in ids]
-        pictures.append(draw_boxes(to_rgb(pixels), boxes[valid].numpy(), ids, texts))
+        panels.append(draw_boxes(to_rgb(pixels), boxes[valid].numpy(), ids, texts))
         titles.append(f"{size[1]} x {size[0]} px, {len(ids)} objects")
-    return arrange(pictures, titles)
+    return make_grid(panels, titles)
 
 
 def to_rgb(pixels: Tensor) -> RGBImage:
@@ -98,9 +98,9 @@ def draw_boxes(
         side: px.
     """
     scale = side / max(pixels.shape[:2])
-    picture = Image.fromarray(scaled_to(pixels, side))
-    size = picture.size
-    canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT_SIZE)
+    panel = Image.fromarray(resize_longer_side(pixels, side))
+    size = panel.size
+    canvas, font = ImageDraw.Draw(panel), ImageFont.load_default(FONT_SIZE)
     rows = list(zip((boxes * scale).tolist(), labels, texts, strict=True))[::-1]
     for (x1, y1, x2, y2), label, _ in rows:
         canvas.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=class_color(label), width=2)
@@ -111,10 +111,10 @@ def draw_boxes(
         y = y1 - height if y1 >= height else y1
         canvas.rectangle((x, y, x + width, y + height), fill=class_color(label))
         canvas.text((x + 2, y), text, fill=(0, 0, 0), font=font)
-    return np.asarray(picture)
+    return np.asarray(panel)
 
 
-def scaled_to(pixels: RGBImage, side: int) -> RGBImage:
+def resize_longer_side(pixels: RGBImage, side: int) -> RGBImage:
     """Resize an image to a longer side of `side` px."""
     scale = side / max(pixels.shape[:2])
     size = (max(round(pixels.shape[1] * scale), 1), max(round(pixels.shape[0] * scale), 1))
@@ -128,16 +128,16 @@ def class_color(label: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def arrange(pictures: Sequence[RGBImage], titles: Sequence[str], columns: int | None = None) -> RGBImage:
+def make_grid(panels: Sequence[RGBImage], titles: Sequence[str], columns: int | None = None) -> RGBImage:
     """Arrange titled images in a grid of `columns`; by default in about as many rows as columns."""
-    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    columns = columns or math.ceil(math.sqrt(len(panels)))
     head = FONT_SIZE + 2 * GAP
-    width = max(picture.shape[1] for picture in pictures) + GAP
-    height = max(picture.shape[0] for picture in pictures) + head
-    sheet = Image.new("RGB", (columns * width - GAP, math.ceil(len(pictures) / columns) * height), GREY)
+    width = max(panel.shape[1] for panel in panels) + GAP
+    height = max(panel.shape[0] for panel in panels) + head
+    sheet = Image.new("RGB", (columns * width - GAP, math.ceil(len(panels) / columns) * height), GREY)
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
-    for number, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+    for number, (panel, title) in enumerate(zip(panels, titles, strict=True)):
         x, y = number % columns * width, number // columns * height
         canvas.text((x + GAP, y + GAP), title, fill=(255, 255, 255), font=font)
-        sheet.paste(Image.fromarray(picture), (x, y + head))
+        sheet.paste(Image.fromarray(panel), (x, y + head))
     return np.asarray(sheet)

@@ -19,7 +19,7 @@ from fpn_det.evaluation.evaluate import evaluation_mode
 from fpn_det.models.detector import Detector
 from fpn_det.models.rpn import RPNOutput
 from fpn_det.structures import Batch
-from fpn_det.visualization.panels import RGBImage, arrange, class_color, scaled_to, to_rgb
+from fpn_det.visualization.panels import RGBImage, class_color, make_grid, resize_longer_side, to_rgb
 
 SIDE = 240  # px, longer side of a panel
 NUM_BOXES = 20  # proposals that are drawn, of highest objectness over all levels
@@ -109,22 +109,22 @@ def _split_levels(output: RPNOutput) -> list[RPNOutput]:
 def draw_pyramid(levels: PyramidInspection, batch: Batch, side: int = SIDE) -> RGBImage:
     """Draw one sheet: a row per kind of result, a column per level; the left column shows all levels."""
     height, width = batch.sizes[0].tolist()
-    image = scaled_to(to_rgb(batch.pixels[0].cpu())[:height, :width], side)
+    image = resize_longer_side(to_rgb(batch.pixels[0].cpu())[:height, :width], side)
     zoom = side / max(height, width)
     valid = batch.targets.valid[0]
     truth, labels = _numpy(batch.targets.boxes[0][valid]), batch.targets.labels[0][valid].tolist()
 
-    pictures = [
+    panels = [
         outline_boxes(
             image, truth * zoom, np.array([class_color(label) for label in labels]).reshape(-1, 3), brightness=1
         )
     ]
     titles = [f"{len(labels)} objects"]
-    pictures += [heatmap(each, image) for each in levels.features]
+    panels += [heatmap(each, image) for each in levels.features]
     titles += [f"{name}: stride {stride}" for name, stride in zip(levels.names, levels.strides, strict=True)]
 
     over_all = np.max(levels.objectness, axis=0)
-    pictures += [heatmap(each, image, 1.0) for each in (over_all, *levels.objectness)]
+    panels += [heatmap(each, image, 1.0) for each in (over_all, *levels.objectness)]
     titles += ["objectness", *(f"up to {each.max():.2f}" for each in levels.objectness)]
 
     kinds = {"matched anchors": levels.matched, "best proposals": levels.proposed, "RoIs": levels.pooled}
@@ -134,12 +134,12 @@ def draw_pyramid(levels: PyramidInspection, batch: Batch, side: int = SIDE) -> R
         boxes = np.concatenate(per_level) * zoom
         colors = np.repeat(LEVEL_COLORS[: len(per_level)], [len(each) for each in per_level], axis=0)
         starts = np.cumsum([len(each) for each in per_level])[:-1]
-        pictures.append(outline_boxes(image, boxes, colors))
-        pictures += [
+        panels.append(outline_boxes(image, boxes, colors))
+        panels += [
             outline_boxes(image, *part) for part in zip(np.split(boxes, starts), np.split(colors, starts), strict=True)
         ]
         titles += [f"{sum(map(len, per_level))} {title}", *(str(len(each)) for each in per_level)]
-    return arrange(pictures, titles, columns=1 + len(levels.names))
+    return make_grid(panels, titles, columns=1 + len(levels.names))
 
 
 def heatmap(values: NDArray[np.float32], under: RGBImage, top: float | None = None) -> RGBImage:
@@ -158,9 +158,9 @@ def heatmap(values: NDArray[np.float32], under: RGBImage, top: float | None = No
     return (0.8 * colors + 0.2 * gray).astype(np.uint8)
 
 
-def outline_boxes(picture: RGBImage, boxes: NDArray, colors: NDArray, brightness: float = 0.45) -> RGBImage:
+def outline_boxes(panel: RGBImage, boxes: NDArray, colors: NDArray, brightness: float = 0.45) -> RGBImage:
     """Outline boxes [n, 4] (px of the image) in colors [n, 3] on a dimmed image."""
-    canvas = Image.fromarray((picture * brightness).astype(np.uint8))
+    canvas = Image.fromarray((panel * brightness).astype(np.uint8))
     drawing = ImageDraw.Draw(canvas)
     for (x1, y1, x2, y2), color in zip(boxes.tolist(), colors.tolist(), strict=True):
         drawing.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=tuple(color))

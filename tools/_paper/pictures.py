@@ -12,7 +12,7 @@ from PIL import Image
 from _paper.rows import Row
 from fpn_det.composition import compose
 from fpn_det.runs.checkpoint import fill_model, load_checkpoint
-from fpn_det.visualization.panels import GREY, RGBImage, arrange, scaled_to, to_rgb
+from fpn_det.visualization.panels import GREY, RGBImage, make_grid, resize_longer_side, to_rgb
 from fpn_det.visualization.pyramid_panels import heatmap, inspect_pyramid
 
 SIDE = 150  # px of each map
@@ -30,7 +30,7 @@ def draw_pyramids(rows: Sequence[Row], data: Path, folder: Path, file: Path) -> 
         fill_model(model, load_checkpoint(checkpoint), str(checkpoint))
         (batch,) = settings.single_images(annotations, [IMAGE], model.stride, torch.device("cpu"))
         levels = inspect_pyramid(model, batch)
-        image = scaled_to(to_rgb(batch.pixels[0]), SIDE)
+        image = resize_longer_side(to_rgb(batch.pixels[0]), SIDE)
         maps.append(
             {stride: heatmap(values, image) for stride, values in zip(levels.strides, levels.features, strict=True)}
         )
@@ -40,4 +40,4 @@ def draw_pyramids(rows: Sequence[Row], data: Path, folder: Path, file: Path) -> 
     for row, of_stride in zip(rows, maps, strict=True):
         pictures += [image, *(of_stride.get(stride, nothing) for stride in strides)]
         titles += [row.title.split(":")[0], *(f"stride {stride}" if stride in of_stride else "" for stride in strides)]
-    Image.fromarray(arrange(pictures, titles, columns=1 + len(strides))).save(file, quality=88)
+    Image.fromarray(make_grid(pictures, titles, columns=1 + len(strides))).save(file, quality=88)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,10 @@ class ExtraLevels(nn.Module):
 
 def upsample(coarser: Tensor, finer: Tensor, method: str = "nearest") -> Tensor:
     """The coarser map upsampled to the size of the finer one, in its own dtype; autocast would return float32."""
-    with torch.autocast(coarser.device.type, enabled=False):
+    device = coarser.device.type
+    # the meta device, on which shapes are computed, has no autocast
+    casting = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with casting:
         return F.interpolate(coarser, size=finer.shape[-2:], mode=method)
 
 
