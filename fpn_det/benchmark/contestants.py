@@ -132,7 +132,7 @@ class Ours(Contestant):
 
     @staticmethod
     def _leaves(pyramid: Pyramid) -> Pyramid:
-        """The same maps as leaves of the graph, without the table of cells that the pyramid may have cached."""
+        """Copies of the maps as leaves of the graph, without the table of cells that the pyramid may have cached."""
         levels = [level.detach().requires_grad_() for level in pyramid.levels]
         return Pyramid(levels, pyramid.strides, pyramid.sizes)
 

@@ -58,7 +58,7 @@ class LoadReport:
     loaded: tuple[str, ...]
     copied: tuple[str, ...]  # classes whose rows of the last layer were copied
     replaced: tuple[str, ...]  # tensors that keep their initial values except for copied rows
-    fresh_classes: tuple[str, ...]  # classes that the file does not have
+    new_classes: tuple[str, ...]  # classes that the file does not have
     dropped: dict[str, str]
     remarks: tuple[str, ...]
     share: float  # share of the model's parameters that came from the file
@@ -70,7 +70,7 @@ class LoadReport:
             rows.append(("replaced", f"{', '.join(self.replaced)}: other classes"))
             rows.append(("copied", f"{len(self.copied)} classes by name: {_some(self.copied)}"))
             rows.append(
-                ("fresh", f"{len(self.fresh_classes)} classes that the file does not have: {_some(self.fresh_classes)}")
+                ("new", f"{len(self.new_classes)} classes that the file does not have: {_some(self.new_classes)}")
             )
         reasons: dict[str, list[str]] = {}
         for key, reason in self.dropped.items():
@@ -183,7 +183,7 @@ def load_weights(
         loaded=loaded,
         copied=tuple(wanted[row] for row, _ in rows),
         replaced=replaced,
-        fresh_classes=tuple(name for name in wanted if replaced and name not in (weights.class_names or ())),
+        new_classes=tuple(name for name in wanted if replaced and name not in (weights.class_names or ())),
         dropped=dropped,
         remarks=tuple(remarks),
         share=share,

@@ -54,7 +54,7 @@ def test_rows_of_other_classes_are_copied_by_name(make_detector: Maker, weights:
         )
         assert torch.equal(loaded[name], expected)
     assert torch.equal(loaded["backbone.conv1.weight"], weights.state["backbone.conv1.weight"])
-    assert report.copied == ("triangle", "square") and report.fresh_classes == ("ellipse", "cross")
+    assert report.copied == ("triangle", "square") and report.new_classes == ("ellipse", "cross")
     assert "copied    2 classes by name: triangle, square" in report.table()
     assert f"replaced  {LOGITS}.weight, {LOGITS}.bias, {DELTAS}.weight, {DELTAS}.bias: other classes" in report.table()
 
@@ -63,7 +63,7 @@ def test_the_same_classes_in_another_order_are_permuted(make_detector: Maker, we
     model = make_detector()
     report = load_weights(model, weights, ("triangle", "square", "disk"))
     assert torch.equal(model.state_dict()[f"{LOGITS}.bias"], weights.state[f"{LOGITS}.bias"][[2, 0, 1, 3]])
-    assert report.fresh_classes == ()
+    assert report.new_classes == ()
 
 
 def test_one_set_of_deltas_for_all_classes_is_kept(make_detector: Maker):
@@ -137,7 +137,7 @@ def test_a_file_of_any_project_can_be_the_start_for_other_classes(tmp_path: Path
     torch.save(convert(source.state_dict(), "fpn_det", "torchvision").state, tmp_path / "coco.pth")
     model = make_detector(num_classes=2)
     report = load_weights(model, tmp_path / "coco.pth", ("zebra", "unicorn"))
-    assert (report.copied, report.fresh_classes, report.project) == (("zebra",), ("unicorn",), "torchvision")
+    assert (report.copied, report.new_classes, report.project) == (("zebra",), ("unicorn",), "torchvision")
     zebra = 24 - 1
     assert torch.equal(model.state_dict()[f"{LOGITS}.weight"][0], source.state_dict()[f"{LOGITS}.weight"][zebra])
 
