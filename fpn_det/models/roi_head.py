@@ -150,7 +150,8 @@ class ROIHead(nn.Module):
     def _predict(self, pyramid: Pyramid, boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits [B, R, K + 1] and deltas [B, R, K or 1, 4] of boxes [B, R, 4]; at least those `valid` [B, R]."""
         pooled = self.pooler(pyramid, boxes)
-        if self.box_head.mixes_boxes:  # batch statistics must not include unused slots: one more host read
+        if self.box_head.mixes_boxes and self.box_head.training:
+            # batch statistics must not include unused slots; selecting the others is a host read
             (used,) = torch.where(valid.flatten())
             features = pooled.new_zeros(len(pooled), self.box_head.width)
             features = features.index_put((used,), self.box_head(pooled[used]).to(features.dtype))

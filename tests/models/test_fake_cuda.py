@@ -14,7 +14,11 @@ import torch
 from test_detector import make_batch
 from tiny import TINY
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -26,6 +30,7 @@ from fpn_det.structures import Proposals, _map_tensors
 from fpn_det.training import ema
 from fpn_det.training.optimization import Optimization
 
+CONV_HEAD = "model.roi_head.box_head._target_=fpn_det.models.box_heads.ConvHead"
 MODELS = [
     "neck=fpn",
     "neck=bottom_up",
@@ -39,6 +44,7 @@ MODELS = [
     "neck=fpn model.neck.upsampling=bilinear model.neck.merge=average",
     "model.roi_head=null evaluation=proposals trainer.best_metric=AR1000",
     "model.rpn.head.num_convs=2",
+    f"{CONV_HEAD} model.roi_head.box_head.norm=group",
 ]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MATRIX_PRODUCTS = ("convolution", "mm", "addmm", "bmm")
@@ -53,6 +59,7 @@ class DeviceWatch(TorchDispatchMode):
         self.between_devices: list[str] = []
         self.matrix_dtypes: set[torch.dtype] = set()
         self.upsampling_dtypes: set[torch.dtype] = set()
+        self.channels_last: bool | None = None  # memory format of the first convolution's input
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -68,6 +75,8 @@ class DeviceWatch(TorchDispatchMode):
                 self.between_devices.append(name)
         if name in MATRIX_PRODUCTS:
             self.matrix_dtypes.add(results[0].dtype)
+        if name == "convolution" and self.channels_last is None:
+            self.channels_last = args[0].is_contiguous(memory_format=torch.channels_last)
         if name in UPSAMPLINGS:
             self.upsampling_dtypes.add(results[0].dtype)
         return result
@@ -101,10 +110,21 @@ def test_losses_and_detections_stay_on_the_device(words: str):
                 detections = model.eval().detect(batch)
             assert not watch.between_devices
             assert watch.matrix_dtypes == {dtype} and watch.upsampling_dtypes <= {dtype}
+            assert watch.channels_last == (dtype != torch.float32)
             for value in losses.terms.values():
                 assert value.device.type == "cuda" and value.dtype == torch.float32 and value.requires_grad
             assert detections.boxes.device.type == "cuda"
             assert detections.boxes.dtype == detections.scores.dtype == torch.float32
+
+
+def test_detection_with_batch_norm_in_the_box_head_stays_on_the_device():
+    with FakeTensorMode():
+        _, model, batch = build(f"{CONV_HEAD} model.roi_head.box_head.norm=batch")
+        with DeviceWatch() as watch:
+            model.eval().detect(batch)
+        assert not watch.between_devices
+        with pytest.raises(DynamicOutputShapeException):  # statistics of the boxes in use are one host read in training
+            model.train()(batch, 0)
 
 
 def test_a_model_without_an_rpn_stays_on_the_device():
