@@ -19,6 +19,7 @@ from fpn_det.inference.predictor import ImageInput, Prediction, Predictor
 from fpn_det.interop import loading
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
+from fpn_det.models.weights import refuse_nonfinite_weights
 from fpn_det.pretrained import settings_for
 from fpn_det.runs import bad_files
 from fpn_det.runs.checkpoint import fill_model, find_checkpoint, run_folder_of
@@ -79,6 +80,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
         annotations = config.data.read_split(config.split, state["class_names"], config.seed)
         model = config.build_model(annotations.num_classes)
         weights = fill_model(model, state, str(path), config.weights)
+        refuse_nonfinite_weights(model.state_dict(), str(path))
         model.to(device)
         with RunLog(folder, ranks) as log:
             skipped = bad_files.BadFiles(folder, len(annotations), config.data.max_bad_fraction, log.info)

@@ -12,6 +12,8 @@ import pytest
 import yaml
 from tiny import ROOT, TINY
 
+from fpn_det.runs.checkpoint import load_checkpoint, save_checkpoint
+
 
 def read(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
@@ -52,6 +54,13 @@ def test_train_then_eval_then_train_again_with_the_same_settings(run_tool, shape
     )
     assert other.returncode == 0, other.stderr
     assert read(run / "eval" / "last_test")["weights"] == "raw"
+
+    state = load_checkpoint(run / "checkpoints" / "last.pt")
+    state["model"]["backbone.conv1.weight"][:] = float("nan")
+    save_checkpoint(tmp_path / "broken.pt", state)
+    broken = run_tool("eval.py", "checkpoint=broken.pt", "weights=raw")
+    assert broken.returncode == 2
+    assert "broken.pt: expected finite weights, got NaN or infinity in backbone.conv1.weight." in broken.stderr
 
     again = run_tool("train.py", "run=runs/demo", "run_dir=again", "trainer.ema=null", "trainer.max_steps=1")
     assert again.returncode == 0, again.stderr
