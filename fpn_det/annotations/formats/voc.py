@@ -199,7 +199,7 @@ def _parse(path: Path, raw: RawDataset) -> ElementTree.Element | None:
             element = ElementTree.fromstring(text)
         else:
             element = ElementTree.fromstring(content)
-        if element.tag != "annotation":
+        if element.tag != "annotation" and all(element.find(tag) is None for tag in ("object", "size", "filename")):
             raise ValueError(f"the element <{element.tag[:40]}>")
     except (ElementTree.ParseError, ValueError, LookupError, RecursionError, MemoryError) as error:
         reason = str(error).removeprefix(f"{path}: ") or type(error).__name__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,12 @@ def load(source: Path, folder: Path | None, split: str) -> RawDataset:
     raw = RawDataset(file, base, [], [], [], image_list)
     raw.categories.extend({"id": number, "name": name} for number, name in enumerate(description.class_names))
     listings = FolderListings()
-    shared = _images_of_shared_labels(files, listings)
+    label_file_of = {path: _label_file(path, listings) for path in files}
+    shared = _shared_label_files(label_file_of, listings)
     labeled: list[tuple[Record, str, list[list[float]]]] = []
     num_label_files = 0
     for path in files:
-        labels = _label_file(path, listings)
+        labels = label_file_of[path]
         if labels in shared:
             names = ", ".join(sorted(shared[labels]))
             message = f"expected a label file of its own, got {labels.name} for {names}; left out. Rename one of them"
@@ -82,10 +83,10 @@ def load(source: Path, folder: Path | None, split: str) -> RawDataset:
             name = os.path.relpath(os.path.abspath(path), base).replace(os.sep, "/")
             labeled.append((raw.add_image(name, image_size(path)), labels.name, rows))
     if not num_label_files:
-        message = f"expected label files such as {_label_file(files[0], listings)}, got none for {len(files)} image(s)"
+        message = f"expected label files such as {label_file_of[files[0]]}, got none for {len(files)} image(s)"
         raw.findings.append(Finding("no_label_files", message, "warning"))
     _add_objects(labeled, description, raw)
-    _report_labels_without_image(files, listings, raw)
+    _report_labels_without_image(label_file_of, listings, raw)
     return raw
 
 
@@ -250,18 +251,12 @@ def _with_text_suffix(folder: Path, stem: str, listings: FolderListings) -> Path
     return folder / next((name for name in names if name.lower().endswith(".txt")), f"{stem}.txt")
 
 
-def _images_of_shared_labels(files: Sequence[Path], listings: FolderListings) -> dict[Path, set[str]]:
+def _shared_label_files(label_file_of: Mapping[Path, Path], listings: FolderListings) -> dict[Path, set[str]]:
     """Label files that belong to several images whose names differ by their ending only, and the names of these."""
     names_of: dict[Path, set[str]] = {}
-    for path in files:
-        names_of.setdefault(path.with_suffix(""), set()).add(path.name)
-    shared = {}
-    for stem, names in names_of.items():
-        if len(names) > 1:
-            labels = _label_file(stem.with_name(min(names)), listings)
-            if listings.has(str(labels)):
-                shared[labels] = names
-    return shared
+    for image, labels in label_file_of.items():
+        names_of.setdefault(labels, set()).add(image.name)
+    return {labels: names for labels, names in names_of.items() if len(names) > 1 and listings.has(str(labels))}
 
 
 def _read_labels(labels: Path, raw: RawDataset) -> list[list[float]] | None:
@@ -337,10 +332,10 @@ def _may_be_keypoints(rows: list[list[float]]) -> bool:
     )
 
 
-def _report_labels_without_image(files: Sequence[Path], listings: FolderListings, raw: RawDataset) -> None:
+def _report_labels_without_image(label_file_of: Mapping[Path, Path], listings: FolderListings, raw: RawDataset) -> None:
     """Report label files whose image does not exist or has an ending that is not read; other splits may own the rest."""
-    known = {_label_file(file, listings) for file in files}
-    image_folder_of = {_label_file(file, listings).parent: file.parent for file in files}
+    known = set(label_file_of.values())
+    image_folder_of = {labels.parent: image.parent for image, labels in label_file_of.items()}
     for folder in sorted(image_folder_of):
         for name in sorted(listings.names(folder)):
             path = folder / name
