@@ -90,7 +90,7 @@ def docstring(command: str) -> str:
 
 def command_help(command: str) -> str:
     """The help of one command."""
-    parts = [docstring(command)]
+    parts = [_wrapped(paragraph) for paragraph in docstring(command).split("\n\n")]
     if command in ("train", "check-data", "show-data"):
         parts.append("Experiments (`fpn-det experiments` lists all):\n" + format_rows(_main_experiments()))
         parts.append("Groups of settings:\n" + format_rows((f"{group}=", _options(group)) for group in GROUP_CHOICES))
@@ -100,8 +100,19 @@ def command_help(command: str) -> str:
         parts.append(
             "Settings that are changed most often, with their defaults:\n" + format_rows(_settings(COMPOSED[command]))
         )
-        parts.append("`fpn-det settings [word]` lists all settings; --cfg job prints them with their values.")
+        parts.append(_wrapped("`fpn-det settings [word]` lists all settings; --cfg job prints them with their values."))
     return "\n\n".join(parts)
+
+
+def _width() -> int:
+    return max(60, min(120, shutil.get_terminal_size((100, 24)).columns)) - 1
+
+
+def _wrapped(paragraph: str) -> str:
+    """Prose at the width of the terminal; examples keep their lines."""
+    if "\n  " in paragraph:
+        return paragraph
+    return textwrap.fill(paragraph, _width(), break_long_words=False, break_on_hyphens=False)
 
 
 def _main_experiments() -> Iterable[tuple[str, str]]:
@@ -130,7 +141,7 @@ def _settings(names: Iterable[str]) -> Iterable[tuple[str, str]]:
 
 def format_rows(rows: Iterable[tuple[str, str]]) -> str:
     """Two columns; a long left side gets a line of its own."""
-    width = max(60, min(120, shutil.get_terminal_size((100, 24)).columns)) - 1
+    width = _width()
     left = 34
     lines = []
     for name, text in rows:
