@@ -1,16 +1,14 @@
-"""Numbers and ids as annotation files write them: JSON values, and the same as strings."""
+"""Numbers and ids as annotation files write them: JSON values, and the same as strings.
+
+int() and float() also accept underscores and digits of other scripts in strings; these functions do not.
+"""
 
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 MAX_NUMBER = 1e100  # larger values have no meaning in px and overflow when multiplied
-
-# Stricter than int() and float(), which also accept underscores and digits of other scripts.
-INTEGER = re.compile(r"\s*[+-]?[0-9]{1,19}\s*")
-NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
 
 
 def parse_id(value: Any) -> int | str | None:
@@ -18,11 +16,15 @@ def parse_id(value: Any) -> int | str | None:
     if type(value) is int:  # most ids of a file
         return value if abs(value) < 2**63 else None
     if isinstance(value, str):
-        if not INTEGER.fullmatch(value):
+        if "_" in value or not value.isascii():
             return value.strip() or None
-        value = int(value)
-    number = int(value) if isinstance(value, float) and value.is_integer() else value
-    return number if type(number) is int and abs(number) < 2**63 else None
+        try:
+            return parse_id(int(value))
+        except ValueError:
+            return value.strip() or None
+    if isinstance(value, float) and value.is_integer():
+        return parse_id(int(value))
+    return None
 
 
 def parse_pixels(value: Any) -> int:
@@ -33,10 +35,13 @@ def parse_pixels(value: Any) -> int:
 
 def parse_number(value: Any) -> float:
     """Return a number, also from a string; NaN for anything else and for values beyond MAX_NUMBER."""
+    if isinstance(value, str):
+        if "_" in value or not value.isascii():
+            return math.nan
+        try:
+            value = float(value)
+        except ValueError:
+            return math.nan
     if type(value) is float:  # most values of a file
         return value if abs(value) < MAX_NUMBER else math.nan
-    if isinstance(value, str):
-        if not NUMBER.fullmatch(value):
-            return math.nan
-        value = float(value)
     return float(value) if isinstance(value, (int, float)) and abs(value) < MAX_NUMBER else math.nan
