@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import signal
 import socket
@@ -41,7 +42,11 @@ def spawn(work, folder: Path, timeout_minutes: float = 1) -> list[dict]:
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(_join, (work, folder, port, timeout_minutes), nprocs=2, start_method="fork")
+    # not forked from this process: its other tests may have started threads of autograd, which do not survive a fork
+    multiprocessing.set_forkserver_preload(["torch", "fpn_det.training.trainer"])
+    torch.multiprocessing.start_processes(
+        _join, (work, folder, port, timeout_minutes), nprocs=2, start_method="forkserver"
+    )
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
