@@ -206,7 +206,16 @@ def _imagenet_state(depth: int) -> dict[str, Tensor]:
 
 def _file_state(depth: int, path: Path) -> dict[str, Tensor]:
     check_file(depth, path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of any kind: a damaged file may raise anything
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:150]
+        raise ValueError(
+            f"ResNet({depth}): expected a state dict in {path}, got a damaged or foreign file ({reason}). Give another file."
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"ResNet({depth}): expected a state dict in {path}, got other content. Give another file.")
+    return state
 
 
 def check_file(depth: int, path: Path) -> None:

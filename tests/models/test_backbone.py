@@ -106,3 +106,18 @@ def test_a_backbone_that_ends_early_takes_the_weights_of_the_whole(tmp_path: Pat
     for mine, theirs in zip(model.train()(images), expected[:3], strict=True):
         assert_close(mine, theirs, 1e-5)
     assert "layer4" not in "".join(model.state_dict())
+
+
+@pytest.mark.parametrize("content", ["torn", "foreign", "a list"])
+def test_a_damaged_file_of_weights_is_refused_in_a_sentence(tmp_path: Path, content: str):
+    path = tmp_path / "weights.pth"
+    if content == "a list":
+        torch.save([torch.zeros(1)], path)
+    elif content == "torn":
+        torch.save(torchvision.models.resnet18().state_dict(), path)
+        path.write_bytes(path.read_bytes()[:100_000])
+    else:
+        path.write_bytes(bytes(range(256)) * 20)
+    with pytest.raises(ValueError, match=r"^ResNet\(18\): expected a state dict in .*weights.pth, got") as refusal:
+        ResNet(18, str(path)).load_pretrained()
+    assert "\n" not in str(refusal.value)
