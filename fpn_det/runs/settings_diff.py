@@ -8,6 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from fpn_det.migration import migrate
 from fpn_det.safe_yaml import load_yaml
 
 # Settings, or groups of settings, that change neither weights nor metrics.
@@ -32,7 +33,7 @@ def flatten(tree: Any, where: str = "") -> Flat:
 
 
 def read_settings(text: str, where: str = "config.yaml") -> Flat:
-    """Parse a saved `config.yaml` to settings by dotted names.
+    """Parse a saved `config.yaml` to settings by dotted names, in those of this version.
 
     Raises:
         ValueError: the text is not a mapping in plain YAML.
@@ -40,8 +41,9 @@ def read_settings(text: str, where: str = "config.yaml") -> Flat:
     tree = load_yaml(text, where)
     if tree is None:
         return flatten({})
-    if not isinstance(tree, Mapping):
+    if not isinstance(tree, dict):
         raise ValueError(f"{where}: expected settings by name, got {type(tree).__name__}.")
+    migrate(tree)
     return flatten(tree)
 
 

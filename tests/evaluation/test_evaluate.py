@@ -165,9 +165,11 @@ def test_evaluate_on_two_ranks_equals_one_process():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    fork = multiprocessing.get_context("fork")  # avoids two imports of torch
-    answers = fork.Queue()
-    processes = [fork.Process(target=work, args=(rank, port, answers), daemon=True) for rank in range(2)]
+    # not forked from this process, whose threads do not survive a fork
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    answers = context.Queue()
+    processes = [context.Process(target=work, args=(rank, port, answers), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
     results = sorted(answers.get(timeout=60) for _ in processes)

@@ -84,3 +84,11 @@ def test_results_are_written_and_shown(root):
     screen = Console(width=100, record=True, quiet=False, file=(root / "screen.txt").open("w"))
     screen.print(runs_table(names + [f"s{k}" for k in range(9)], [row + ["x"] * 9 for row in rows]))
     assert "and 2 more settings differ" in screen.export_text()
+
+
+def test_settings_of_older_versions_are_compared_by_their_present_names():
+    old = "model: {neck: {_target_: fpn_det.models.neck.FPN, extra_level: true}, roi_head: {score_threshold: 0.1}}"
+    settings = read_settings(old)
+    assert settings["model.neck._target_"] == "fpn_det.models.necks.fpn.FPN"
+    assert settings["model.neck.extra_levels"] == 1
+    assert settings["model.roi_head.test_filter.score_threshold"] == 0.1
