@@ -1,4 +1,4 @@
-"""From a command line to typed settings. The only file of the package that uses Hydra.
+"""From a command line to typed settings. Of the package, only this file and `cli/launch` use Hydra.
 
 Hydra composes the YAML files of configs/ that the command line selects. What follows is ours: the tree is completed with
 the declared defaults, the values of the command line are set in it, and it is fitted to a config class (see `schema`),

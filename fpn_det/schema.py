@@ -74,7 +74,7 @@ def fit(value: Any, hint: Any, where: str, packages: Sequence[str]) -> Any:
         ValueError: a name is unknown or a value has another type, with the nearest name or what was expected.
     """
     origin, arguments = get_origin(hint), get_args(hint)
-    if isinstance(value, Mapping) and "_target_" in value:
+    if _is_node(value):
         return _fit_node(value, hint, where, packages)
     if origin is Annotated:
         fitted, limits = fit(value, arguments[0], where, packages), arguments[1]
@@ -196,7 +196,7 @@ def complete(value: Any, hint: Any, packages: Sequence[str]) -> Any:
 
     Nothing is checked or converted: that is the work of `fit`, after overrides have been applied.
     """
-    if isinstance(value, Mapping) and "_target_" in value:
+    if _is_node(value):
         return _complete_node(value, packages)
     record = next((item for item in (hint, *get_args(hint)) if dataclasses.is_dataclass(item)), None)
     if isinstance(value, Mapping) and record is not None:
@@ -286,7 +286,7 @@ def build(node: Any, where: str) -> Any:
     Raises:
         ValueError: it names no class, or the class refuses its arguments.
     """
-    if not isinstance(node, Mapping) or "_target_" not in node:
+    if not _is_node(node):
         raise ValueError(f"{where}: expected a class by name (_target_), got none.")
     module, _, name = node["_target_"].rpartition(".")
     target = getattr(importlib.import_module(module), name)

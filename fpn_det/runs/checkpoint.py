@@ -183,13 +183,13 @@ def load_on_all_ranks(load: Callable[[], State | None]) -> State | None:
             own[0] = load()
         except ValueError:  # a damaged copy; that of rank 0 is whole
             own[0] = None
-    if host_all_reduce_min(int(_fingerprint(own[0]) == expected)):
+    if host_all_reduce_min(int(ranks.is_main or _fingerprint(own[0]) == expected)):
         return own[0]
     return broadcast_object(own[0])
 
 
 def _fingerprint(state: State | None) -> tuple[int, int] | None:
-    """The step of a checkpoint and a check sum of its weights."""
+    """The step of a checkpoint and a checksum of its weights."""
     if state is None:
         return None
     checksum = 0
