@@ -303,6 +303,42 @@ class Detections:
 
 
 @dataclass(frozen=True)
+class ScoreThresholds:
+    """Scores in [0, 1] from which detections are shown and counted: those of the best F1 of an evaluation.
+
+    Attributes:
+        overall: one score for all classes.
+        classes: score by class name. A class without hits has none; `overall` applies to it.
+    """
+
+    overall: float
+    classes: dict[str, float]
+
+    def of(self, class_names: Sequence[str]) -> list[float]:
+        """Return the score of each class."""
+        return [self.classes.get(name, self.overall) for name in class_names]
+
+    @classmethod
+    def read(cls, plain: Any, where: str) -> ScoreThresholds | None:
+        """Return the thresholds that a file holds as plain values: a dict with `overall` and `classes`, or None.
+
+        Raises:
+            ValueError: something else.
+        """
+        if plain is None:
+            return None
+        overall: Any = plain.get("overall") if isinstance(plain, dict) else None
+        classes: Any = plain.get("classes") if isinstance(plain, dict) else None
+        scores: list[Any] = [overall, *classes.values()] if isinstance(classes, dict) else [None]
+        if not all(type(score) in (int, float) and 0 <= score <= 1 for score in scores):
+            raise ValueError(
+                f"{where}: expected score_thresholds with overall and classes in [0, 1], got {plain!r:.80}. "
+                "Set score=<number>."
+            )
+        return cls(float(overall), {str(name): float(score) for name, score in classes.items()})
+
+
+@dataclass(frozen=True)
 class Losses:
     """Scalar terms by name, whose sum is minimized, and statistics by name, which are logged only."""
 

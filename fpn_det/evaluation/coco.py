@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from fpn_det.evaluation.best_f1 import OperatingPoint, as_thresholds, best_points
 from fpn_det.evaluation.config import EvaluationConfig
 from fpn_det.evaluation.detection_table import DetectionTable
 from fpn_det.evaluation.engines import choose_engine, describe_engine, precision_and_recall, recall_of_proposals
-from fpn_det.structures import Annotations
+from fpn_det.evaluation.matching import match_detections
+from fpn_det.structures import Annotations, ScoreThresholds
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Evaluation:
     metrics: dict[str, float | None]  # by the names of EvaluationConfig.metric_names
     per_class: dict[
         str, dict[str, float | None]
-    ]  # class name -> AP, AP50, AR, objects, detections; empty for proposals
+    ]  # class name -> AP, AP50, AR, F1 and its score, precision, recall; objects, detections. Empty for proposals
     num_images: int
     max_detections: int  # per image
     capped_images: int  # images that have as many
@@ -29,6 +31,9 @@ class Evaluation:
     seconds: float = 0.0  # duration of detection and scoring
     diagnosis: tuple[str, ...] = ()  # causes of an AP of about 0
     engine: str = ""  # library and version that matched the boxes
+    match_iou: float = 0.5  # IoU from which a detection is a hit, for the two below
+    best_f1: OperatingPoint | None = None  # of all classes with one score; None without hits, and for proposals
+    score_thresholds: ScoreThresholds | None = None  # of the best F1; None where `best_f1` is
 
     def remarks(self) -> list[str]:
         """Return sentences about what limits the meaning of the metrics."""
@@ -84,17 +89,37 @@ def score(
     evaluated = np.isin(annotations.image_of_boxes.numpy(), images) & ~annotations.iscrowd.numpy()
     num_objects = np.bincount(annotations.labels.numpy()[evaluated], minlength=num_classes)
     num_detections = np.bincount(detections.labels, minlength=num_classes)
+    matches = match_detections(annotations, detections, images, config, np.array([config.match_iou]))
+    best_f1, points = best_points(matches)
     per_class = {
         name: {
             "AP": _mean(precision[:, :, k, 0, -1]),
             "AP50": _mean(precision[0, :, k, 0, -1]),
             "AR": _mean(recall[:, k, 0, -1]),
+            **_at_best_f1(point),
             "objects": int(num_objects[k]),
             "detections": int(num_detections[k]),
         }
-        for k, name in enumerate(annotations.class_names)
+        for k, (name, point) in enumerate(zip(annotations.class_names, points, strict=True))
     }
-    return Evaluation(metrics, per_class, len(images), max_detections, capped_images, detections, engine=engine)
+    return Evaluation(
+        metrics,
+        per_class,
+        len(images),
+        max_detections,
+        capped_images,
+        detections,
+        engine=engine,
+        match_iou=config.match_iou,
+        best_f1=best_f1,
+        score_thresholds=as_thresholds(best_f1, points, annotations.class_names),
+    )
+
+
+def _at_best_f1(point: OperatingPoint | None) -> dict[str, float | None]:
+    if point is None:
+        return dict.fromkeys(("F1", "score", "precision", "recall"))
+    return {"F1": point.f1, "score": point.score, "precision": point.precision, "recall": point.recall}
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:

@@ -19,6 +19,8 @@ class EvaluationConfig:
     )
     # detections: AP and AR per class; proposals: class-agnostic AR
     target: Literal["detections", "proposals"] = "detections"
+    # IoU from which a detection is a hit wherever detections are counted: best F1, confusion matrix, error types
+    match_iou: float = 0.5
     # library that matches boxes; both give equal numbers. auto: hotcoco (extra `fast-eval`) if installed
     engine: Literal["auto", "pycocotools", "hotcoco"] = "auto"
 
@@ -28,6 +30,8 @@ class EvaluationConfig:
             raise ValueError(
                 f"evaluation.max_dets: expected growing numbers from 1, got {limits}. COCO's are [1, 10, 100]."
             )
+        if not 0 < self.match_iou < 1:
+            raise ValueError(f"evaluation.match_iou: expected a number between 0 and 1, got {self.match_iou}. Try 0.5.")
         for name, bounds in self.area_ranges.items():
             if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1]:
                 raise ValueError(

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Literal
 
@@ -215,6 +215,7 @@ def write_evaluation(
         "weights": weights,
         "num_images": evaluation.num_images,
         "engine": evaluation.engine,
+        "score_thresholds": evaluation.score_thresholds and asdict(evaluation.score_thresholds),
         "per_class": evaluation.per_class,
     }
     with replaced(folder / "predictions.json") as file:

@@ -11,6 +11,7 @@ Content of a checkpoint:
     rng                                                 the seed, from which and the step all random draws follow
     class_names, category_ids, preprocessing, config    metadata of the weights; config is YAML text
     data_digests                                        `Annotations.digest()` by split
+    score_thresholds                                    `ScoreThresholds` of the last evaluation as a dict; None without one
 """
 
 from __future__ import annotations

@@ -155,6 +155,12 @@ class RunLog:
         self.info(f"evaluation at step {step}: {evaluation.num_images} images in {evaluation.seconds:.1f} s{loss}")
         self.show(metrics_table(evaluation))
         self.show(classes_table(evaluation))
+        if (best := evaluation.best_f1) is not None:
+            self.info(
+                f"best F1 {best.f1:.3f} with one score threshold {best.score:.3f} for all classes: precision "
+                f"{best.precision:.3f}, recall {best.recall:.3f}, from IoU {evaluation.match_iou:g} on. "
+                "Drawings and predictions use the threshold of each class, in the column score."
+            )
         for remark in evaluation.remarks():
             self.info(remark)
         classes = {f"val_class_AP/{name}": row["AP"] for name, row in evaluation.per_class.items()}
@@ -222,14 +228,15 @@ def metrics_table(evaluation: Evaluation) -> Columns:
 
 
 def classes_table(evaluation: Evaluation) -> Columns:
-    """Lay out one row per class, in as many columns as the width allows."""
+    """Lay out one row per class, in as many columns as the width allows. `score` is the threshold of the best F1."""
     rows = list(evaluation.per_class.items())
     tables = []
     for start in range(0, len(rows), CLASSES_PER_COLUMN):
-        table = _table("class", "objects", "AP", "AP50", "AR")
+        metrics = ("AP", "AP50", "AR", "F1", "score")
+        table = _table("class", "objects", *metrics)
         table.columns[0].justify = "left"
         for name, row in rows[start : start + CLASSES_PER_COLUMN]:
-            table.add_row(Text(name), str(row["objects"]), _metric(row["AP"]), _metric(row["AP50"]), _metric(row["AR"]))
+            table.add_row(Text(name), str(row["objects"]), *(_metric(row[metric]) for metric in metrics))
         tables.append(table)
     return Columns(tables)
 

@@ -35,6 +35,7 @@ from fpn_det.runtime import (
     seed_step,
     single_process,
 )
+from fpn_det.structures import ScoreThresholds
 from fpn_det.training import memory, nonfinite
 from fpn_det.training.config import TrainConfig
 from fpn_det.training.optimization import Optimization
@@ -59,6 +60,7 @@ class Trainer:
         first_step: the step after which training starts or continues.
         evaluated: the last step whose weights were evaluated.
         evaluation: the last evaluation; None before the first.
+        score_thresholds: of the last evaluation, also of the run's earlier life.
 
     Args:
         config: all settings of the run.
@@ -202,6 +204,7 @@ class Trainer:
         self.versions = versions()
         self.best = BestMetric(trainer.best_metric)
         self.evaluation: Evaluation | None = None
+        self.score_thresholds: ScoreThresholds | None = None
         self.first_step = self.evaluated = 0 if state is None else state["progress"]["step"]
         batch_size = self.train_loader.batch_size
         optimizer = self.recipe.build(self.model, batch_size)
@@ -237,6 +240,7 @@ class Trainer:
             )
         self.optimization.load(state)
         self.evaluated = state["progress"].get("evaluated", self.first_step)  # absent in the earliest checkpoints
+        self.score_thresholds = ScoreThresholds.read(state.get("score_thresholds"), "resume")
         if state["best"]["metric"] == self.best.metric:
             self.best = BestMetric(**state["best"])
         self.log.info(f"Resuming after step {self.first_step} of {self.total_steps}.")
@@ -369,6 +373,7 @@ class Trainer:
             self.optimization.dtype,
             with_losses=config.trainer.val_loss,
         )
+        self.score_thresholds = evaluation.score_thresholds
         weights: Literal["ema", "raw"] = "raw" if self.optimization.ema is None else "ema"
         checkpoint = f"step_{step:08d}.pt"
         run_on_main(
@@ -388,10 +393,11 @@ class Trainer:
     def log_figures(self, step: int, evaluation: Evaluation) -> None:
         """Draw a training batch, and validation images with ground truth and detections, for TensorBoard. Rank 0 only."""
         config, log = self.config, self.log
+        shown = evaluation.detections, evaluation.score_thresholds
         named = config.evaluation.target == "detections"
         for row in self.shown:
             name = f"val/{self.val_annotations.path(row).name}"
-            log.image(step, name, draw_comparison(self.val_annotations, evaluation.detections, row, named=named))
+            log.image(step, name, draw_comparison(self.val_annotations, *shown, row, named=named))
         batch = self.train_loader.rebuild(step)[0]
         log.image(step, "train/batch", draw_batch(batch, self.train_annotations.class_names))
         if self.model.rpn is None:
@@ -410,6 +416,7 @@ class Trainer:
             "schedule": _as_dict(self.optimization.schedule),
             "progress": {"step": step, "total_steps": self.total_steps, "evaluated": self.evaluated},
             "best": asdict(self.best),
+            "score_thresholds": self.score_thresholds and asdict(self.score_thresholds),
             "rng": {"seed": self.config.seed},
             **self.metadata,
         }

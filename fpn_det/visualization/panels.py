@@ -16,13 +16,14 @@ from torch import Tensor
 
 from fpn_det.evaluation.detection_table import DetectionTable
 from fpn_det.image_io import read_image
-from fpn_det.structures import Annotations, Batch
+from fpn_det.structures import Annotations, Batch, ScoreThresholds
 
 RGBImage = NDArray[np.uint8]
 
 SIDE = 480  # px, longer side of a panel; smaller images are enlarged so that labels are readable
 FONT_SIZE = 13  # px
 MAX_BOXES = 100  # drawn per image
+MIN_SCORE = 0.3  # of drawn detections where no evaluation has found a threshold
 GAP = 6  # px between panels
 GREY = (40, 40, 40)
 
@@ -35,15 +36,19 @@ def pick_images(annotations: Annotations, count: int) -> list[int]:
 
 
 def draw_comparison(
-    annotations: Annotations, detections: DetectionTable, row: int, min_score: float = 0.3, named: bool = True
+    annotations: Annotations,
+    detections: DetectionTable,
+    thresholds: ScoreThresholds | None,
+    row: int,
+    named: bool = True,
 ) -> RGBImage:
     """Draw an image with its ground truth (left) and its detections (right).
 
     Args:
         annotations: the ground truth.
         detections: in the original frame.
+        thresholds: detections below that of their class are not drawn; None is MIN_SCORE for all.
         row: image row of `annotations`.
-        min_score: detections below are not drawn.
         named: label detections with their class; False for proposals.
     """
     pixels, names = read_image(annotations.path(row)), annotations.class_names
@@ -54,14 +59,18 @@ def draw_comparison(
     ]
     truth = draw_boxes(pixels, annotations.boxes[objects].numpy(), labels, texts)
 
-    found = np.flatnonzero((detections.images == row) & (detections.scores >= min_score))[:MAX_BOXES]
+    thresholds = thresholds or ScoreThresholds(MIN_SCORE, {})
+    least = np.array(thresholds.of(names))[detections.labels]
+    found = np.flatnonzero((detections.images == row) & (detections.scores >= least))[:MAX_BOXES]
     labels = detections.labels[found].tolist()
     texts = [
         f"{names[label]} {score:.2f}" if named else f"{score:.2f}"
         for label, score in zip(labels, detections.scores[found], strict=True)
     ]
     detected = draw_boxes(pixels, detections.boxes[found], labels, texts)
-    return make_grid([truth, detected], [f"{len(crowd)} objects", f"{len(found)} detections, score >= {min_score:g}"])
+    return make_grid(
+        [truth, detected], [f"{len(crowd)} objects", f"{len(found)} detections, score >= {thresholds.overall:.2f}"]
+    )
 
 
 def draw_batch(batch: Batch, class_names: Sequence[str]) -> RGBImage:

@@ -130,7 +130,8 @@ def test_score_of_perfect_detections_is_one_for_any_ids():
     assert list(evaluation.metrics) == COCO_METRICS
     assert all(value == pytest.approx(1) for value in evaluation.metrics.values())
     assert evaluation.num_images == 3
-    assert evaluation.per_class["class0"] == {"AP": 1.0, "AP50": 1.0, "AR": 1.0, "objects": 2, "detections": 2}
+    best = {"F1": 1.0, "score": 1.0, "precision": 1.0, "recall": 1.0}
+    assert evaluation.per_class["class0"] == {"AP": 1.0, "AP50": 1.0, "AR": 1.0, **best, "objects": 2, "detections": 2}
 
 
 def test_score_of_half_the_objects_by_hand():
@@ -142,7 +143,8 @@ def test_score_of_half_the_objects_by_hand():
     assert evaluation.metrics["AP"] == evaluation.metrics["APm"] == pytest.approx(51 / 101)
     assert evaluation.metrics["AR1"] == evaluation.metrics["AR100"] == 0.5
     assert evaluation.metrics["APs"] is None and evaluation.metrics["APl"] is None
-    assert evaluation.per_class["class1"] == {"AP": None, "AP50": None, "AR": None, "objects": 0, "detections": 1}
+    undefined = dict.fromkeys(("AP", "AP50", "AR", "F1", "score", "precision", "recall"))
+    assert evaluation.per_class["class1"] == {**undefined, "objects": 0, "detections": 1}
     assert evaluation.remarks() == ["1 of 2 classes have no objects; the means exclude them."]
 
 

@@ -16,7 +16,7 @@ from fpn_det.runtime import Ranks
 
 def evaluation_of(ap: float | None, num_classes: int = 2) -> Evaluation:
     names = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
-    row = {"AP": ap, "AP50": 0.875, "AR": None, "objects": 3, "detections": 0}
+    row = {"AP": ap, "AP50": 0.875, "AR": None, "F1": 0.5, "score": 0.25, "objects": 3, "detections": 0}
     per_class = {f"[class] {k}": dict(row) for k in range(num_classes)}
     return Evaluation(
         dict.fromkeys(names, ap), per_class, 40, 100, 7, DetectionTable.join([]), {"detections/P2": 4.5}, 12.0

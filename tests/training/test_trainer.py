@@ -190,7 +190,7 @@ def test_run_leaves_what_it_promises(tmp_path):
     steps = [json.loads(line)["step"] for line in (run.folder.path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [4, 8, 12]
     keys = {"format", "model", "ema", "optimizer", "schedule", "scaler", "progress", "best", "rng", "class_names"}
-    keys |= {"category_ids", "preprocessing", "config", "versions", "data_digests"}
+    keys |= {"category_ids", "preprocessing", "config", "versions", "data_digests", "score_thresholds"}
     assert torch.load(run.folder.path / "checkpoints/last.pt", weights_only=True).keys() == keys
 
 

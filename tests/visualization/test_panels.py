@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from fpn_det.evaluation.detection_table import DetectionTable
-from fpn_det.structures import Annotations, Batch, Targets
+from fpn_det.structures import Annotations, Batch, ScoreThresholds, Targets
 from fpn_det.visualization.panels import GREY, SIDE, class_color, draw_batch, draw_boxes, draw_comparison, pick_images
 
 
@@ -77,14 +77,14 @@ def test_draw_comparison_has_truth_left_and_detections_right(annotations):
         np.array([0.8, 0.1, 0.9], np.float32),
         np.array([0, 1, 1]),
     )
-    left, right = np.split(draw_comparison(annotations, found, 3), [SIDE], axis=1)
+    left, right = np.split(draw_comparison(annotations, found, ScoreThresholds(0.5, {"cat": 0.4}), 3), [SIDE], axis=1)
     cat, dog = class_color(0), class_color(1)
     assert (left == dog).all(-1).any() and not (left == cat).all(-1).any()
     assert (right == cat).all(-1).any() and not (right == dog).all(-1).any()
 
 
 def test_draw_comparison_of_an_empty_image(annotations):
-    picture = draw_comparison(annotations, DetectionTable.join([]), 0)
+    picture = draw_comparison(annotations, DetectionTable.join([]), None, 0)
     assert picture.shape[1] == 2 * SIDE + 6
     assert (picture[-1, 0] == 0).all() and (picture[-1, SIDE + 2] == GREY).all()
 
