@@ -178,8 +178,16 @@ def _convert_matcher(matcher: Any) -> None:
             matcher["_target_"] = f"{CONVENTIONS}.UntouchedMatcher"
 
 
+def _convert_intervals(tree: Tree) -> None:
+    """Version 0.1: intervals were numbers of steps, with 0 for only at the end."""
+    trainer = tree.get("trainer")
+    for name in ("eval_every", "save_every", "log_every"):
+        if isinstance(trainer, dict) and type(steps := trainer.get(name)) is int:
+            trainer[name] = f"{steps} steps" if steps else None
+
+
 # Changes that are more than another name; each edits the tree in place and leaves a current tree as it is.
-CONVERSIONS: list[Callable[[Tree], None]] = [_convert_detector, _convert_rpn, _convert_roi_head]
+CONVERSIONS: list[Callable[[Tree], None]] = [_convert_detector, _convert_rpn, _convert_roi_head, _convert_intervals]
 
 
 def migrate(tree: Tree) -> None:

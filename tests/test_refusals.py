@@ -255,7 +255,7 @@ def test_a_good_command_line_passes():
             "set_aside=false",
             "schedule.warmup_factor=0.1",
             EARLY_STOP,
-            "trainer.eval_every=1",
+            "trainer.eval_every=1 step",
         ]
     )
     Trainer(config, Ranks(), CPU)

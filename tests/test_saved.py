@@ -28,6 +28,11 @@ def test_settings_of_an_old_run_load_and_build(file):
     assert config.model["neck"]["extra_levels"] == 1 and "extra_level" not in config.model["neck"]
 
 
+def test_intervals_of_older_versions_were_in_steps():
+    trainer = from_saved((OLD / "0.1.0.yaml").read_text()).trainer
+    assert (trainer.eval_every, trainer.save_every, trainer.log_every) == (None, "500 steps", "20 steps")
+
+
 def test_settings_of_now_lack_nothing():
     assert read_saved(compose(["experiment=demo", "~data.train_transforms.flip"]).to_yaml()).added == []
 

@@ -47,7 +47,7 @@ def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(run_tool, shapes_da
         f"data.num_workers={workers}",
         *settings,
     ]
-    straight = run_tool("train.py", *words, "run_dir=straight", "trainer.save_every=1", "trainer.keep_last=0")
+    straight = run_tool("train.py", *words, "run_dir=straight", "trainer.save_every=1 steps", "trainer.keep_last=0")
     assert straight.returncode == 0, straight.stderr
     resumed = run_tool("train.py", *words, "run_dir=resumed", "resume=straight/checkpoints/step_00000003.pt")
     assert resumed.returncode == 0, resumed.stderr
@@ -66,7 +66,7 @@ def test_torchrun_restarts_a_killed_run_and_it_resumes(shapes_dataset, tmp_path)
         "resume=auto",
         "set_aside=false",
         "trainer.max_steps=6",
-        "trainer.save_every=1",
+        "trainer.save_every=1 steps",
     ]
     launcher = subprocess.Popen([*command, str(ROOT / "tools" / "train.py"), *words], cwd=tmp_path)
     while not (tmp_path / "run/checkpoints/last.pt").exists():

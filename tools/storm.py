@@ -57,10 +57,10 @@ SETTINGS = (
     "model.roi_head.box_head.width=32",
     "data.num_workers=1",
     "trainer.batch_size=2",
-    "trainer.log_every=1",
+    "trainer.log_every=1 step",
     "trainer.ema=0.9",
-    f"trainer.eval_every={EVAL_EVERY}",
-    f"trainer.save_every={SAVE_EVERY}",
+    f"trainer.eval_every={EVAL_EVERY} steps",
+    f"trainer.save_every={SAVE_EVERY} steps",
 )
 
 

@@ -24,6 +24,7 @@ from fpn_det.schema import (
     listed,
 )  # fmt: skip
 from fpn_det.structures import Annotations
+from fpn_det.training.intervals import Interval
 from fpn_det.training.optimizers import Recipe
 from fpn_det.training.schedule import Schedule
 
@@ -46,9 +47,9 @@ class TrainerConfig:
         16  # images per step, over all ranks and accumulation; auto = as many as the GPUs hold
     )
     accumulate: Count = 1  # backward passes per step
-    eval_every: CountOrZero = 0  # steps between evaluations; 0 = only at the end
-    save_every: CountOrZero = 5000  # steps between checkpoints; 0 = only at the end
-    log_every: Count = 20  # steps between log lines
+    eval_every: Interval | None = None  # between evaluations, such as '1 epoch' or '500 steps'; null = only at the end
+    save_every: Interval | None = "5000 steps"  # between checkpoints; null = only at the end
+    log_every: Interval | None = "20 steps"  # between log lines; null = with evaluations and checkpoints only
     clip_norm: Positive | None = None  # upper bound of the gradient's norm
     ema: Share | None = None  # decay of the moving average of the weights, e.g. 0.999
     compile: bool = False  # compile backbone and neck
@@ -68,7 +69,7 @@ class TrainerConfig:
             )
         if self.early_stop and not self.eval_every:
             raise ValueError(
-                "trainer.early_stop: expected evaluations during training, got none. Set trainer.eval_every."
+                "trainer.early_stop: expected evaluations during training, got none. Set trainer.eval_every='1 epoch'."
             )
 
     def check_best_metric(self, names: Sequence[str]) -> None:

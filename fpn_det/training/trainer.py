@@ -38,6 +38,7 @@ from fpn_det.runtime import (
 from fpn_det.structures import ScoreThresholds
 from fpn_det.training import memory, nonfinite
 from fpn_det.training.config import TrainConfig
+from fpn_det.training.intervals import in_steps
 from fpn_det.training.optimization import Optimization
 from fpn_det.training.schedule import Schedule
 from fpn_det.training.signals import Stopped, StopRequest
@@ -200,7 +201,10 @@ class Trainer:
         """Build optimizer and schedule, and restore a checkpoint."""
         trainer, log = self.config.trainer, self.log
         self.checkpoints = self.folder.checkpoints(trainer.keep_last)
-        self.total_steps = trainer.total_steps(self.train_loader.steps_per_epoch)
+        per_epoch = self.train_loader.steps_per_epoch
+        self.total_steps = trainer.total_steps(per_epoch)
+        intervals = trainer.eval_every, trainer.save_every, trainer.log_every
+        self.eval_every, self.save_every, self.log_every = (in_steps(interval, per_epoch) for interval in intervals)
         self.versions = versions()
         self.best = BestMetric(trainer.best_metric)
         self.evaluation: Evaluation | None = None
@@ -287,13 +291,13 @@ class Trainer:
         nothing is done with weights before every step is known to be finite.
         """
         trainer, step = self.config.trainer, self.first_step
-        pace = Pace(step, self.total_steps, self.train_loader.batch_size, trainer.eval_every)
+        pace = Pace(step, self.total_steps, self.train_loader.batch_size, self.eval_every)
         self.log.begin(pace)
         meters = Meters()
         batches = self.train_loader.iterate(step)
         self.optimization.model.train()
         received, is_over = 0, False
-        if self.evaluated < step and self._is_due(trainer.eval_every, step):  # interrupted before its evaluation
+        if self.evaluated < step and self._is_due(self.eval_every, step):  # interrupted before its evaluation
             received, is_over = self._evaluate(step, stop, pace, is_saved=True)
         while not (received or is_over):
             seed_step(self.config.seed, step, self.ranks.rank)
@@ -308,9 +312,9 @@ class Trainer:
             self.log.advance(step)
 
             received = stop.agreed()
-            evaluates = self._is_due(trainer.eval_every, step)
-            saves = self._is_due(trainer.save_every, step) or received != 0
-            if not (evaluates or saves or self._is_due(trainer.log_every, step)):
+            evaluates = self._is_due(self.eval_every, step)
+            saves = self._is_due(self.save_every, step) or received != 0
+            if not (evaluates or saves or self._is_due(self.log_every, step)):
                 continue
             values = meters.read()  # the one host read
             if values.pop("alarm"):

@@ -28,7 +28,7 @@ def file_limit():
 
 
 def test_full_disk_ends_the_run_in_one_sentence_and_leaves_what_was_saved(tmp_path, file_limit):
-    run = make_run(tmp_path / "run", eval_every=0)
+    run = make_run(tmp_path / "run", eval_every=None)
     save = run.checkpoints.save
 
     def save_on_a_full_disk(state, step, *rest):

@@ -23,7 +23,7 @@ from fpn_det.training.optimizers import SGD, AdamW
 from fpn_det.training.schedule import Cosine
 from fpn_det.training.trainer import Trainer
 
-TRAINER = TrainerConfig(max_steps=12, batch_size=4, eval_every=4, save_every=3, log_every=5, clip_norm=1.0, ema=0.9)
+TRAINER = TrainerConfig(max_steps=12, batch_size=4, eval_every="4 steps", save_every="3 steps", log_every="5 steps", clip_norm=1.0, ema=0.9)
 RECIPE = SGD(lr=0.5, base_batch_size=None)
 
 
@@ -194,8 +194,8 @@ def test_run_leaves_what_it_promises(tmp_path):
     assert torch.load(run.folder.path / "checkpoints/last.pt", weights_only=True).keys() == keys
 
 
-def test_zero_means_only_at_the_end(tmp_path):
-    run = make_run(tmp_path / "run", eval_every=0, save_every=0, log_every=0)
+def test_no_interval_means_only_at_the_end(tmp_path):
+    run = make_run(tmp_path / "run", eval_every=None, save_every=None, log_every=None)
     run.train()
     assert len((run.folder.path / "metrics.jsonl").read_text().splitlines()) == 1
     assert [path.name for path in run.checkpoints.files()] == ["last.pt", "step_00000012.pt", "best.pt"]
@@ -373,7 +373,7 @@ def test_resumed_run_tells_that_its_data_changed(tmp_path):
 @pytest.mark.parametrize("what", ["figures", "memory"])
 def test_a_checkpoint_that_is_due_survives_its_evaluation(tmp_path, what):
     """Step 12 is due for both."""
-    run = make_run(tmp_path / "run", eval_every=12, save_every=12)
+    run = make_run(tmp_path / "run", eval_every="12 steps", save_every="12 steps")
 
     def fail(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.") if what == "memory" else IndexError("a picture")
