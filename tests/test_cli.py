@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,10 +27,9 @@ def start(*words: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], *([command, "--help"] for command in help_texts.COMMANDS)], ids=str)
-def test_help_takes_less_than_a_second_and_imports_nothing_heavy(words):
-    begin = time.perf_counter()
+def test_help_imports_nothing_heavy(words):
     result = start(*words)
-    assert result.returncode == 0 and time.perf_counter() - begin < 1.0
+    assert result.returncode == 0
     imported = set(re.findall(r"\| +([\w.]+)$", result.stderr, flags=re.MULTILINE))
     assert "yaml" in imported or "fpn_det.cli.main" in imported, "the list of imports could not be read"
     assert not imported.intersection(HEAVY)

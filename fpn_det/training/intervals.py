@@ -32,4 +32,3 @@ def in_steps(interval: str | None, steps_per_epoch: int) -> int:
     assert found is not None, "checked when settings are fitted"
     count = float(found["count"])
     return max(1, round(count * steps_per_epoch if found["unit"] == "epoch" else count))
-

@@ -23,7 +23,9 @@ from fpn_det.training.optimizers import SGD, AdamW
 from fpn_det.training.schedule import Cosine
 from fpn_det.training.trainer import Trainer
 
-TRAINER = TrainerConfig(max_steps=12, batch_size=4, eval_every="4 steps", save_every="3 steps", log_every="5 steps", clip_norm=1.0, ema=0.9)
+TRAINER = TrainerConfig(
+    max_steps=12, batch_size=4, eval_every="4 steps", save_every="3 steps", log_every="5 steps", clip_norm=1.0, ema=0.9
+)
 RECIPE = SGD(lr=0.5, base_batch_size=None)
 
 
