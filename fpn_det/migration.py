@@ -186,8 +186,22 @@ def _convert_intervals(tree: Tree) -> None:
             trainer[name] = f"{steps} steps" if steps else None
 
 
+def _convert_weights(tree: Tree) -> None:
+    """Version 0.1: `imagenet` was the only name of weights."""
+    for name in ("model.backbone", "model.roi_head.box_head"):
+        part = find(tree, name)
+        if isinstance(part, dict) and part.get("weights") == "imagenet":
+            part["weights"] = "torchvision/IMAGENET1K_V1"
+
+
 # Changes that are more than another name; each edits the tree in place and leaves a current tree as it is.
-CONVERSIONS: list[Callable[[Tree], None]] = [_convert_detector, _convert_rpn, _convert_roi_head, _convert_intervals]
+CONVERSIONS: list[Callable[[Tree], None]] = [
+    _convert_detector,
+    _convert_rpn,
+    _convert_roi_head,
+    _convert_intervals,
+    _convert_weights,
+]
 
 
 def migrate(tree: Tree) -> None:

@@ -15,6 +15,7 @@ RANKS = {
     **dict.fromkeys(
         ["structures", "boxes", "runtime", "image_io", "migration", "safe_yaml", "locations", "terminal", "synonyms"], 0
     ),
+    "weight_files": 0,
     "errors": 1,
     "schema": 2,
     "annotations": 3,
@@ -41,6 +42,8 @@ IMPORTERS = {
     "tensorboard": {"fpn_det/runs/log.py"},
     "albumentations": {"fpn_det/data/transforms.py"},
     "torch.distributed": {"fpn_det/runtime.py"},
+    "timm": {"fpn_det/models/timm_backbone.py", "fpn_det/weight_files.py"},
+    "huggingface_hub": {"fpn_det/weight_files.py"},
 }
 
 

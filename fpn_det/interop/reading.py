@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fpn_det.weight_files import check_archive
+
 TORCH_MAGIC = bytes.fromhex("80028a0a6cfc9c46f920")  # first bytes of torch files before they were zip archives
 # Modules of the standard library that a file of weights may name.
 DATA_MODULES = {
@@ -102,21 +104,6 @@ def _read_torch(path: Path) -> tuple[Any, list[str]]:
         _refuse_code(path, name)
     with torch.serialization.safe_globals([(Inert, name) for name in foreign]):
         return torch.load(path, map_location="cpu", weights_only=True), foreign
-
-
-def check_archive(path: Path) -> None:
-    """Refuse a zip archive that unpacks to more than the size of its file: torch stores tensors without compression.
-
-    Raises:
-        ValueError: it claims more.
-    """
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        claimed = sum(entry.file_size for entry in archive.infolist())
-    if claimed > size:
-        raise ValueError(
-            f"{path}: expected a file made by torch.save, got {size:,} bytes that unpack to {claimed:,}. Do not trust it."
-        )
 
 
 def _old_foreign_names(path: Path) -> set[str]:

@@ -14,11 +14,19 @@ class Backbone(nn.Module, ABC):
 
     Attributes:
         channels: of each map, fine to coarse.
-        strides: of each map, input px per cell; the last one must divide the sides of a batch.
+        strides: of each map, input px per cell.
+        divisor: what the sides of a batch must divide by: a multiple of every stride.
+        pixel_mean, pixel_std: of the pixels that its pretrained weights expect, on 0..255. The default is ImageNet's.
     """
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
+    pixel_mean: tuple[float, ...] = (123.675, 116.28, 103.53)
+    pixel_std: tuple[float, ...] = (58.395, 57.12, 57.375)
+
+    @property
+    def divisor(self) -> int:
+        return max(self.strides)
 
     @abstractmethod
     def forward(self, x: Tensor) -> list[Tensor]:

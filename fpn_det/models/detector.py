@@ -38,7 +38,7 @@ class Detector(nn.Module):
         neck, rpn, roi_head: factories, called with the attributes that the preceding part declares. Without an ROI head (None) the RPN alone is
             trained, and its proposals are the detections, all of label 0. Without an RPN the ROI head is trained on the
             proposals of the batch (Fast R-CNN).
-        pixel_mean, pixel_std: of the three channels in `channel_order`, for pixels in 0..255.
+        pixel_mean, pixel_std: of the three channels in `channel_order`, for pixels in 0..255; None = those of the backbone.
         channel_order: of the backbone's weights, `rgb` or `bgr`; batches are always RGB.
         channels_last: memory format of the maps; None = channels last for detection on the CPU, where training was
             measured to be slower with it, and for half precision on a GPU.
@@ -56,8 +56,8 @@ class Detector(nn.Module):
         neck: Callable[..., Neck] = FPN,
         rpn: Callable[..., RPN] | None = RPN,
         roi_head: Callable[..., ROIHead] | None = ROIHead,
-        pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53),
-        pixel_std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375),
+        pixel_mean: tuple[float, float, float] | None = None,
+        pixel_std: tuple[Positive, Positive, Positive] | None = None,
         channel_order: Literal["rgb", "bgr"] = "rgb",
         channels_last: bool | None = None,
         image_pyramid: ImagePyramid = ImagePyramid(),
@@ -70,7 +70,7 @@ class Detector(nn.Module):
         self.backbone = backbone
         self.neck = neck(in_channels=backbone.channels, in_strides=backbone.strides)
         backbone.truncate(self.neck.num_inputs or len(backbone.channels))
-        self.stride = max(backbone.strides)
+        self.stride = backbone.divisor
         self.rpn = None if rpn is None else rpn(channels=self.neck.channels, strides=self.neck.strides)
         self.roi_head = (
             None if roi_head is None else roi_head(channels=self.neck.channels, strides=self.neck.roi_strides)
@@ -81,8 +81,10 @@ class Detector(nn.Module):
         self.views = Views(tuple(image_pyramid.test))
         self.train_views = Views(tuple(image_pyramid.train))
         self.channels_last = channels_last
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
+        for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+            if values is None:
+                values = getattr(backbone, name)[:: -1 if self.flips_channels else 1]
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
         if num_classes is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,10 @@ from torchvision.models import resnet as torchvision_resnet
 
 from fpn_det.models.backbone import Backbone
 from fpn_det.models.layers import Norm, conv_norm, make_norm
-from fpn_det.schema import Amount
+from fpn_det.schema import Amount, listed
+from fpn_det.weight_files import check_source, fetch, read_state, read_state_file
+
+TORCHVISION = "torchvision/"
 
 
 class _Residual:
@@ -56,7 +58,8 @@ class ResNet(torchvision_resnet.ResNet, Backbone):
 
     Args:
         depth: 18, 34, 50 or 101.
-        weights: `imagenet` (torchvision's IMAGENET1K_V1), the path of a ResNet state dict, or None for random ones.
+        weights: `torchvision/IMAGENET1K_V1` or `V2`, `timm/<name>` such as timm/resnet50.a1_in1k, `pip/<package>`, the path
+            of a ResNet state dict, or None for random ones.
         norm: one of `layers.NORMS`; None = frozen with pretrained weights, batch without.
         frozen_stages: the first of stem, C2, C3, C4, C5 that are not trained; None = 2 with pretrained weights, 0 without.
         stride_in_1x1: stride on a bottleneck's first convolution, as in the original weights of MSRA; else on its 3x3.
@@ -144,8 +147,8 @@ class ResNet(torchvision_resnet.ResNet, Backbone):
                 f"model.backbone: expected trained weights under norm={self.norm} and frozen_stages={self.frozen_stages}, got "
                 f"random ones. Set model.backbone.weights or init_from, or norm=batch and frozen_stages=0."
             )
-        if self.weights not in (None, "imagenet"):
-            check_file(self.depth, Path(self.weights))
+        if self.weights is not None:
+            check_weights(self.depth, self.weights)
 
     def load_pretrained(self) -> None:
         """Load the weights that `weights` names; None leaves the random ones.
@@ -164,12 +167,37 @@ class ResNet(torchvision_resnet.ResNet, Backbone):
 
 
 def pretrained_state(depth: int, weights: str) -> dict[str, Tensor]:
-    """Load the state dict of a ResNet: torchvision's (`imagenet`), or that of a file.
+    """Read the state dict of a ResNet: torchvision's, timm's, or that of a file.
+
+    Args:
+        depth: of the ResNet.
+        weights: see `ResNet`.
 
     Raises:
-        ValueError: no such file, or none to be fetched.
+        ValueError: there is none of that name, no such file, or none to be fetched.
     """
-    return _imagenet_state(depth) if weights == "imagenet" else _file_state(depth, Path(weights))
+    if not weights.startswith(TORCHVISION):
+        return read_state(weights, f"ResNet({depth})")
+    return read_state_file(fetch(_torchvision_url(depth, weights), f"ResNet({depth})"), f"ResNet({depth})")
+
+
+def check_weights(depth: int, weights: str) -> None:
+    """Refuse weights that `pretrained_state` would refuse, as far as that is known without the network or reading a file."""
+    if weights.startswith(TORCHVISION):
+        _torchvision_url(depth, weights)
+    elif weights == "imagenet":
+        raise ValueError(f"model.backbone.weights: 'imagenet' is called {TORCHVISION}IMAGENET1K_V1 now. Use that name.")
+    else:
+        check_source(weights, f"ResNet({depth})")
+
+
+def _torchvision_url(depth: int, weights: str) -> str:
+    entries = get_model_weights(f"resnet{depth}")
+    name = weights.removeprefix(TORCHVISION)
+    if name not in entries.__members__:
+        known = listed(f"{TORCHVISION}{entry}" for entry in entries.__members__ if entry != "DEFAULT")
+        raise ValueError(f"ResNet({depth}): expected weights of torchvision called {known}, got '{weights}'.")
+    return entries[name].url
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], depth: int, weights: str) -> None:
@@ -189,38 +217,4 @@ def load_state(module: nn.Module, state: dict[str, Tensor], depth: int, weights:
             f"ResNet({depth}): weights '{weights}' do not fit: {len(missing)} missing "
             f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])}). "
             f"Give the weights of a ResNet-{depth} in torchvision's names."
-        )
-
-
-def _imagenet_state(depth: int) -> dict[str, Tensor]:
-    url = get_model_weights(f"resnet{depth}")["IMAGENET1K_V1"].url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"ResNet({depth}): no file for weights 'imagenet' at {path}, and {url} could not be fetched ({error}). "
-            f"Put the file there, give a path, or set model.backbone.weights=null."
-        ) from error
-
-
-def _file_state(depth: int, path: Path) -> dict[str, Tensor]:
-    check_file(depth, path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of any kind: a damaged file may raise anything
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:150]
-        raise ValueError(
-            f"ResNet({depth}): expected a state dict in {path}, got a damaged or foreign file ({reason}). Give another file."
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"ResNet({depth}): expected a state dict in {path}, got other content. Give another file.")
-    return state
-
-
-def check_file(depth: int, path: Path) -> None:
-    """Refuse a file of weights that does not exist."""
-    if not path.is_file():
-        raise ValueError(
-            f"ResNet({depth}): no file for weights at {path.absolute()}. Give another path, or set model.backbone.weights=null."
         )

@@ -30,8 +30,8 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fpn_det.interop.reading import check_archive
 from fpn_det.runtime import broadcast_object, current_ranks, host_all_reduce_min, run_on_main
+from fpn_det.weight_files import check_archive
 
 State = dict[str, Any]
 FORMAT = "fpn_det checkpoint 1"

@@ -31,7 +31,7 @@ def test_resnet_equals_torchvision(depth: int, norm: str):
 
 
 def test_resnet_deduces_norm_and_frozen_stages_from_its_weights():
-    fresh, pretrained = ResNet(18), ResNet(18, weights="imagenet")
+    fresh, pretrained = ResNet(18), ResNet(18, weights="torchvision/IMAGENET1K_V1")
     assert (fresh.norm, fresh.frozen_stages) == ("batch", 0)
     assert (pretrained.norm, pretrained.frozen_stages) == ("frozen", 2)
 
@@ -82,8 +82,8 @@ def test_missing_weights_name_the_expected_file(tmp_path: Path, monkeypatch: pyt
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    with pytest.raises(ValueError, match=r"'imagenet' at .*checkpoints/resnet18-.*\.pth.*weights=null"):
-        ResNet(18, weights="imagenet").load_pretrained()
+    with pytest.raises(ValueError, match=r"no file at .*checkpoints/resnet18-.*\.pth, and https.* put it there"):
+        ResNet(18, weights="torchvision/IMAGENET1K_V1").load_pretrained()
 
 
 @pytest.mark.parametrize(
