@@ -209,7 +209,8 @@ def is_selection(key: str, folders: Sequence[Path]) -> bool:
     """True if a name on the command line selects a file of a group in `folders`, or is Hydra's own."""
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
         return True
-    return "." not in key and any((folder / key.split("@")[0]).is_dir() for folder in folders)
+    group = key.split("@")[0]
+    return "." not in group and any((folder / group).is_dir() for folder in folders)
 
 
 def _folders(overrides: Sequence[Override]) -> list[Path]:

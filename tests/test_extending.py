@@ -27,7 +27,7 @@ FEW = (
     [
         ("neck", "my_package.necks.Plain"),
         ("backbone", "my_package.backbones.Strided"),
-        ("loss", "my_package.losses.GIoULoss"),
+        ("loss", "my_package.losses.SquaredDIoU"),
     ],
 )
 def test_a_part_is_added_by_the_files_and_the_command_of_the_page(

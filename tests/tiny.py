@@ -15,3 +15,12 @@ TINY = (
     "trainer.max_steps=2",
     "trainer.batch_size=4",
 )
+
+# Words that turn on each ingredient of a recipe.
+BOX_LOSSES = "box_loss@model.roi_head.box_loss=ciou box_loss@model.rpn.box_loss=giou"
+INGREDIENTS = (
+    "roi_head=cascade",
+    BOX_LOSSES,
+    "box_loss@model.roi_head.box_loss=iou box_loss@model.rpn.box_loss=diou objectness_loss@model.rpn.cls_loss=focal",
+    "cls_loss@model.roi_head.cls_loss=weighted_cross_entropy model.roi_head.cls_loss.class_weights=[1,2,3,0.5]",
+)

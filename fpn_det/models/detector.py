@@ -205,7 +205,7 @@ class Detector(nn.Module):
         """Load the pretrained weights that the settings of backbone and box head name."""
         self.backbone.load_pretrained()
         if self.roi_head is not None:
-            self.roi_head.box_head.load_pretrained()
+            self.roi_head.load_pretrained()
 
 
 def _given(batch: Batch) -> Proposals:

@@ -215,3 +215,19 @@ class ConvBlock(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         output = conv_norm(input, self[0], self[1]) if len(self) == 2 else self[0](input)  # type: ignore[arg-type]
         return output.relu_() if self.relu else output
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return input.view_as(input)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+def scale_gradient(input: Tensor, factor: float) -> Tensor:
+    """Return `input`, whose gradient is multiplied by `factor`."""
+    return _ScaledGradient.apply(input, factor)

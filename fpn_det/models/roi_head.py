@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from fpn_det.models.losses import BoxLoss, ClassLoss, CrossEntropy, SmoothL1, ma
 from fpn_det.models.matching import Matcher, ProposalSampler
 from fpn_det.models.roi_align import RoIAlign
 from fpn_det.models.selection import DetectionFilter
-from fpn_det.structures import Batch, Candidates, Detections, Losses, Proposals, Pyramid, Sample
+from fpn_det.structures import Batch, Candidates, Detections, Losses, Proposals, Pyramid, Sample, Targets
 
 
 class BoxPredictor(nn.Module):
@@ -48,6 +49,16 @@ class BoxPredictor(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Features [P, width] to logits [P, K + 1] and deltas [P, K or 1, 4], float32."""
         return self.class_logits(features).float(), self.box_deltas(features).float().unflatten(1, (-1, 4))
+
+
+@dataclass(frozen=True)
+class SampledBoxes:
+    """Boxes of a loss and what they should become."""
+
+    boxes: Tensor  # f32 [B, S, 4]
+    gt_boxes: Tensor  # f32 [B, S, 4], of the object that each overlaps most; meaningful where positive
+    gt_labels: Tensor  # i64 [B, S]
+    sample: Sample
 
 
 class ROIHead(nn.Module):
@@ -93,11 +104,27 @@ class ROIHead(nn.Module):
         self.test_filter = test_filter
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Make new last layers with random weights for `num_classes` foreground classes."""
+        """Make new last layers with random weights for `num_classes` foreground classes.
+
+        Raises:
+            ValueError: the loss has settings for another number of classes.
+        """
         self.predictor = self.make_predictor(self.box_head.width, num_classes)
+        self.cls_loss(torch.zeros(1, num_classes + 1), torch.zeros(1, dtype=torch.int64))
+
+    def load_pretrained(self) -> None:
+        """Load the pretrained weights that the settings of the box head name."""
+        self.box_head.load_pretrained()
 
     def losses(self, pyramid: Pyramid, proposals: Proposals, batch: Batch, step: int | Tensor) -> Losses:
         """Losses `roi_class` of the sampled boxes and `roi_box` of the positive ones."""
+        sampled = self.sample(proposals, batch, step)
+        logits, deltas = self._predict(pyramid, sampled.boxes, sampled.sample.valid)
+        cls_loss, box_loss = self.compare(logits, deltas, sampled, self.predictor)
+        return Losses({"roi_class": cls_loss, "roi_box": box_loss}, self._statistics(sampled.boxes, sampled.sample))
+
+    def sample(self, proposals: Proposals, batch: Batch, step: int | Tensor) -> SampledBoxes:
+        """The boxes of the loss: a sample of the proposals and, with `sampler.add_gt`, of the ground truth."""
         targets = batch.targets
         boxes, valid = proposals.boxes, proposals.valid
         if self.sampler.add_gt:
@@ -106,26 +133,22 @@ class ROIHead(nn.Module):
         match = self.matcher(targets, boxes, valid)
         sample = self.sampler(match, batch.indices, step)
         boxes = boxes.gather(1, sample.idxs[..., None].expand(-1, -1, 4))
-        matched = match.matched_idxs.gather(1, sample.idxs)
-        gt_boxes = targets.boxes.gather(1, matched[..., None].expand(-1, -1, 4))
-        gt_labels = targets.labels.gather(1, matched)
+        return with_targets(boxes, match.matched_idxs.gather(1, sample.idxs), sample, targets)
 
-        logits, deltas = self._predict(pyramid, boxes, sample.valid)  # [B, S, K + 1], [B, S, K or 1, 4]
-        labels = torch.where(sample.positive, gt_labels, self.predictor.num_classes)
+    def compare(
+        self, logits: Tensor, deltas: Tensor, sampled: SampledBoxes, predictor: BoxPredictor
+    ) -> tuple[Tensor, Tensor]:
+        """The classification and the box loss of logits [B, S, K + 1] and deltas [B, S, K or 1, 4] of `predictor`."""
+        sample, gt_labels = sampled.sample, sampled.gt_labels
+        labels = torch.where(sample.positive, gt_labels, predictor.num_classes)
         cls_losses = self.cls_loss(logits.flatten(0, 1), labels.flatten()).view_as(labels)
-        column = torch.zeros_like(gt_labels) if self.predictor.class_agnostic else gt_labels
+        column = torch.zeros_like(gt_labels) if predictor.class_agnostic else gt_labels
         deltas = deltas.gather(2, column[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
         # an unused slot holds a box without area, which cannot be a reference: the ground truth takes its place
-        references = torch.where(sample.positive[..., None], boxes, gt_boxes)
-        box_losses = self.box_loss(deltas, gt_boxes, references, self.predictor.coder)
+        references = torch.where(sample.positive[..., None], sampled.boxes, sampled.gt_boxes)
+        box_losses = self.box_loss(deltas, sampled.gt_boxes, references, predictor.coder)
         count = self.loss_divisor(sample)
-        return Losses(
-            {
-                "roi_class": masked_sum(cls_losses, sample.valid) / count,
-                "roi_box": masked_sum(box_losses, sample.positive) / count,
-            },
-            self._statistics(boxes, sample),
-        )
+        return masked_sum(cls_losses, sample.valid) / count, masked_sum(box_losses, sample.positive) / count
 
     def loss_divisor(self, sample: Sample) -> int | Tensor:
         """The number that loss sums are divided by: all samples that a batch could have."""
@@ -149,17 +172,7 @@ class ROIHead(nn.Module):
 
     def _predict(self, pyramid: Pyramid, boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits [B, R, K + 1] and deltas [B, R, K or 1, 4] of boxes [B, R, 4]; at least those `valid` [B, R]."""
-        pooled = self.pooler(pyramid, boxes)
-        if self.box_head.mixes_boxes and self.box_head.training:
-            # batch statistics must not include unused slots; selecting the others is a host read
-            (used,) = torch.where(valid.flatten())
-            features = pooled.new_zeros(len(pooled), self.box_head.width)
-            features = features.index_put((used,), self.box_head(pooled[used]).to(features.dtype))
-        else:
-            features = self.box_head(pooled)
-        logits, deltas = self.predictor(features)
-        shape = boxes.shape[:2]
-        return logits.unflatten(0, shape), deltas.unflatten(0, shape)
+        return predict(self.pooler(pyramid, boxes), valid, self.box_head, self.predictor)
 
     @torch.no_grad()
     def _statistics(self, boxes: Tensor, sample: Sample) -> dict[str, Tensor]:
@@ -171,3 +184,26 @@ class ROIHead(nn.Module):
             statistics[f"rois/{name}"] = (here & sample.valid).sum() / len(boxes)
             statistics[f"positives/{name}"] = (here & sample.positive).sum() / len(boxes)
         return statistics
+
+
+def with_targets(boxes: Tensor, matched_idxs: Tensor, sample: Sample, targets: Targets) -> SampledBoxes:
+    """Boxes [B, S, 4] with the objects of `targets` that they are matched with, `matched_idxs` [B, S]."""
+    gt_boxes = targets.boxes.gather(1, matched_idxs[..., None].expand(-1, -1, 4))
+    return SampledBoxes(boxes, gt_boxes, targets.labels.gather(1, matched_idxs), sample)
+
+
+def predict(pooled: Tensor, valid: Tensor, box_head: BoxHead, predictor: BoxPredictor) -> tuple[Tensor, Tensor]:
+    """Class logits [B, R, K + 1] and deltas [B, R, K or 1, 4] of pooled boxes [B * R, C, bins, bins].
+
+    Args:
+        valid: [B, R]; the others may have any prediction.
+    """
+    if box_head.mixes_boxes and box_head.training:
+        # batch statistics must not include unused slots; selecting the others is a host read
+        (used,) = torch.where(valid.flatten())
+        features = pooled.new_zeros(len(pooled), box_head.width)
+        features = features.index_put((used,), box_head(pooled[used]).to(features.dtype))
+    else:
+        features = box_head(pooled)
+    logits, deltas = predictor(features)
+    return logits.unflatten(0, valid.shape), deltas.unflatten(0, valid.shape)

@@ -6,8 +6,11 @@ import pytest
 import torch
 from compare import assert_close
 from test_detector import make_batch, make_model, spread_out
+from tiny import INGREDIENTS, TINY
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from fpn_det.composition import compose
+from fpn_det.models.detector import Detector
 from fpn_det.structures import Detections
 
 CONTENTS = [
@@ -28,8 +31,8 @@ def compiled(function, backend: CompileCounterWithBackend):
     return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
 
 
-def check_losses(canvases: list[tuple[int, int]]) -> None:
-    model, backend = make_model().train(), CompileCounterWithBackend("aot_eager")
+def check_losses(canvases: list[tuple[int, int]], model: Detector | None = None) -> None:
+    model, backend = (model or make_model()).train(), CompileCounterWithBackend("aot_eager")
     step = compiled(lambda batch, number: model(batch, number).terms, backend)
     number = 0
     for canvas in canvases:
@@ -45,8 +48,8 @@ def check_losses(canvases: list[tuple[int, int]]) -> None:
     assert backend.frame_count == len(canvases)
 
 
-def check_detections(canvases: list[tuple[int, int]]) -> None:
-    model, backend = spread_out(make_model()).eval(), CompileCounterWithBackend("aot_eager")
+def check_detections(canvases: list[tuple[int, int]], model: Detector | None = None) -> None:
+    model, backend = spread_out(model or make_model()).eval(), CompileCounterWithBackend("aot_eager")
     detect = compiled(lambda batch: model.detect(batch), backend)
     for canvas in canvases:
         for content in CONTENTS if canvas == (96, 128) else CONTENTS[:2]:
@@ -68,6 +71,14 @@ def test_losses_are_one_graph_for_any_content():
 
 def test_detection_is_one_graph_for_any_content():
     check_detections([(96, 128)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", INGREDIENTS)
+def test_losses_and_detection_with_an_ingredient_are_one_graph_each(words: str):
+    model = compose([*TINY, *words.split()]).build_model(3)
+    check_losses([(96, 128)], model)
+    check_detections([(96, 128)], model)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_detector import make_batch
-from tiny import TINY
+from tiny import INGREDIENTS, TINY
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -45,6 +45,7 @@ MODELS = [
     "model.roi_head=null evaluation=proposals trainer.best_metric=AR1000",
     "model.rpn.head.num_convs=2",
     f"{CONV_HEAD} model.roi_head.box_head.norm=group",
+    *INGREDIENTS,
 ]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MATRIX_PRODUCTS = ("convolution", "mm", "addmm", "bmm")

@@ -20,6 +20,7 @@ from parts import TinyDetector, TinyLoader, differences, make_annotations, make_
 from fpn_det.data.sampling import micro_batches
 from fpn_det.errors import SystemFault, translate_system_errors
 from fpn_det.models.box_heads import TwoLayerHead
+from fpn_det.models.cascade import CascadeROIHead
 from fpn_det.models.detector import Detector
 from fpn_det.models.layers import SyncBatchNorm2d
 from fpn_det.models.necks.bifpn import BiFPN
@@ -76,13 +77,20 @@ def train(ranks: Ranks, folder: Path) -> dict[str, torch.Tensor]:
 def detect_and_learn(ranks: Ranks, folder: Path) -> dict[str, list[float]]:
     """The losses of two steps of a real detector; of the four images only the first two have objects."""
     curves = {}
-    for norm, accumulate in (("sync", 1), ("sync", 2), ("frozen", 1), ("frozen", 2)):
+    for norm, accumulate, head in (
+        ("sync", 1, ROIHead),
+        ("sync", 2, ROIHead),
+        ("frozen", 1, ROIHead),
+        ("frozen", 2, ROIHead),
+        ("frozen", 1, CascadeROIHead),
+        ("frozen", 2, CascadeROIHead),
+    ):
         torch.manual_seed(0)
         model = Detector(
             3,
             ResNet(18, norm=norm, frozen_stages=0),
             partial(FPN, channels=16),
-            roi_head=partial(ROIHead, box_head=SMALL),
+            roi_head=partial(head, box_head=SMALL),
         )
         optimization = make_optimization(model.train(), SGD(lr=0.01, base_batch_size=None))
         curve = []
@@ -91,7 +99,7 @@ def detect_and_learn(ranks: Ranks, folder: Path) -> dict[str, list[float]]:
             found = optimization.step([drawn(rows) for rows in shares], step)
             terms = torch.stack([torch.stack(list(losses.terms.values())) for losses in found]).mean(0)
             curve += all_reduce_mean(terms).tolist()
-        curves[f"{norm}, accumulate {accumulate}"] = curve
+        curves[f"{head.__name__}, {norm}, accumulate {accumulate}"] = curve
     return curves
 
 
@@ -271,7 +279,9 @@ def test_a_detector_learns_the_same_on_two_ranks_of_which_one_has_no_objects(two
     for result in two_ranks:
         for name, curve in result["detect_and_learn"].items():
             assert curve == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
-    assert one["frozen, accumulate 1"] == pytest.approx(one["frozen, accumulate 2"], rel=1e-3, abs=1e-5)
+    for head in ("ROIHead", "CascadeROIHead"):
+        expected = one[f"{head}, frozen, accumulate 1"]
+        assert one[f"{head}, frozen, accumulate 2"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
 def test_a_detector_without_rpn_learns_the_same_on_two_ranks(tmp_path):
