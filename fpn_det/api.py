@@ -1,45 +1,66 @@
 """fpn_det from Python: train, evaluate, load, predict.
 
-Settings are given as the words of a command line, `["experiment=r50_fpn", "model.backbone.depth=18"]`, or as the config
-object that `composition.compose` makes of them.
+Settings are the words of a command line, `["experiment=r50_fpn", "model.backbone.depth=18"]`, or the config object that
+`composition.compose` makes of them.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from fpn_det.composition import compose
+from fpn_det.composition import compose, compose_as, read_saved
 from fpn_det.config import PRECISIONS, EvalConfig
 from fpn_det.errors import translate_system_errors
 from fpn_det.evaluation.coco import Evaluation
 from fpn_det.evaluation.evaluate import evaluate as evaluate_model
 from fpn_det.evaluation.evaluate import write_evaluation
-from fpn_det.inference.predictor import ImageInput, Prediction, Predictor
+from fpn_det.inference.images import ImageInput
+from fpn_det.inference.prediction import Prediction
+from fpn_det.inference.predictor import Predictor, build_predictor
 from fpn_det.interop import loading
+from fpn_det.locations import CONFIGS
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
 from fpn_det.models.weights import refuse_nonfinite_weights
 from fpn_det.pretrained import settings_for
 from fpn_det.runs import bad_files
-from fpn_det.runs.checkpoint import fill_model, find_checkpoint, run_folder_of
+from fpn_det.runs.checkpoint import checkpoint_of, fill_model, find_checkpoint, remark_on, run_folder_of
 from fpn_det.runs.folder import choose_folder
 from fpn_det.runs.log import RunLog
 from fpn_det.runtime import pick_device, process_group
+from fpn_det.schema import did_you_mean
 from fpn_det.training.config import TrainConfig
 from fpn_det.training.profile import profiled
 from fpn_det.training.trainer import Trainer
 
-__all__ = ["build_model", "evaluate", "load", "predict", "train"]
+__all__ = [
+    "Detector",
+    "Evaluation",
+    "Prediction",
+    "Predictor",
+    "Views",
+    "build_model",
+    "evaluate",
+    "load",
+    "predict",
+    "train",
+]
 
 
-def train(config: TrainConfig | Sequence[str], overrides: Sequence[str] = ()) -> Path:
+def __dir__() -> list[str]:
+    return __all__
+
+
+def train(config: TrainConfig | str | Sequence[str], overrides: Sequence[str] = ()) -> Path:
     """Train a detector in a run folder of its own, and return that folder.
 
     Under `torchrun` or a cluster's launcher, every rank calls this.
 
     Args:
-        config: settings.
+        config: settings: `["experiment=small", "data=yolo", "data.root=datasets/my_data"]`.
         overrides: words that the run folder records as its command line.
 
     Raises:
@@ -48,7 +69,8 @@ def train(config: TrainConfig | Sequence[str], overrides: Sequence[str] = ()) ->
         SystemExit: a signal stopped the run after it was saved; the code is 128 + its number.
     """
     if not isinstance(config, TrainConfig):
-        overrides, config = config, compose(config)
+        overrides = [config] if isinstance(config, str) else config
+        config = compose(overrides)
     with process_group(config.device, config.trainer.timeout_minutes) as (ranks, device):
         config.set_precision()
         trainer = Trainer(config, ranks, device)
@@ -62,12 +84,18 @@ def train(config: TrainConfig | Sequence[str], overrides: Sequence[str] = ()) ->
     return folder.path
 
 
-def evaluate(config: EvalConfig) -> Evaluation:
+def evaluate(config: EvalConfig | str | Path, overrides: str | Sequence[str] = ()) -> Evaluation:
     """Score a checkpoint on a split of its data the COCO way, and write the numbers to `<run>/eval/<checkpoint>`.
+
+    Args:
+        config: a run folder, a checkpoint, or the settings of an evaluation.
+        overrides: settings that differ from those of the run: `["split=test", "tta.flip=true"]`.
 
     Raises:
         ValueError: there is no such checkpoint, or the data cannot be used.
     """
+    if not isinstance(config, EvalConfig):
+        config = _eval_config(Path(config), [overrides] if isinstance(overrides, str) else overrides)
     path, state = find_checkpoint(config.run, config.checkpoint)
     suffix = "" if config.split == "val" else f"_{config.split}"
     suffix += "" if config.tta == Views() else "_tta"
@@ -83,6 +111,8 @@ def evaluate(config: EvalConfig) -> Evaluation:
         refuse_nonfinite_weights(model.state_dict(), str(path))
         model.to(device)
         with RunLog(folder, ranks) as log:
+            if remark := remark_on(path):
+                log.info(remark)
             skipped = bad_files.BadFiles(folder, len(annotations), config.data.max_bad_fraction, log.info)
             on_bad_image = skipped if config.data.on_error == "skip" else None
             loader = config.eval_loader(annotations, model.stride, ranks, device, config.split, on_bad_image)
@@ -126,33 +156,64 @@ def load(
         ValueError: there is no such source, or the weights are of another model.
     """
     path = Path(source)
-    path = path / "checkpoints" / "best.pt" if path.is_dir() else path
+    if path.is_dir():
+        path = checkpoint_of(path)
+        if remark := remark_on(path):
+            print(remark, file=sys.stderr)
     if path.is_file():
         described = loading.read_as_ours(path)
         config = settings_for(described)
         found = loading.read_as_ours(weights) if weights else described
-    elif weights is None:
-        compose([f"experiment={source}"])  # refuses an unknown name
-        raise ValueError(f"load: expected weights for the experiment {source}, got none. Pass weights=<file>.")
     else:
-        config = compose([f"experiment={source}"])
+        config = _experiment(source)
+        if weights is None:
+            raise ValueError(f"load: expected weights for the experiment {source}, got none. Pass weights=<file>.")
         found = loading.read_as_ours(weights)
     model = config.build_model(found.num_classes)
     loading.load_weights(model, found)
-    return config.build_predictor(model, found.names, pick_device(device), tta)
+    where = pick_device(device)
+    return build_predictor(config, model, found.names, where, tta, found.category_ids, found.score_thresholds)
 
 
-def predict(source: str | Path, images: Sequence[ImageInput], device: str = "auto") -> list[Prediction]:
+def predict(
+    source: str | Path, images: ImageInput | Sequence[ImageInput], device: str = "auto", **options: Any
+) -> list[Prediction]:
     """Detect objects in images with the detector of a checkpoint, run folder or file of weights.
 
     To predict more than once, keep the detector: `load(source).predict(images)`.
 
     Args:
         source: see `load`.
-        images: paths, PIL images, or uint8 RGB arrays [h, w, 3].
+        images: a path, folder, pattern, list of paths, URL, PIL image or array, or a list of these.
         device: see `load`.
+        options: of `Predictor.predict`: score, classes, max_detections, size, download.
 
     Returns:
         A prediction for each image, in their order.
     """
-    return load(source, device=device).predict(images)
+    return load(source, device=device).predict(images, **options)
+
+
+def _experiment(name: str | Path) -> TrainConfig:
+    """The settings of an experiment.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    folder = CONFIGS / "experiment"
+    known = [file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml")]
+    if str(name) not in known:
+        raise ValueError(
+            f"load: expected a run folder, a file of weights or an experiment, got {name}, which is none of them."
+            f"{did_you_mean(str(name), known)} fpn-det runs lists the runs, fpn-det experiments the experiments."
+        )
+    return compose([f"experiment={name}"])
+
+
+def _eval_config(source: Path, overrides: Sequence[str]) -> EvalConfig:
+    """The settings of the evaluation of a run folder or checkpoint."""
+    name = "checkpoint" if source.is_file() else "run"
+    place = {name: str(source)}
+    saved = read_saved(find_checkpoint(place.get("run"), place.get("checkpoint"))[1]["config"])
+    quoted = str(source).replace("\\", "\\\\").replace("'", "\\'")
+    return compose_as(EvalConfig, "eval", [f"{name}='{quoted}'", *overrides], saved)

@@ -17,7 +17,6 @@ from fpn_det.data.bad_images import OnBadImage
 from fpn_det.data.config import DataConfig, SplitName
 from fpn_det.data.loaders import EvalLoader
 from fpn_det.evaluation.config import EvaluationConfig
-from fpn_det.inference.predictor import Predictor
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
 from fpn_det.runtime import Ranks, set_float32_precision
@@ -114,32 +113,6 @@ class DetectorConfig:
     def to_yaml(self) -> str:
         """The complete settings as text, from which `composition.read_saved` makes them again."""
         return yaml.safe_dump(_plain(asdict(self)), sort_keys=False, allow_unicode=True)
-
-    def build_predictor(
-        self, model: Detector, class_names: Sequence[str], device: torch.device, tta: Views | None = None
-    ) -> Predictor:
-        """Combine a model with the preprocessing of its evaluation.
-
-        Args:
-            model: moved to `device`.
-            class_names: of its labels.
-            device: to run on.
-            tta: test-time augmentation; None uses images as they are.
-        """
-        data = self.data
-        self.set_precision()
-        return Predictor(
-            model.to(device),
-            class_names,
-            data.transforms(train=False),
-            data.eval_batch_size,
-            data.collator(model.stride),
-            device,
-            dtype=PRECISIONS[self.precision],
-            tta=tta,
-            reduced_decoding=data.reduced_decoding == "always",
-            max_pixels=data.max_image_pixels,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

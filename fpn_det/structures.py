@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,15 @@ T = TypeVar("T")
 def offsets_of(counts: Any) -> Tensor:
     """Return the start of each row of a ragged array, and the end of the last, i64 [len(counts) + 1]."""
     return torch.cat([torch.zeros(1, dtype=torch.int64), torch.as_tensor(counts, dtype=torch.int64).cumsum(0)])
+
+
+def pack_paths(paths: Iterable[str]) -> dict[str, Tensor]:
+    """Return `path_bytes` and `path_offsets` of `Annotations`."""
+    encoded = [path.encode(errors="surrogateescape") for path in paths]
+    joined = (
+        torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8) if any(encoded) else torch.empty(0).byte()
+    )
+    return {"path_bytes": joined, "path_offsets": offsets_of([len(path) for path in encoded])}
 
 
 def _map_tensors(record: T, function) -> T:
@@ -62,6 +71,31 @@ class Annotations:
     annotation_ids: Tensor  # i64 [T]
     class_names: tuple[str, ...]  # [K], ordered by category id
     category_ids: tuple[int, ...]  # [K]
+
+    @classmethod
+    def without_objects(
+        cls,
+        paths: Sequence[str],
+        sizes: Sequence[tuple[int, int]],
+        class_names: Sequence[str],
+        category_ids: Sequence[int],
+        image_ids: Sequence[int] | None = None,
+    ) -> Annotations:
+        """Return images of these (h, w) without any object; their ids are numbers from 1 on by default."""
+        none = torch.zeros(0, dtype=torch.int64)
+        return cls(
+            image_ids=torch.tensor(image_ids or range(1, len(paths) + 1), dtype=torch.int64),
+            **pack_paths(paths),
+            sizes=torch.tensor(list(sizes), dtype=torch.int64).view(-1, 2),
+            offsets=torch.zeros(len(paths) + 1, dtype=torch.int64),
+            boxes=torch.zeros(0, 4, dtype=torch.float64),
+            labels=none,
+            iscrowd=none.bool(),
+            area=none.double(),
+            annotation_ids=none,
+            class_names=tuple(class_names),
+            category_ids=tuple(category_ids),
+        )
 
     def __len__(self) -> int:
         return len(self.image_ids)

@@ -48,14 +48,11 @@ class Result:
 def run_tool(tmp_path, monkeypatch, capsys) -> Callable[..., Result]:
     """Run a tool with these arguments in the folder of the test, in this process: starting Python takes longer than the test."""
 
-    from fpn_det.runs.checkpoint import find_checkpoint
-
     def run(tool: str, *arguments: str) -> Result:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # restores it afterwards
         monkeypatch.setattr(sys, "argv", [str(ROOT / "tools" / tool), *arguments])
         monkeypatch.syspath_prepend(ROOT / "tools")  # as Python does for a script
-        find_checkpoint.cache_clear()  # of the previous program in this process
         code = 0
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")

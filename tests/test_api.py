@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny import TINY
 
+from fpn_det import api
 from fpn_det.composition import compose
 from fpn_det.models.detector import Detector
 from fpn_det.runs.checkpoint import fill_model
@@ -103,3 +104,31 @@ def test_train_loader_divides_the_batch(shapes_dataset):
     train = settings.data.read_train_and_val(seed=0).train
     loader = settings.train_loader(train, 32, Ranks(), CPU)
     assert [len(batch) for batch in loader.rebuild(0)] == [2, 2]
+
+
+def test_dir_shows_what_people_use():
+    assert dir(api) == sorted(api.__all__)
+    assert {"train", "evaluate", "load", "predict"} <= set(dir(api))
+
+
+def test_load_says_that_there_is_no_such_run():
+    with pytest.raises(
+        ValueError, match=r"^load: expected a run folder, .*, got runs/nope, which is none of them\. fpn-det"
+    ):
+        api.load("runs/nope")
+
+
+def test_an_interrupted_run_is_loaded_and_evaluated_by_its_last_checkpoint(settings, shapes_dataset, tmp_path, capsys):
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="run: expected a run with a checkpoint, got .*, which has none yet"):
+        api.load(tmp_path)
+    with pytest.raises(ValueError, match="run: expected the folder of a run, got .*run, which does not exist"):
+        api.evaluate(run)
+    api.train([*TINY, f"data.root={shapes_dataset}", f"run_dir={run}"])
+    (run / "checkpoints" / "best.pt").unlink()
+    predictor = api.load(run, device="cpu")
+    assert "has no best.pt yet: it was not evaluated. The last checkpoint is taken" in capsys.readouterr().err
+    found = predictor.predict(shapes_dataset / "val2017")
+    assert len(found) == 8 and predictor.class_names == found[0].class_names
+    evaluation = api.evaluate(run, "device=cpu")
+    assert "The last checkpoint is taken" in capsys.readouterr().out and evaluation.num_images == 8

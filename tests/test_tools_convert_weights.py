@@ -33,7 +33,7 @@ def torchvision_file(tmp_path_factory) -> Path:
 def load_small(*sources: Path, **options: Path) -> Predictor:
     """A predictor for images of 160 px, which takes less time than 800."""
     predictor = api.load(*sources, **options, device="cpu")
-    (resize,) = predictor.transform.deferred
+    (resize,) = predictor.preprocessing.transform.deferred
     resize.sides, resize.max_side = [160], 200
     return predictor
 
@@ -78,7 +78,9 @@ def test_load_names_what_is_missing(torchvision_file, tmp_path):
         api.load("r50_fpn")
     with pytest.raises(ValueError, match="expected weights of this model, got others"):
         api.load("r50_fpn", weights=torchvision_file)  # a ResNet-18
-    with pytest.raises(ValueError, match="experiment: expected one of .*demo.*, got 'demoo'. Did you mean demo?"):
+    with pytest.raises(
+        ValueError, match="expected a run folder, .* or an experiment, got demoo, .* Did you mean demo?"
+    ):
         api.load("demoo")
     torch.save(read_as_ours(torchvision_file).state, tmp_path / "bare.pth")
     with pytest.raises(

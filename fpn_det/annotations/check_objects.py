@@ -12,12 +12,10 @@ boxes none is.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fpn_det.annotations.box_layout import detect_layout, to_corners, to_file_frame
 from fpn_det.annotations.check_images import ImageTable
@@ -25,7 +23,7 @@ from fpn_det.annotations.classes import IGNORED_CLASS, UNKNOWN_CLASS, Classes
 from fpn_det.annotations.findings import Finding, OnError, Severity
 from fpn_det.annotations.parsing import parse_id, parse_number
 from fpn_det.annotations.raw import Record
-from fpn_det.structures import Annotations, offsets_of
+from fpn_det.structures import Annotations, offsets_of, pack_paths
 
 FlaggedObjects = Literal["crowd", "keep", "drop"]  # crowd regions; ordinary objects; left out
 
@@ -101,7 +99,7 @@ def check_objects(
     area = np.where(no_area | (too_large & repairs), box_area, area)
     return Annotations(
         image_ids=torch.tensor(images.image_ids, dtype=torch.int64),
-        **_pack_paths(images.paths),
+        **pack_paths(images.paths),
         sizes=torch.tensor(images.sizes, dtype=torch.int64).reshape(-1, 2),
         offsets=offsets_of(np.bincount(objects.rows[order], minlength=len(images.paths))),
         boxes=torch.from_numpy(boxes[order]),
@@ -223,9 +221,3 @@ def _repeats(table: np.ndarray) -> np.ndarray:
     repeated = np.zeros(len(table), dtype=bool)
     repeated[order[1:]] = (columns[order[1:]] == columns[order[:-1]]).all(axis=1)
     return repeated
-
-
-def _pack_paths(paths: Iterable[str]) -> dict[str, Tensor]:
-    encoded = [path.encode(errors="surrogateescape") for path in paths]
-    joined = np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()
-    return {"path_bytes": torch.from_numpy(joined), "path_offsets": offsets_of([len(path) for path in encoded])}

@@ -20,6 +20,7 @@ from PIL import Image
 from fpn_det.cli.eval import saved_settings
 from fpn_det.cli.launch import launch
 from fpn_det.config import EvalConfig
+from fpn_det.inference.predictor import build_predictor
 from fpn_det.models.detector import Detector
 from fpn_det.runs.checkpoint import fill_model, find_checkpoint, run_folder_of
 from fpn_det.runs.log import shown_path
@@ -67,7 +68,7 @@ def _batches(config: ShowPyramidConfig, model: Detector, class_names: list[str])
     """The name and the model input of each image."""
     device = pick_device(config.device)
     if config.image:
-        yield Path(config.image).stem, config.build_predictor(model, class_names, device).batch_of([config.image])
+        yield Path(config.image).stem, build_predictor(config, model, class_names, device).batch_of([config.image])
         return
     annotations = config.data.read_split(config.split, class_names, config.seed)
     rows = pick_images(annotations, config.count)

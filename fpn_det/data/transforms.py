@@ -22,6 +22,7 @@ from fpn_det.data.mixing import Mixing, Scene
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise the import checks the network for a newer version
 import albumentations as A
 
+MAX_ASPECT = 4  # longer side / shorter side up to which an image is resized to a given shorter side
 ReadPixels = Callable[[Size | None], np.ndarray]  # u8 [h, w, 3] RGB, in full (None), or reduced to at least this (h, w)
 DrawScene = Callable[[random.Random], Scene]  # a random image of the same data set
 
@@ -40,6 +41,7 @@ class Pipeline:
     """
 
     def __init__(self, transforms: Sequence[Any], min_visibility: float = 0.0, min_area: float = 1.0) -> None:
+        self.transforms = list(transforms)
         self.min_visibility = min_visibility
         self.min_area = min_area
         self.mixing, self.eager, self.deferred = _split(transforms)
@@ -56,6 +58,16 @@ class Pipeline:
         processor = self.compose.processors["bboxes"]
         processor.filter = self._keep_visible
         processor.check = _accept
+
+    def resized_to(self, side: int) -> Pipeline:
+        """Return the same chain with `side` px as the shorter side of its `ResizeShortestSide`; one is appended if there is none.
+
+        The longer side may have the same share of the shorter one as before.
+        """
+        steps = [step.to_side(side) if isinstance(step, ResizeShortestSide) else step for step in self.transforms]
+        if not any(isinstance(step, ResizeShortestSide) for step in steps):
+            steps.append(ResizeShortestSide([side], MAX_ASPECT * side))
+        return Pipeline(steps, self.min_visibility, self.min_area)
 
     def __call__(
         self, pixels: np.ndarray, boxes: np.ndarray, labels: np.ndarray, key: tuple[int, ...]
@@ -273,11 +285,17 @@ class ResizeShortestSide(_Resizing):
         p: float = 1.0,
     ) -> None:
         super().__init__(backend, antialias, p)
-        self.sides, self.max_side, self.rounding = list(sides), max_side, rounding
+        self.sides, self.max_side = list(sides), max_side
+        self.rounding: Rounding = rounding
         if not self.sides or min(self.sides) < 1 or max(self.sides) > max_side:
             raise ValueError(f"ResizeShortestSide: expected sides in 1..max_side={max_side}, got {self.sides}.")
         if rounding not in ("round", "floor"):
             raise ValueError(f"ResizeShortestSide: expected rounding round or floor, got {rounding!r}.")
+
+    def to_side(self, side: int) -> ResizeShortestSide:
+        """Return the same transform with `side` px as the only shorter side, and a longer side in proportion."""
+        max_side = round(side * self.max_side / max(self.sides))
+        return ResizeShortestSide([side], max_side, self.rounding, self.backend, self.antialias, self.p)
 
     def draw_size(self, size: Size) -> Size:
         """Draw the size that an image of `size` is resized to."""

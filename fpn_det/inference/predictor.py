@@ -1,143 +1,250 @@
-"""Detection on single images, with the preprocessing of evaluation."""
+"""Detection on images without annotations, with the preprocessing of evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
+from torch import nn
 
+from fpn_det.config import PRECISIONS, DetectorConfig
+from fpn_det.data.bad_images import OnBadImage
 from fpn_det.data.collation import Collator
-from fpn_det.data.dataset import Example
-from fpn_det.data.flip_resize import Size
-from fpn_det.data.sampling import evaluation_batches
+from fpn_det.data.dataset import DetectionDataset
+from fpn_det.data.loaders import EvalLoader
 from fpn_det.data.transforms import Pipeline
-from fpn_det.image_io import MAX_PIXELS, array_to_rgb, image_size, image_to_rgb, read_image, reduction_to
-from fpn_det.models.detector import Detector
+from fpn_det.data.workers import Workers
+from fpn_det.image_io import MAX_PIXELS, image_size
+from fpn_det.inference.images import ImageInput, find_images, is_video, read_pixels
+from fpn_det.inference.prediction import Prediction
+from fpn_det.inference.selection import ScoreThresholds, Selection
 from fpn_det.models.views import Views
 from fpn_det.runtime import Ranks
-from fpn_det.structures import Batch
+from fpn_det.structures import Annotations, Batch, Detections
 
-ImageInput = str | Path | Image.Image | np.ndarray
+
+class Model(Protocol):
+    """The part of a detector that prediction needs; an exported model has it too."""
+
+    def detect(self, batch: Batch, views: Views | None = None) -> Detections:
+        """Detections in the input frame, with those of all test-time `views`."""
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """The detections of one image, best first; on the CPU."""
+class Preprocessing:
+    """The way from images to batches, as in the evaluation of the model."""
 
-    boxes: Tensor  # f32 [D, 4] xyxy, original frame
-    scores: Tensor  # f32 [D] in [0, 1]
-    labels: Tensor  # i64 [D] in [0, K)
-    names: tuple[str, ...]  # of the labels
+    transform: Pipeline  # from the original frame to the input frame
+    collator: Collator
+    batch_size: int = 1  # images of similar aspect ratio are batched together
+    workers: Workers = field(default_factory=Workers)
+    reduced_decoding: bool = False  # decode JPEG files at 1/2, 1/4 or 1/8 of their size if that is large enough
+    max_pixels: int = MAX_PIXELS  # largest width * height of an image file
+
+    def loader(
+        self,
+        images: Annotations,
+        pixels: Mapping[Path, np.ndarray],
+        device: torch.device,
+        on_bad_image: OnBadImage | None,
+    ) -> EvalLoader:
+        """Build the loader of images.
+
+        Args:
+            images: without objects.
+            pixels: of those that are not files, by the path that stands for them.
+            device: that batches are copied to.
+            on_bad_image: called for each image that is left out; None makes bad images an error.
+        """
+
+        def read(path: Path, reduction: int) -> np.ndarray:
+            return pixels[path] if path in pixels else read_pixels(path, reduction, self.max_pixels)
+
+        reduced = self.reduced_decoding and not pixels
+        dataset = DetectionDataset(images, self.transform, 0, reduced_decoding=reduced, read=read)
+        return EvalLoader(dataset, self.batch_size, Ranks(), self.collator, self.workers, device, on_bad_image)
 
 
 class Predictor:
     """A trained detector with the preprocessing of its evaluation.
 
     Args:
-        model: on `device`; switched to evaluation mode.
+        model: on `device`, in evaluation mode.
         class_names: of its labels.
-        transform: from the original frame to the input frame.
-        batch_size: images per batch; images of similar aspect ratio are batched together.
-        collator: makes the batches.
+        preprocessing: makes its batches.
         device: of the model.
         dtype: of autocast; None disables it.
         tta: test-time augmentation; None uses the image as it is.
-        reduced_decoding: decode JPEG files at 1/2, 1/4 or 1/8 of their size if that is large enough.
-        max_pixels: largest width * height of an image file.
+        category_ids: of the labels in COCO results; empty = label + 1.
+        score_thresholds: of a checkpoint: `overall`, and `classes` by name. They apply where no score is given.
     """
 
     def __init__(
         self,
-        model: Detector,
+        model: Model,
         class_names: Sequence[str],
-        transform: Pipeline,
-        batch_size: int,
-        collator: Collator,
+        preprocessing: Preprocessing,
         device: torch.device,
         dtype: torch.dtype | None = None,
         tta: Views | None = None,
-        reduced_decoding: bool = False,
-        max_pixels: int = MAX_PIXELS,
+        category_ids: Sequence[int] = (),
+        score_thresholds: Mapping[str, Any] | None = None,
     ) -> None:
-        self.model = model.eval()
+        self.model = model
         self.class_names = tuple(class_names)
-        self.transform = transform
-        self.batch_size = batch_size
-        self.collator = collator
+        self.preprocessing = preprocessing
         self.device = device
         self.dtype = dtype
         self.tta = tta
-        self.reduced_decoding = reduced_decoding
-        self.max_pixels = max_pixels
+        self.category_ids = tuple(category_ids)
+        self.score_thresholds = score_thresholds
 
-    def predict(self, images: Sequence[ImageInput]) -> list[Prediction]:
+    def __repr__(self) -> str:
+        shown = ", ".join(self.class_names[:5]) + (", ..." if len(self.class_names) > 5 else "")
+        return f"Predictor({len(self.class_names)} classes: {shown}; on {self.device})"
+
+    def predict(
+        self,
+        source: ImageInput | Sequence[ImageInput],
+        *,
+        score: float | None = None,
+        classes: Sequence[str] | None = None,
+        max_detections: int | None = None,
+        size: int | None = None,
+        download: bool = False,
+    ) -> list[Prediction]:
         """Detect objects in images.
 
         Args:
-            images: paths, PIL images, or uint8 or uint16 arrays [h, w, 3] RGB or [h, w] grey.
+            source: a path, folder, pattern, list of paths, URL, PIL image or array, or a list of these; see `find_images`.
+            score: detections below are left out. None takes the thresholds of the checkpoint, if it has any.
+            classes: names of the classes to keep; None keeps all.
+            max_detections: per image, the best ones; at most as many as the model gives.
+            size: shorter side to which images are resized, px; None resizes as in the evaluation.
+            download: fetch URLs.
 
         Returns:
             A prediction for each image, in their order.
 
         Raises:
-            ValueError: an image is of another type, or cannot be read.
+            ValueError: an image is of another type or cannot be read, or an option is impossible.
         """
-        if not isinstance(images, list | tuple):
-            raise ValueError(
-                f"predict: expected a list of images, got a {type(images).__name__}. Put a single image in a list."
-            )
-        sizes = torch.tensor([_size(image) for image in images]).view(-1, 2)
-        predictions: dict[int, Prediction] = {}
-        for indices in evaluation_batches(sizes, self.batch_size, Ranks()):
-            batch = self.batch_of([images[index] for index in indices.tolist()])
+        images = find_images(source, download)
+        for image in images:
+            if isinstance(image, Path) and is_video(image):
+                raise ValueError(
+                    f"predict: expected images, got the video {image}. Use fpn-det predict source={image}."
+                )
+        selection = self.selection(score, classes, max_detections)
+        found = {one.image_id: one for one in self.stream(images, selection, size)}
+        return [found[number] for number in sorted(found)]
+
+    def selection(
+        self, score: float | None = None, classes: Sequence[str] | None = None, max_detections: int | None = None
+    ) -> Selection:
+        """Build the selection of detections from the options of `predict`."""
+        return Selection.of(self.class_names, self.thresholds(score), classes, max_detections)
+
+    def thresholds(self, score: float | None = None) -> ScoreThresholds:
+        """Return the score thresholds that apply if the option `score` is given."""
+        return ScoreThresholds.choose(self.class_names, score, self.score_thresholds)
+
+    def stream(
+        self,
+        images: Sequence[ImageInput],
+        selection: Selection,
+        size: int | None = None,
+        image_ids: Sequence[int] | None = None,
+        on_bad_image: OnBadImage | None = None,
+    ) -> Iterator[Prediction]:
+        """Yield the predictions batch by batch, in the order of aspect ratios.
+
+        Args:
+            images: files, PIL images or arrays.
+            selection: of detections.
+            size: see `predict`.
+            image_ids: of the images; None numbers them from 1 on.
+            on_bad_image: called for each image that cannot be read, which has no prediction; None makes it an error.
+        """
+        annotations, pixels = self._describe(images, image_ids)
+        preprocessing = self.preprocessing if size is None else self._resized(size)
+        for batch in preprocessing.loader(annotations, pixels, self.device, on_bad_image):
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                 detections = self.model.detect(batch, self.tta)
-            for index, (boxes, scores, labels) in zip(
-                indices.tolist(), detections.to_original(batch).cpu().images(), strict=True
-            ):
-                names = tuple(self.class_names[label] for label in labels.tolist())
-                predictions[index] = Prediction(boxes, scores, labels, names)
-        return [predictions[index] for index in range(len(images))]
+            detections = detections.to_original(batch).cpu()
+            for index, found in zip(batch.indices.tolist(), detections.images(), strict=True):
+                image, path = images[index], annotations.path(index)
+                yield Prediction(
+                    *selection(*found),
+                    class_names=self.class_names,
+                    size=tuple(annotations.sizes[index].tolist()),
+                    path=None if path in pixels else path,
+                    image_id=int(annotations.image_ids[index]),
+                    category_ids=self.category_ids,
+                    _read=partial(read_pixels, image, max_pixels=preprocessing.max_pixels),
+                )
 
     def batch_of(self, images: Sequence[ImageInput]) -> Batch:
-        """Preprocess images to a batch without objects."""
-        examples = [self._example(image, index) for index, image in enumerate(images)]
-        return self.collator.collate(examples, self.device)
+        """Preprocess images to one batch without objects."""
+        annotations, pixels = self._describe(images)
+        whole = replace(self.preprocessing, batch_size=len(images), workers=Workers())
+        (batch,) = whole.loader(annotations, pixels, self.device, None)
+        return batch
 
-    def _example(self, image: ImageInput, index: int) -> Example:
-        size = _size(image)
+    def _describe(
+        self, images: Sequence[ImageInput], image_ids: Sequence[int] | None = None
+    ) -> tuple[Annotations, dict[Path, np.ndarray]]:
+        """Return the images as a data set without objects, and the pixels of those that are not files by their paths in it."""
+        paths, sizes, pixels = [], [], {}
+        for number, image in enumerate(images, start=1):
+            path = Path(image) if isinstance(image, str | Path) else Path(f"<image {number}>")
+            if isinstance(image, str | Path):
+                size = image_size(path) or (1, 1)  # reading the pixels raises the error
+            else:
+                pixels[path] = read_pixels(image)
+                size = pixels[path].shape[:2]
+            paths.append(str(path))
+            sizes.append(size)
+        ids = self.category_ids or range(1, len(self.class_names) + 1)
+        return Annotations.without_objects(paths, sizes, self.class_names, ids, image_ids), pixels
 
-        def read(least: Size | None) -> np.ndarray:
-            reduction = reduction_to(size, least) if self.reduced_decoding and least else 1
-            return _pixels(image, reduction, self.max_pixels)
-
-        no_boxes, no_labels = np.zeros((0, 4)), np.zeros(0, np.int64)
-        pixels, boxes, labels, flip_resize = self.transform.prepare(size, no_boxes, no_labels, read, (0, 0, index))
-        return Example(pixels, flip_resize, boxes, labels, size, index)
+    def _resized(self, size: int) -> Preprocessing:
+        if size < 1:
+            raise ValueError(f"size: expected a side of at least 1 px, got {size}.")
+        return replace(self.preprocessing, transform=self.preprocessing.transform.resized_to(size))
 
 
-def _size(image: ImageInput) -> Size:
-    """Return the (h, w) of the upright image; of a file, from its header."""
-    if isinstance(image, str | Path):
-        return image_size(Path(image)) or (1, 1)  # reading the pixels raises the error
-    return _pixels(image).shape[:2]
+def build_predictor(
+    config: DetectorConfig,
+    model: Any,
+    class_names: Sequence[str],
+    device: torch.device,
+    tta: Views | None = None,
+    category_ids: Sequence[int] = (),
+    score_thresholds: Mapping[str, Any] | None = None,
+) -> Predictor:
+    """Combine a model with the preprocessing of its evaluation.
 
-
-def _pixels(image: ImageInput, reduction: int = 1, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Return an image as u8 [h, w, 3] RGB."""
-    if isinstance(image, str | Path):
-        return read_image(Path(image), reduction, max_pixels)
-    if isinstance(image, Image.Image):
-        return image_to_rgb(image)
-    pixels = array_to_rgb(image) if isinstance(image, np.ndarray) else None
-    if pixels is None:
-        found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
-        raise ValueError(
-            f"predict: expected paths, PIL images, or uint8 or uint16 arrays [h, w, 3] RGB or [h, w] grey, got {found}."
-        )
-    return pixels
+    Args:
+        config: its settings.
+        model: a `Detector`, which is moved to `device`, or another `Model` with the attribute `stride`.
+        class_names: see `Predictor`, as all that follow.
+    """
+    data = config.data
+    config.set_precision()
+    if isinstance(model, nn.Module):
+        model.to(device).eval()
+    preprocessing = Preprocessing(
+        data.transforms(train=False),
+        data.collator(model.stride),
+        data.eval_batch_size,
+        reduced_decoding=data.reduced_decoding == "always",
+        max_pixels=data.max_image_pixels,
+    )
+    dtype = PRECISIONS[config.precision]
+    return Predictor(model, class_names, preprocessing, device, dtype, tta, category_ids, score_thresholds)

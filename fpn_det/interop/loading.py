@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,6 +35,8 @@ class Weights:
     project: Project
     dropped: dict[str, str] = field(default_factory=dict)  # key or part of the file -> reason
     config: str | None = None  # YAML text of the settings, if the file is a checkpoint of ours
+    category_ids: tuple[int, ...] = ()  # of the classes, if the file says
+    score_thresholds: dict[str, Any] | None = None  # of a checkpoint of ours, as it holds them
 
     @property
     def num_classes(self) -> int:
@@ -116,7 +119,9 @@ def read_as_ours(
     names = tuple(class_names or file.class_names or assumed_class_names(num_classes) or ())
     if names and len(names) != num_classes:
         raise ValueError(f"{path}: expected names for its {num_classes} classes, got {len(names)}.")
-    return Weights(conversion.state, names or None, str(path), project, file.dropped | conversion.dropped, file.config)
+    dropped = file.dropped | conversion.dropped
+    known = file.config, file.category_ids, file.score_thresholds
+    return Weights(conversion.state, names or None, str(path), project, dropped, *known)
 
 
 def load_weights(

@@ -50,7 +50,9 @@ class WeightFile:
     state: dict[str, Tensor]
     class_names: tuple[str, ...] | None = None
     dropped: dict[str, str] = field(default_factory=dict)  # part of the file -> reason
-    config: str | None = None  # YAML text of the settings; of our own checkpoints
+    config: str | None = None  # YAML text of the settings; of our own checkpoints, as what follows
+    category_ids: tuple[int, ...] = ()  # of the classes
+    score_thresholds: dict[str, Any] | None = None  # found by the evaluation; not checked
 
 
 class Inert(list):
@@ -209,13 +211,21 @@ def _find_weights(path: Path, content: Any, dropped: dict[str, str]) -> WeightFi
         what = "an object of a foreign class" if isinstance(content, Inert) else f"a {type(content).__name__}"
         raise ValueError(f"{path}: expected a state dict or a checkpoint, got {what}.")
     keys: tuple[str, ...] = ("model", "state_dict", "model_state", "blobs")
-    class_names, config = None, None
+    class_names = None
+    ours: dict[str, Any] = {}
     if str(content.get("format", "")).startswith("fpn_det checkpoint"):
         keys = ("ema", "model") if content.get("ema") else ("model",)
         names = content.get("class_names")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{path}: expected class names in the checkpoint, got {type(names).__name__}.")
-        class_names, config = tuple(names), content.get("config")
+        class_names = tuple(names)
+        ids = content.get("category_ids")
+        is_known = isinstance(ids, list) and len(ids) == len(names) and all(type(each) is int for each in ids)
+        ours = {
+            "config": content.get("config"),
+            "category_ids": tuple(ids or ()) if is_known else (),
+            "score_thresholds": content.get("score_thresholds"),
+        }
     elif isinstance(content.get("meta"), dict):  # mmdetection
         described = content["meta"].get("dataset_meta") or content["meta"]
         names = described.get("classes") or described.get("CLASSES")
@@ -237,7 +247,7 @@ def _find_weights(path: Path, content: Any, dropped: dict[str, str]) -> WeightFi
     if not state:
         listed = "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
         raise ValueError(f"{path}: expected weights, got none ({listed or 'the file is empty'}).")
-    return WeightFile(path, state, class_names, dropped, config)
+    return WeightFile(path, state, class_names, dropped, **ours)
 
 
 def _check_size(path: Path, name: str, num_bytes: int) -> None:

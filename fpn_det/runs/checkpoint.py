@@ -23,7 +23,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -55,19 +55,48 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
-@cache
 def find_checkpoint(run: str | None, file: str | None) -> tuple[Path, dict[str, Any]]:
-    """Find and load a checkpoint file, or the best checkpoint of a run folder. Returns its path and content.
+    """Find and load a checkpoint file, or that of a run folder, see `checkpoint_of`. Returns its path and content.
 
     Raises:
         ValueError: neither or both are given, or the file cannot be read.
     """
     if (run is None) == (file is None):
         raise ValueError("checkpoint: expected either run=<folder> or checkpoint=<file>.")
-    path = Path(file) if file else Path(run or "") / "checkpoints" / "best.pt"
+    path = Path(file) if file else checkpoint_of(Path(run or ""))
+    stat = path.stat() if path.is_file() else None
+    return path, _load_once(path, stat and (stat.st_mtime_ns, stat.st_ino))
+
+
+@lru_cache(maxsize=1)
+def _load_once(path: Path, version: tuple[int, int] | None) -> dict[str, Any]:
+    """Load and check a checkpoint; a command asks twice, for the settings and for the weights."""
     state = load_checkpoint(path)
     check_fields(path, state)
-    return path, state
+    return state
+
+
+def checkpoint_of(run: Path) -> Path:
+    """Return the best checkpoint of a run folder; of a run that was interrupted before its first evaluation, the last one.
+
+    Raises:
+        ValueError: there is no such folder, or no checkpoint in it yet.
+    """
+    if not run.is_dir():
+        raise ValueError(
+            f"run: expected the folder of a run, got {run}, which does not exist. fpn-det runs lists all runs."
+        )
+    for name in ("best.pt", "last.pt"):
+        if (run / "checkpoints" / name).is_file():
+            return run / "checkpoints" / name
+    raise ValueError(f"run: expected a run with a checkpoint, got {run}, which has none yet.")
+
+
+def remark_on(checkpoint: Path) -> str:
+    """Say that a run has no best checkpoint, if the last one was taken in its place; otherwise return an empty string."""
+    if checkpoint.name != "last.pt" or (checkpoint.parent / "best.pt").exists():
+        return ""
+    return f"{run_folder_of(checkpoint)} has no best.pt yet: it was not evaluated. The last checkpoint is taken."
 
 
 def run_folder_of(checkpoint: Path) -> Path:

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import http.server
+import threading
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +13,10 @@ from tiny import TINY
 from fpn_det.composition import compose
 from fpn_det.evaluation.evaluate import evaluate
 from fpn_det.image_io import read_image
-from fpn_det.inference.predictor import Predictor
+from fpn_det.inference.predictor import Predictor, build_predictor
 from fpn_det.models.views import Views
 from fpn_det.runtime import Ranks
-from fpn_det.structures import Annotations
+from fpn_det.structures import Annotations, Batch, Detections
 
 CPU = torch.device("cpu")
 
@@ -43,9 +47,7 @@ def predictor(settings, annotations) -> Predictor:
     torch.manual_seed(0)
     model = settings.build_model(annotations.num_classes)
     torch.nn.init.normal_(model.roi_head.predictor.class_logits.weight, std=1.0)
-    transform = settings.data.transforms(train=False)
-    collator = settings.data.collator(model.stride)
-    return Predictor(model, annotations.class_names, transform, settings.data.eval_batch_size, collator, CPU)
+    return build_predictor(settings, model, annotations.class_names, CPU)
 
 
 @pytest.mark.parametrize("tta", [None, Views((0.5, 1.0), flip=True)])
@@ -83,11 +85,133 @@ def test_predictions_keep_order_and_frame_for_any_sizes(predictor):
 
 
 def test_predict_refuses_other_types(predictor, tmp_path):
-    with pytest.raises(ValueError, match="expected a list of images, got a str. Put a single image in a list"):
-        predictor.predict("image.jpg")
     with pytest.raises(ValueError, match=r"arrays \[h, w, 3\] RGB or \[h, w\] grey, got float64 \[4, 4, 3\]"):
         predictor.predict([np.zeros((4, 4, 3))])
     with pytest.raises(ValueError, match="got a int"):
         predictor.predict([7])
-    with pytest.raises(ValueError, match=r"nothing.jpg: cannot be read"):
+    with pytest.raises(ValueError, match=r"nothing.jpg, which does not exist"):
         predictor.predict([tmp_path / "nothing.jpg"])
+    (tmp_path / "empty.jpg").touch()
+    with pytest.raises(ValueError, match=r"empty.jpg: expected an image, got an empty file"):
+        predictor.predict(tmp_path / "empty.jpg")
+    (tmp_path / "clip.mp4").touch()
+    with pytest.raises(ValueError, match=r"expected images, got the video .*clip.mp4. Use fpn-det predict"):
+        predictor.predict(tmp_path / "clip.mp4")
+
+
+def test_one_path_a_folder_a_pattern_and_a_list_name_the_same_images(annotations, predictor, tmp_path):
+    files = [annotations.path(index) for index in range(3)]
+    for file in files:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "notes.md").write_text("no image")
+    (tmp_path / "list.txt").write_text("\n".join(file.name for file in files) + "\n")
+    expected = predictor.predict(files, score=0.02)
+    for source in (tmp_path, str(tmp_path / "*g"), tmp_path / "list.txt", [tmp_path]):
+        found = predictor.predict(source, score=0.02)
+        assert [one.path.name for one in found] == [file.name for file in files]
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one.boxes, other.boxes) and torch.equal(one.scores, other.scores)
+    (single,) = predictor.predict(files[1], score=0.02)
+    assert single.path == files[1] and single.image_id == 1
+
+
+def test_a_source_without_images_is_refused(predictor, tmp_path):
+    for source, message in (
+        (tmp_path, "expected images in the folder .*, got none"),
+        (tmp_path / "*.jpg", "expected files that match .*jpg, got none"),
+        ("https://example.com/a.jpg", "got the URL https://example.com/a.jpg. Set download=True to fetch it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            predictor.predict(source)
+    (tmp_path / "list.txt").touch()
+    with pytest.raises(ValueError, match="expected one path per line, got an empty file"):
+        predictor.predict(tmp_path / "list.txt")
+
+
+def test_a_url_is_fetched_if_asked(annotations, predictor, tmp_path):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_) -> None:
+            pass
+
+    path = annotations.path(0)
+    (tmp_path / "text.jpg").write_text("<html>")
+    (tmp_path / path.name).write_bytes(path.read_bytes())
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        (found,), (expected,) = predictor.predict(f"{url}/{path.name}", download=True), predictor.predict(path)
+        assert torch.equal(found.boxes, expected.boxes)
+        with pytest.raises(ValueError, match="expected an image at .*none.jpg, got"):
+            predictor.predict(f"{url}/none.jpg", download=True)
+        with pytest.raises(ValueError, match="text.jpg: expected an image"):
+            predictor.predict(f"{url}/text.jpg", download=True)
+        server.shutdown()
+
+
+def test_options_select_by_score_class_and_number(annotations, predictor):
+    path = annotations.path(0)
+    (everything,) = predictor.predict(path)
+    scores, names = everything.scores, np.array(everything.names)
+    threshold = float(scores[5])
+    (found,) = predictor.predict(path, score=threshold)
+    assert torch.equal(found.scores, scores[scores >= threshold])
+    name = names[0]
+    (found,) = predictor.predict(path, classes=[name], max_detections=2)
+    assert torch.equal(found.scores, scores[names == name][:2]) and set(found.names) == {name}
+    (found,) = predictor.predict(path, classes=[])
+    assert len(found) == 0 and "nothing" in repr(found)
+
+
+def test_thresholds_of_the_checkpoint_apply_unless_a_score_is_given(annotations, predictor, monkeypatch):
+    path, names = annotations.path(0), predictor.class_names
+    (everything,) = predictor.predict(path, score=0)
+    thresholds = {"overall": float(everything.scores[3]), "classes": {names[0]: float(everything.scores[1])}}
+    monkeypatch.setattr(predictor, "score_thresholds", thresholds)
+    limits = torch.tensor([thresholds["classes"].get(name, thresholds["overall"]) for name in names])
+    (found,) = predictor.predict(path)
+    assert torch.equal(found.scores, everything.scores[everything.scores >= limits[everything.labels]])
+    assert len(predictor.predict(path, score=0)[0]) == len(everything)
+    assert "the best F1" in predictor.thresholds().origin
+    assert predictor.thresholds(0.25).origin == "score >= 0.25"
+    monkeypatch.setattr(predictor, "score_thresholds", {"overall": "high"})
+    with pytest.raises(ValueError, match="score_thresholds: expected numbers .* Set score"):
+        predictor.predict(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": 1.5}, r"score: expected a number in 0..1, got 1.5"),
+        ({"classes": ["stone"]}, "classes: expected some of .*, got 'stone'"),
+        ({"max_detections": 0}, "max_detections: expected at least 1, got 0"),
+        ({"size": 0}, "size: expected a side of at least 1 px, got 0"),
+    ],
+)
+def test_impossible_options_are_refused(annotations, predictor, options, message):
+    with pytest.raises(ValueError, match=message):
+        predictor.predict(annotations.path(0), **options)
+
+
+def test_size_is_the_shorter_side(annotations, predictor, monkeypatch):
+    seen = []
+    detect = predictor.model.detect
+    monkeypatch.setattr(predictor.model, "detect", lambda batch, tta: seen.append(batch.sizes) or detect(batch, tta))
+    predictor.predict(annotations.path(0))  # 96 x 128 px
+    predictor.predict(annotations.path(0), size=48)
+    monkeypatch.setattr(predictor.preprocessing.transform, "transforms", [])
+    predictor.predict(annotations.path(0), size=48)
+    assert [sizes.tolist() for sizes in seen] == [[[112, 149]], [[48, 64]], [[48, 64]]]
+
+
+def test_a_model_needs_nothing_but_detect(annotations, predictor):
+    class Fixed:
+        stride = 32
+
+        def detect(self, batch: Batch, views: Views | None = None) -> Detections:
+            boxes = batch.sizes.flip(1).repeat(1, 2)[:, None] * torch.tensor([0.25, 0.25, 0.5, 0.5])
+            ones = torch.ones(len(batch), 1)
+            return Detections(boxes, 0.5 * ones, ones.long(), ones.bool())
+
+    fixed = Predictor(Fixed(), ["a", "b"], predictor.preprocessing, CPU)
+    (found,) = fixed.predict(annotations.path(0))
+    assert torch.allclose(found.boxes, torch.tensor([[32.0, 24.0, 64.0, 48.0]])) and found.names == ("b",)

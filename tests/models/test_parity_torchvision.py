@@ -129,7 +129,7 @@ def test_predictions_from_files_equal_those_of_torchvision(tmp_path: Path):
     theirs = torchvision_model("torchvision_r50_fpn")
     torch.save(theirs.state_dict(), tmp_path / "weights.pth")
     predictor = api.load(tmp_path / "weights.pth", device="cpu")
-    (resize,) = (step for step in predictor.transform.deferred if isinstance(step, ResizeShortestSide))
+    (resize,) = (step for step in predictor.preprocessing.transform.deferred if isinstance(step, ResizeShortestSide))
     resize.sides, resize.max_side = [109], 160
     theirs.transform.min_size, theirs.transform.max_size = (109,), 160
     for image in images_of((120, 200), (167, 133), seed=5):
