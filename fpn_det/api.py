@@ -76,7 +76,8 @@ def train(config: TrainConfig | str | Sequence[str], overrides: Sequence[str] = 
         trainer = Trainer(config, ranks, device)
         folder = choose_folder(config.experiment, config.run_dir, config.resume, config.set_aside)
         with folder.locked(), translate_system_errors(folder.resume_advice), RunLog(folder.path, ranks) as log:
-            trainer.prepare(folder, log, overrides)
+            with folder.discarded_on_failure():
+                trainer.prepare(folder, log, overrides)
             with profiled(config.profile, log):
                 exit_code = trainer.train()
     if exit_code:

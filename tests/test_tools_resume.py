@@ -77,3 +77,22 @@ def test_torchrun_restarts_a_killed_run_and_it_resumes(shapes_dataset, tmp_path)
     assert launcher.wait(timeout=300) == 0
     assert "Going on after step" in (tmp_path / "run/log.txt").read_text()
     assert metrics(tmp_path / "run")["step"] == 6
+
+
+def test_resuming_takes_everything_from_the_run_and_tells_what_is_typed(run_tool, shapes_dataset, tmp_path):
+    first = run_tool("train.py", *TINY, f"data.root={shapes_dataset}", "trainer.max_steps=1", "run_dir=runs/mine")
+    assert first.returncode == 0, first.stderr
+    more = run_tool("train.py", "resume=runs/mine", "trainer.max_steps=2")
+    assert more.returncode == 0, more.stderr
+    assert metrics(tmp_path / "runs/mine")["step"] == 2
+    told = more.stdout[more.stdout.index("Settings have changed") :].splitlines()[2:3]
+    assert [line.split() for line in told] == [["trainer.max_steps", "1", "2", "yes"]]
+
+
+def test_a_start_that_fails_leaves_the_folders_as_they_were(run_tool, tmp_path):
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "runs/mine/log.txt").touch()
+    failed = run_tool("train.py", *TINY, "data.root=nowhere", "run_dir=runs/mine", "set_aside=true")
+    assert failed.returncode == 2 and len(failed.stderr.strip().splitlines()) == 1
+    left = {str(path.relative_to(tmp_path)) for path in (tmp_path / "runs").rglob("*")}
+    assert left - {"runs/mine/.lock"} == {"runs/mine", "runs/mine/log.txt"}

@@ -5,12 +5,16 @@ from __future__ import annotations
 import difflib
 import importlib
 import io
+import os
+import signal
 import sys
+from types import FrameType
 
 from fpn_det.cli.help import COMMANDS, command_help, overview
 
 HELP = ("-h", "--help", "help")
 WRONG_COMMAND_LINE = 2  # exit code
+INTERRUPTED = 128 + signal.SIGINT  # exit code
 
 
 def main() -> None:
@@ -36,8 +40,21 @@ def run(command: str) -> None:
     if any(word in HELP[:2] for word in sys.argv[1:]):
         print(command_help(command))
         return
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:  # an exception would be lost or reported within the imports of libraries
+        signal.signal(signal.SIGINT, _end_at_once)
     module = importlib.import_module(f"fpn_det.cli.{command.replace('-', '_')}")
-    module.main()
+    signal.signal(signal.SIGINT, handler)
+    try:
+        module.main()
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"Interrupted.\n")
+    os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

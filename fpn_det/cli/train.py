@@ -1,35 +1,60 @@
 """Train a detector.
 
-Everything about a run is in its folder, runs/<experiment>/<date>_<time>. `resume=auto` continues an interrupted run,
-`run=<folder>` starts a new one with the settings of an earlier one, -m tries several values in turn. On several GPUs:
+Everything about a run is in its folder, runs/<experiment>/<date>_<time>. `resume=<run>` continues an interrupted run
+with its settings, `resume=auto` the newest one. `run=<folder>` starts a new one with the settings of an earlier one, -m
+tries several values in turn. On several GPUs:
 torchrun --nproc_per_node=8 -m fpn_det.cli.main train ...
 
 Examples:
   fpn-det train experiment=small data=yolo data.root=datasets/my_data
   fpn-det train experiment=r50_fpn data.root=datasets/coco precision=bf16 trainer.batch_size=8
-  fpn-det train experiment=demo run_dir=runs/demo resume=auto
+  fpn-det train resume=runs/demo
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from fpn_det import api
 from fpn_det.cli.launch import argument, launch
+from fpn_det.composition import is_selection
+from fpn_det.locations import CONFIGS
+from fpn_det.runs.folder import newest_to_resume
 from fpn_det.training.config import TrainConfig
 
 
 def main() -> None:
     """Train with the settings of the command line."""
-    if argument("run") is None:
-        launch(api.train, TrainConfig, "train")
+    if argument("run") is not None:
+        launch(api.train, TrainConfig, "train_from_run", lambda: settings_of(Path(argument("run") or "")))
+    elif (resumed := resumed_run()) is not None:
+        sys.argv = [f'resume="{resumed}"' if word == "resume=auto" else word for word in sys.argv]
+        launch(api.train, TrainConfig, "train_from_run", lambda: settings_of(resumed))
     else:
-        launch(api.train, TrainConfig, "train_from_run", saved_settings)
+        launch(api.train, TrainConfig, "train")
 
 
-def saved_settings() -> str:
-    """The settings of the run that the command line names."""
-    file = Path(argument("run") or "") / "config.yaml"
+def resumed_run() -> Path | None:
+    """The run folder whose settings `resume` takes; None if the command line states them itself.
+
+    Words that select files, such as `experiment=demo`, state the settings of the run anew.
+    """
+    resume, run_dir = argument("resume"), argument("run_dir")
+    names = [word.lstrip("+~").partition("=")[0] for word in sys.argv[1:]]
+    if resume in (None, "null") or any(is_selection(name, [CONFIGS]) for name in names):
+        return None
+    if resume == "auto":
+        folder = Path(run_dir) if run_dir else newest_to_resume(Path("runs"))
+    else:
+        folder = Path(str(resume))
+        folder = folder if folder.is_dir() else folder.parent.parent
+    return folder if folder is not None and (folder / "config.yaml").is_file() else None
+
+
+def settings_of(run: Path) -> str:
+    """The settings of a run folder."""
+    file = run / "config.yaml"
     if not file.is_file():
         raise ValueError(f"run: expected the folder of a run, got {file.parent}, which has no {file.name}.")
     try:

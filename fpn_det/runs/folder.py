@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -36,11 +37,27 @@ class RunFolder:
     Attributes:
         resume: continue the run of this folder.
         checkpoint: file to resume from; None is the newest of the folder.
+        is_new: the folder was made for this start.
+        earlier: new name of the folder that had this one's name; None if there was none.
     """
 
     path: Path
     resume: bool = False
     checkpoint: Path | None = None
+    is_new: bool = False
+    earlier: Path | None = None
+
+    @contextmanager
+    def discarded_on_failure(self) -> Iterator[None]:
+        """Remove a new folder if the start of its run fails within this context, and give an earlier one its name back."""
+        try:
+            yield
+        except BaseException:
+            if self.is_new and current_ranks().is_main:
+                shutil.rmtree(self.path, ignore_errors=True)
+                if self.earlier is not None:
+                    self.earlier.rename(self.path)
+            raise
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -66,7 +83,9 @@ class RunFolder:
         files = self.checkpoints().files()
         if not files:
             return "There is no checkpoint yet."
-        return f"Last good checkpoint: {shown_path(files[0])}. To resume, repeat the command with resume=auto run_dir={shown_path(self.path)}"
+        return (
+            f"Last good checkpoint: {shown_path(files[0])}. To continue: fpn-det train resume={shown_path(self.path)}"
+        )
 
     def checkpoints(self, keep_last: int = 0) -> CheckpointFolder:
         """Return the checkpoints of the run; `keep_last` applies when one is saved."""
@@ -126,12 +145,13 @@ def choose_folder(
     def find() -> RunFolder:
         experiment_folder = root / (experiment or "default")
         if resume is None:
-            folder = RunFolder(_new_folder(experiment_folder) if run_dir is None else Path(run_dir))
-            _make_room(folder.path, set_aside)
+            path = _new_folder(experiment_folder) if run_dir is None else Path(run_dir)
+            folder = RunFolder(path, is_new=True, earlier=_make_room(path, set_aside))
         elif resume == "auto":
             unfinished = None if run_dir is not None else _newest_unfinished(experiment_folder)
             path = Path(run_dir) if run_dir is not None else unfinished or _new_folder(experiment_folder)
-            folder = RunFolder(path, resume=bool(RunFolder(path).checkpoints().files()))
+            is_new = (run_dir is None and unfinished is None) or not path.exists()
+            folder = RunFolder(path, resume=bool(RunFolder(path).checkpoints().files()), is_new=is_new)
         else:
             folder = _folder_of(Path(resume), run_dir)
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -207,9 +227,10 @@ def _lock(lock: IO[str], path: Path) -> None:
     lock.flush()
 
 
-def _make_room(path: Path, set_aside: bool) -> None:
+def _make_room(path: Path, set_aside: bool) -> Path | None:
+    """Rename what is at `path`. Returns its new name; None if nothing was there."""
     if not path.exists() or all(item.name == LOCK for item in path.iterdir()):
-        return
+        return None
     if not set_aside:
         raise ValueError(
             f"run_dir: expected a new or empty folder, got {path}, which holds {', '.join(sorted(item.name for item in path.iterdir())[:5])}. "
@@ -217,7 +238,14 @@ def _make_room(path: Path, set_aside: bool) -> None:
         )
     with (path / LOCK).open("a+") as lock:
         _lock(lock, path)
-    path.rename(path.with_name(f"{path.name}_until_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"))
+    return path.rename(path.with_name(f"{path.name}_until_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"))
+
+
+def newest_to_resume(root: Path) -> Path | None:
+    """The run below `root`, of any experiment, that was written to last, among those with checkpoints that are not finished."""
+    runs = [RunFolder(file.parent) for file in root.rglob("config.yaml")]
+    paths = [run.path for run in runs if run.checkpoints().files() and not run.checkpoints().is_finished()]
+    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _newest_unfinished(experiment_folder: Path) -> Path | None:

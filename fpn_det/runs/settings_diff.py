@@ -17,6 +17,8 @@ IRRELEVANT_TO_RESULTS = (
     "set_aside", "trainer.eval_every", "trainer.keep_last", "trainer.log_every", "trainer.probe", "trainer.save_every",
     "trainer.timeout_minutes", "trainer.val_loss",
 )  # fmt: skip
+# Settings that say how a run is started, which a resumed run does not take over.
+OF_A_START = ("profile", "resume", "run", "run_dir", "set_aside")
 ABSENT = "-"  # shown for a setting that only other runs have
 
 Flat = dict[str, Any]  # dotted name -> value
@@ -60,7 +62,7 @@ def differing(settings: Sequence[Flat]) -> list[str]:
 
 def changes_table(before: Flat, now: Flat) -> Table | None:
     """Tabulate the changed settings with both values, and whether they affect results; None without changes."""
-    names = differing([before, now])
+    names = [name for name in differing([before, now]) if name not in OF_A_START]
     if not names:
         return None
     table = Table("setting", "before", "now", "affects results", box=None, padding=(0, 2, 0, 2))

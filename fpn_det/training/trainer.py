@@ -275,9 +275,7 @@ class Trainer:
             received = self._run_steps(stop)
         if received:
             name = signal.Signals(received).name
-            self.log.info(
-                f"Stopped by {name} and saved. To continue, repeat the command with resume=auto run_dir={path}"
-            )
+            self.log.info(f"Stopped by {name} and saved. To continue: fpn-det train resume={path}")
             return 128 + received
         assert self.evaluation is not None, "the last step is evaluated"
         self.log.hparams(read_settings(self.metadata["config"]), self.evaluation.metrics)

@@ -59,7 +59,8 @@ def test_auto_starts_a_run_where_there_is_none(tmp_path):
     found = choose_folder("demo", str(tmp_path / "mine"), "auto", root=tmp_path)
     assert found.path == tmp_path / "mine" and not found.resume
     (found.path / "log.txt").touch()  # died before its first checkpoint
-    assert choose_folder("demo", str(tmp_path / "mine"), "auto", root=tmp_path) == found
+    again = choose_folder("demo", str(tmp_path / "mine"), "auto", root=tmp_path)
+    assert again.path == found.path and not again.resume and not again.is_new
 
 
 def test_resume_takes_a_checkpoint_or_a_run_folder(tmp_path):
