@@ -33,6 +33,7 @@ setup(
         "albumentations>=2.0.8",
         "opencv-python-headless>=4.11",  # older versions fill truncated JPEG files with grey
         "numpy>=1.26",
+        "msgspec>=0.19",
         "rich>=13.7",
     ],
     extras_require={

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from fpn_det.annotations.files import FolderListings
 from fpn_det.annotations.findings import SHOWN_PER_KIND, Finding, OnError
 from fpn_det.annotations.image_inspection import ImageInfo, ImageInspector, is_mislabeled
 from fpn_det.annotations.parsing import parse_id, parse_pixels
-from fpn_det.annotations.raw import RawDataset, Record
+from fpn_det.annotations.raw import RawDataset, RawImage
 from fpn_det.image_io import image_size
+
+MAX_SIDE = 1 << 31  # px; larger numbers are no size of an image
 
 Size = tuple[int, int]  # (h, w)
 Report = Callable[..., None]  # (kind, message, severity="error"): adds a finding about one image
@@ -33,6 +37,28 @@ class ImageTable:
     row_of: dict[int | str | None, int] = field(default_factory=dict)  # by the id of the file
     left_out: set[int | str | None] = field(default_factory=set)  # ids
 
+    def add(
+        self,
+        key: int | str,
+        image_id: int,
+        file_name: str,
+        path: str,
+        size: Size,
+        stated_size: Size,
+        info: ImageInfo,
+    ) -> int:
+        """Append an image, which `key` stands for in the file, and return its row."""
+        row = self.row_of[key] = len(self.paths)
+        self.left_out.remove(key)
+        self.image_ids.append(image_id)
+        self.file_names.append(file_name)
+        self.paths.append(path)
+        self.sizes.append(size)
+        self.stated_sizes.append(stated_size)
+        self.orientations.append(info.orientation)
+        self.digests.append(info.digest)
+        return row
+
 
 def check_images(
     raw: RawDataset, on_error: OnError, inspect: ImageInspector | None, findings: list[Finding]
@@ -46,37 +72,51 @@ def check_images(
         findings: is extended.
     """
     folder = raw.folder
-    keys = [parse_id(record.get("id")) for record in raw.images]
-    names_of: dict[int | str | None, set[str]] = {}
-    for key, record in zip(keys, raw.images, strict=True):
-        names_of.setdefault(key, set()).add(str(record.get("file_name")))
+    keys = [parse_id(record.id) for record in raw.images]
+    names_of = _names_of_repeated(keys, raw.images)
     # Image ids that are strings get numbers above all others.
     free = count(1 + max((key for key in keys if isinstance(key, int)), default=0))
     listings = FolderListings()
-    wanted_paths = [_join(folder, record.get("file_name")) for record in raw.images]
-    paths = [
-        path if folder is None or not path or listings.has(path) else listings.find_renamed(path, folder)
-        for path in wanted_paths
-    ]
+    in_folder = set() if folder is None else listings.names(folder)
+    wanted_paths, paths = [], []
+    for record in raw.images:
+        wanted = _join(folder, record.file_name)
+        is_there = folder is None or not wanted or record.file_name in in_folder or listings.has(wanted)
+        wanted_paths.append(wanted)
+        paths.append(wanted if is_there or folder is None else listings.find_renamed(wanted, folder))
     infos = inspect((path for path in paths if path), folder) if inspect and folder else {}
-    table = ImageTable(left_out=set(names_of))
+    table = ImageTable(left_out=set(keys))
     row_of_path: dict[str, int] = {}
     num_missing = 0
     for record, key, wanted, path in zip(raw.images, keys, wanted_paths, paths, strict=True):
-        name = record.get("file_name")
+        name, info = record.file_name, infos.get(path, ImageInfo())
+        file = os.path.normpath(path)
+        size = record.height, record.width
+        if (
+            record.id is key
+            and type(key) is int
+            and key not in names_of
+            and path
+            and path == wanted
+            and file not in row_of_path
+            and _is_plain(size)
+            and (path not in infos or _agrees(info, size, path))
+        ):
+            row_of_path[file] = table.add(key, key, name, path, size, size, info)
+            continue
 
         def report(kind: str, message: str, severity: str = "error", key=key, name=name) -> None:
             findings.append(Finding(kind, message, severity, key, str(name)))  # type: ignore[arg-type]
 
         if key is None:
-            report("image_id_not_integer", f"image {name!r} has the id {record.get('id')!r}")
-        elif len(names_of[key]) > 1:
+            report("image_id_not_integer", f"image {name!r} has the id {record.id!r}")
+        elif len(names_of.get(key, ())) > 1:
             report("image_id_duplicate", f"{len(names_of[key])} different files have this id")
         elif key in table.row_of:
             report("image_id_duplicate", "this image is listed twice")
         elif not wanted:
             report("image_file_unnamed", f"expected a file_name, got {name!r}")
-        elif (file := os.path.normpath(path)) in row_of_path and path:
+        elif file in row_of_path and path:
             row = row_of_path[file]
             report("image_file_twice", f"the file is image {table.image_ids[row]} already; they count as one")
             table.row_of[key] = row
@@ -87,23 +127,36 @@ def check_images(
                 report("image_file_missing", f"no file {wanted}{_hint(path, wanted, listings, num_missing)}")
             if not path or (path != wanted and on_error == "skip"):
                 continue
-            if isinstance(record.get("id"), str):
-                report("image_id_is_text", f"expected a number as id, got {record['id']!r}")
-            size = _check_size(record, path, infos.get(path), folder is not None, on_error, report)
-            if size is None:
+            if isinstance(record.id, str):
+                report("image_id_is_text", f"expected a number as id, got {record.id!r}")
+            checked = _check_size(record, path, infos.get(path), folder is not None, on_error, report)
+            if checked is None:
                 continue
-            info = infos.get(path, ImageInfo())
-            row_of_path[file] = table.row_of[key] = len(table.paths)
-            table.image_ids.append(key if isinstance(key, int) else next(free))
-            table.file_names.append(str(name))
-            table.paths.append(path)
-            table.sizes.append(size)
-            stated = parse_pixels(record.get("height")), parse_pixels(record.get("width"))
-            table.stated_sizes.append(stated if min(stated) else size)
-            table.orientations.append(info.orientation)
-            table.digests.append(info.digest)
-            table.left_out.remove(key)
+            stated = parse_pixels(record.height), parse_pixels(record.width)
+            image_id = key if isinstance(key, int) else next(free)
+            row_of_path[file] = table.add(
+                key, image_id, str(name), path, checked, stated if min(stated) else checked, info
+            )
     return table
+
+
+def _names_of_repeated(keys: list, records: list[RawImage]) -> dict[int | str | None, set[str]]:
+    """The file names of each id that more than one record has."""
+    repeated = {key for key, number in Counter(keys).items() if number > 1}
+    names_of: dict[int | str | None, set[str]] = {key: set() for key in repeated}
+    if repeated:
+        for key, record in zip(keys, records, strict=True):
+            if key in repeated:
+                names_of[key].add(str(record.file_name))
+    return names_of
+
+
+def _is_plain(size: tuple[Any, Any]) -> bool:
+    return type(size[0]) is type(size[1]) is int and 0 < size[0] < MAX_SIDE and 0 < size[1] < MAX_SIDE
+
+
+def _agrees(info: ImageInfo, size: Size, path: str) -> bool:
+    return not info.fault and (info.height, info.width) == size and not is_mislabeled(path, info)
 
 
 def _join(folder: Path | None, name: object) -> str:
@@ -126,7 +179,7 @@ def _hint(path: str, wanted: str, listings: FolderListings, num_missing: int) ->
 
 
 def _check_size(
-    record: Record, path: str, info: ImageInfo | None, has_files: bool, on_error: OnError, report: Report
+    record: RawImage, path: str, info: ImageInfo | None, has_files: bool, on_error: OnError, report: Report
 ) -> Size | None:
     """Return (h, w) of the file if it was inspected, else of the record; None leaves the image out."""
     if info is not None and info.fault:
@@ -134,14 +187,14 @@ def _check_size(
         return None
     if info is not None and is_mislabeled(path, info):
         report("image_mislabeled", f"{path}: the content is {info.kind}; it is read all the same", "warning")
-    height, width = parse_pixels(record.get("height")), parse_pixels(record.get("width"))
+    height, width = parse_pixels(record.height), parse_pixels(record.width)
     if not height or not width:
-        report("image_size_missing", f"width {record.get('width')!r}, height {record.get('height')!r}")
+        report("image_size_missing", f"width {record.width!r}, height {record.height!r}")
         if on_error == "skip" or not has_files:
             return None
         return (info.height, info.width) if info else image_size(Path(path))
-    if isinstance(record["height"], str) or isinstance(record["width"], str):
-        report("image_size_is_text", f"expected numbers, got width {record['width']!r}, height {record['height']!r}")
+    if isinstance(record.height, str) or isinstance(record.width, str):
+        report("image_size_is_text", f"expected numbers, got width {record.width!r}, height {record.height!r}")
     if info is None or (info.height, info.width) == (height, width):
         return height, width
     turned = info.is_turned and (info.width, info.height) == (height, width)

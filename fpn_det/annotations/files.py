@@ -8,7 +8,9 @@ import os
 import stat
 import unicodedata
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 MAX_TEXT_BYTES = 1 << 30  # of a text file; 20 million lines
 MAX_NEAR_CANDIDATES = 2000  # names that are compared for a suggestion: difflib needs 0.1 ms for each
@@ -27,8 +29,9 @@ def describe_irregular(mode: int) -> str:
     return next((name for test, name in FILE_KINDS if test(mode)), "")
 
 
-def read_file(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
-    """Return the content of a regular file. Pipes and devices are refused, because reading them may never end.
+@contextmanager
+def open_file(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> Iterator[BinaryIO]:
+    """Open a regular file. Pipes and devices are refused, because reading them may never end.
 
     Raises:
         ValueError: the file does not exist, cannot be read, is not regular or too large.
@@ -39,11 +42,18 @@ def read_file(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
             raise ValueError(f"{path}: expected a regular file, got {irregular}. Check the path.")
         if status.st_size > max_bytes:
             raise ValueError(f"{path}: expected at most {max_bytes:,} bytes, got {status.st_size:,}. Split the file.")
-        return Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            yield file
     except OSError as error:
         raise ValueError(
             f"{path}: expected a file, got none that can be read: {error.strerror}. Check the path."
         ) from None
+
+
+def read_file(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
+    """Return the content of a file, see `open_file`."""
+    with open_file(path, max_bytes) as file:
+        return file.read()
 
 
 def read_text(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> str:

@@ -124,7 +124,7 @@ def check_raw(
         )
         findings += raw.findings + differences
         images = check_images(raw, on_error, inspect, findings)
-        parts.append(check_objects(raw.annotations, images, classes, on_error, flagged_objects, findings))
+        parts.append(check_objects(raw.objects, images, classes, on_error, flagged_objects, findings))
         digests += images.digests
         if not raw.is_labeled:
             message = f"{raw.source.name}: a list of images without annotations; nothing can be scored"

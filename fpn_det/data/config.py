@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from fpn_det.annotations.check_objects import FlaggedObjects
 from fpn_det.annotations.config import SplitConfig
 from fpn_det.annotations.findings import Finding, OnError, raise_for_faults
-from fpn_det.annotations.image_inspection import ImageInfo, inspect_images
+from fpn_det.annotations.image_inspection import inspect_images
 from fpn_det.annotations.reading import CheckedDataset
 from fpn_det.annotations.splits import TrainData, are_same_images, drop_images, find_overlap
 from fpn_det.annotations.subsets import drop_empty, select_images, split_images
@@ -28,7 +28,7 @@ from fpn_det.data.sampling import GlobalBatches, repeat_factors
 from fpn_det.data.transforms import Pipeline
 from fpn_det.data.workers import StartMethod, Workers
 from fpn_det.image_io import MAX_PIXELS, read_image
-from fpn_det.runtime import Ranks, broadcast_object, current_ranks
+from fpn_det.runtime import Ranks, run_on_main
 from fpn_det.schema import Amount, Count, CountOrZero, Fraction, Node, Positive, Share, build
 from fpn_det.structures import Annotations
 
@@ -115,7 +115,7 @@ class DataConfig:
         return Pipeline(chain, self.min_visibility, self.min_area)
 
     def read_train_and_val(self, seed: int) -> TrainData:
-        """Read the training and validation sets, with the classes of the training set.
+        """Read the training and validation sets, with the classes of the training set: on rank 0, for all ranks.
 
         Args:
             seed: of the random split under `val_fraction`.
@@ -123,6 +123,10 @@ class DataConfig:
         Raises:
             ValueError: annotations or images have faults that `on_error` does not allow, or no training image has objects.
         """
+        data = run_on_main(partial(self._read_train_and_val, seed))
+        return replace(data, train=data.train.share_memory(), val=data.val.share_memory())
+
+    def _read_train_and_val(self, seed: int) -> TrainData:
         datasets = {"train": self.check_split("train", self.classes)}
         self._raise_for_faults("train", datasets["train"].findings)
         if self.val_fraction is None:
@@ -130,10 +134,10 @@ class DataConfig:
         data = self.check_together(datasets, seed)
         for split, findings in data.findings.items():
             self._raise_for_faults(split, findings)
-        return replace(data, train=data.train.share_memory(), val=data.val.share_memory())
+        return data
 
     def read_split(self, split: SplitName, class_names: Sequence[str], seed: int) -> Annotations:
-        """Read the ground truth of a split for an evaluation.
+        """Read the ground truth of a split for an evaluation: on rank 0, for all ranks.
 
         Args:
             split: part to read; `val` is the held-out part of the training images under `val_fraction`.
@@ -143,6 +147,9 @@ class DataConfig:
         Raises:
             ValueError: annotations or images have faults that `on_error` does not allow.
         """
+        return run_on_main(partial(self._read_split, split, class_names, seed))
+
+    def _read_split(self, split: SplitName, class_names: Sequence[str], seed: int) -> Annotations:
         source: SplitName = "train" if split == "val" and self.val_fraction is not None else split
         checked = self.check_split(source, class_names)
         self._raise_for_faults(source, checked.findings)
@@ -166,7 +173,7 @@ class DataConfig:
             subset=self.classes is not None,
             on_error=self.on_error,
             flagged_objects=self.flagged_objects,
-            inspect=partial(_inspect_once, max_pixels=self.max_image_pixels) if self.check else None,
+            inspect=partial(inspect_images, max_pixels=self.max_image_pixels) if self.check else None,
         )
         others = {"train": ["val"] if self.val_fraction is None else [], "val": ["train"], "test": ["train"]}[split]
         same = [other for other in others if getattr(self, other) == source]
@@ -340,8 +347,3 @@ class DataConfig:
         if self.cache:
             return ImageCache(Path(self.cache), self.max_image_pixels).read
         return partial(read_image, max_pixels=self.max_image_pixels)
-
-
-def _inspect_once(paths: Iterable[str], folder: Path, max_pixels: int) -> Mapping[str, ImageInfo]:
-    """Inspect the image files on rank 0 and send the result to all ranks."""
-    return broadcast_object(inspect_images(paths, folder, max_pixels) if current_ranks().is_main else None)

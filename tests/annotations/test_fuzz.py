@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from test_formats import MAKERS, source_of
 
+from fpn_det.annotations.conversion import ConversionConfig, convert
 from fpn_det.annotations.findings import raise_for_faults
 from fpn_det.annotations.image_inspection import inspect_images
 from fpn_det.annotations.reading import check_raw, load_raw
@@ -44,10 +45,10 @@ FRAGMENTS = [
 def make_coco(root: Path) -> Path:
     """The set of `make_csv` as COCO JSON."""
     MAKERS["csv"](root)
-    raw = load_raw(root / "train.csv", root)[0]
-    for record in raw.annotations:
+    convert(ConversionConfig("csv", "coco", str(root / "train.csv"), str(root / "train.json"), images=str(root)))
+    document = json.loads((root / "train.json").read_text())
+    for record in document["annotations"]:
         record["segmentation"] = [[1, 1, 5, 1, 5, 5]]
-    document = {"images": raw.images, "annotations": raw.annotations, "categories": raw.categories}
     (root / "train.csv").unlink()
     (root / "train.json").write_text(json.dumps(document))
     return root

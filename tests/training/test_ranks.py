@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,8 @@ import torch.multiprocessing
 from compare import assert_close
 from parts import TinyDetector, TinyLoader, differences, make_annotations, make_batch, make_optimization, snapshot
 
+from fpn_det.annotations.config import SplitConfig
+from fpn_det.data.config import DataConfig
 from fpn_det.data.sampling import micro_batches
 from fpn_det.errors import SystemFault, translate_system_errors
 from fpn_det.models.box_heads import TwoLayerHead
@@ -208,6 +211,36 @@ def test_a_rank_that_sees_no_checkpoint_gets_the_state_of_rank_0(tmp_path):
     one, other = spawn(unshared_folder, tmp_path)
     assert one["first_step"] == other["first_step"] == 6
     assert differences(one["weights"], other["weights"]) == []
+
+
+def read_data(ranks: Ranks, folder: Path) -> dict:
+    """A sound data set, then one with a fault, which rank 1 never opens."""
+    images = [{"id": row, "file_name": f"{row}.png", "height": 40, "width": 60} for row in range(4)]
+    box = {"image_id": 2, "category_id": 3, "bbox": [1, 2, 30, 20], "area": 600, "iscrowd": 0}
+    document = {"images": images, "annotations": [box | {"id": 1}], "categories": [{"id": 3, "name": "cat"}]}
+    outcome = {}
+    for name, objects in (("sound", [box | {"id": 1}]), ("faulty", [box | {"id": 1, "category_id": 9}])):
+        path = folder / f"{name}.json"
+        if ranks.is_main:
+            path.write_text(json.dumps(document | {"annotations": objects}))
+            for image in images:
+                (folder / image["file_name"]).touch()
+        split = SplitConfig(str(folder) if ranks.is_main else "nowhere", str(path) if ranks.is_main else "nowhere")
+        config = DataConfig(train=split, val=split, check=False, keep_empty=True)
+        try:
+            data = config.read_train_and_val(0)
+            truth = config.read_split("val", data.train.class_names, 0)
+            outcome[name] = [data.train.digest(), data.val.digest(), truth.digest(), data.train.boxes.is_shared()]
+        except ValueError as error:
+            outcome[name] = str(error)
+    return outcome
+
+
+def test_rank_0_reads_the_data_for_all_ranks_and_its_refusal_is_theirs(tmp_path):
+    one, other = spawn(read_data, tmp_path)
+    assert one == other
+    assert len(set(one["sound"][:3])) == 1 and one["sound"][3]
+    assert "class_unknown" in one["faulty"]
 
 
 def one_overflow(ranks: Ranks, folder: Path) -> dict:

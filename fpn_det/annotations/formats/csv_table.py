@@ -9,7 +9,7 @@ from pathlib import Path
 from fpn_det.annotations.files import read_text
 from fpn_det.annotations.findings import Finding
 from fpn_det.annotations.parsing import parse_number
-from fpn_det.annotations.raw import RawDataset, Record
+from fpn_det.annotations.raw import RawDataset, RawImage
 from fpn_det.image_io import image_size
 
 # Names of the columns in the files of other tools; the first is ours.
@@ -37,25 +37,26 @@ def load(source: Path, folder: Path | None) -> RawDataset:
     Raises:
         ValueError: the file is no table, or columns are missing.
     """
-    raw = RawDataset(source, folder, [], [], [], image_list=str(source), lists_classes=False)
+    raw = RawDataset(source, folder, image_list=str(source), lists_classes=False)
     rows = _read_rows(source, raw)
     names = sorted({row["class"] for _, row in rows if row["class"]})
     category_of = {name: number for number, name in enumerate(names, start=1)}
     raw.categories.extend({"id": number, "name": name} for name, number in category_of.items())
-    image_of: dict[str, Record] = {}
+    image_of: dict[str, RawImage] = {}
     for line, row in rows:
         where = f"{source.name} line {line}"
         image = image_of.get(row["file"])
         stated = [parse_number(row[side]) for side in OPTIONAL if row.get(side)]
-        size = {"width": stated[0], "height": stated[1]} if len(stated) == 2 else {}
+        size = (stated[0], stated[1]) if len(stated) == 2 else None
         if image is None:
             from_file = image_size(folder / row["file"]) if not size and folder is not None and row["file"] else None
             image = image_of[row["file"]] = raw.add_image(row["file"], from_file)
-            image |= size
-        elif size and any(image[side] != value for side, value in size.items()):
+            if size:
+                image.width, image.height = size
+        elif size and (image.width, image.height) != size:
             message = f"expected the same size as before, got width {row['width']}, height {row['height']}"
             raw.findings.append(
-                Finding("image_size_differs", message, image_id=image["id"], file_name=row["file"], where=where)
+                Finding("image_size_differs", message, image_id=image.id, file_name=row["file"], where=where)
             )
         if row["class"] or any(row[side] for side in CORNERS):
             corners = [parse_number(row[side]) for side in CORNERS]

@@ -51,7 +51,7 @@ def load(source: Path, folder: Path | None, split: str, pixel_offset: int | None
     xml_folder = _find_xml_folder(root)
     parsed: dict[str, ElementTree.Element | None] = {}
     list_file = None if is_split_folder else _find_list(source, root, split)
-    raw = RawDataset(source, None, [], [], [], lists_classes=False)
+    raw = RawDataset(source, None, lists_classes=False)
     raw.image_list = str(root) if is_split_folder else None if list_file is None else str(list_file)
     raw.folder = folder = folder or _find_image_folder(xml_folder)
     for path in walk_files(xml_folder):

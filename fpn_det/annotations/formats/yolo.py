@@ -17,7 +17,7 @@ from fpn_det.annotations.files import (
 )
 from fpn_det.annotations.findings import Finding
 from fpn_det.annotations.parsing import parse_id, parse_number
-from fpn_det.annotations.raw import RawDataset, Record, split_aliases
+from fpn_det.annotations.raw import RawDataset, RawImage, split_aliases
 from fpn_det.image_io import IMAGE_SUFFIXES, image_size
 from fpn_det.safe_yaml import load_yaml
 
@@ -61,12 +61,12 @@ def load(source: Path, folder: Path | None, split: str) -> RawDataset:
             f"Set data.{split}.images."
         )
     base = folder or Path(os.path.commonpath([os.path.abspath(file.parent) for file in files]))
-    raw = RawDataset(file, base, [], [], [], image_list)
+    raw = RawDataset(file, base, image_list=image_list)
     raw.categories.extend({"id": number, "name": name} for number, name in enumerate(description.class_names))
     listings = FolderListings()
     label_file_of = {path: _label_file(path, listings) for path in files}
     shared = _shared_label_files(label_file_of, listings)
-    labeled: list[tuple[Record, str, list[list[float]]]] = []
+    labeled: list[tuple[RawImage, str, list[list[float]]]] = []
     num_label_files = 0
     for path in files:
         labels = label_file_of[path]
@@ -271,7 +271,7 @@ def _read_labels(labels: Path, raw: RawDataset) -> list[list[float]] | None:
 
 
 def _add_objects(
-    labeled: Sequence[tuple[Record, str, list[list[float]]]], description: Description, raw: RawDataset
+    labeled: Sequence[tuple[RawImage, str, list[list[float]]]], description: Description, raw: RawDataset
 ) -> None:
     """Append an object for each line; lines that are no box are reported."""
     extra = description.num_keypoint_columns
@@ -283,12 +283,12 @@ def _add_objects(
             where = f"{file_name} line {number}"
             box, problem = _box_of(values, extra, ambiguous)
             if problem:
-                place = {"image_id": image["id"], "file_name": image["file_name"], "where": where}
+                place = {"image_id": image.id, "file_name": image.file_name, "where": where}
                 raw.findings.append(Finding("label_columns", problem, **place))
             if box is None:
                 continue
             x, y, w, h = box
-            height, width = image["height"] or 0, image["width"] or 0
+            height, width = image.height or 0, image.width or 0
             corners = [(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height]
             category_id = int(values[0]) if values[0] % 1 == 0 else None
             raw.add_box(image, category_id, corners, where)
