@@ -89,7 +89,7 @@ class RawObjects:
         return self._convert("bbox", _bounded, lambda box: list(map(parse_number, _four_values(box))), np.float64, (4,))
 
     def integers(self, key: str) -> np.ndarray:
-        """The integers of a field by `parse_id`, i64 [T]; 0 for anything else."""
+        """The integers of a field of ids by `parse_id`, i64 [T]; 0 for anything else."""
 
         def parse(value: Any) -> int:
             number = parse_id(value)
@@ -98,7 +98,7 @@ class RawObjects:
         return self._convert(key, lambda array: array, parse, np.int64)
 
     def look_up(self, key: str, table: Mapping[int | str | None, int], default: int) -> np.ndarray:
-        """What `table` has for the id in each record, i64 [T]."""
+        """What `table` has for the id in a field of each record, i64 [T]."""
 
         def look_up(value: Any) -> int:
             return table.get(parse_id(value), default)
