@@ -23,4 +23,7 @@ INGREDIENTS = (
     BOX_LOSSES,
     "box_loss@model.roi_head.box_loss=iou box_loss@model.rpn.box_loss=diou objectness_loss@model.rpn.cls_loss=focal",
     "cls_loss@model.roi_head.cls_loss=weighted_cross_entropy model.roi_head.cls_loss.class_weights=[1,2,3,0.5]",
+    "roi_head=dynamic model.roi_head.interval=3",
+    "model.backbone.deformable=[4,5] model.backbone.stochastic_depth=0.1",
+    "suppression@model.roi_head.test_filter=soft_nms",
 )

@@ -44,6 +44,17 @@ class Backbone(nn.Module, ABC):
                 "Choose a neck that reads all maps, or implement Backbone.truncate."
             )
 
+    def parameters_by_stage(self) -> list[list[nn.Parameter]]:
+        """The parameters of each stage from the input on, for learning rates that decay with the depth.
+
+        Raises:
+            ValueError: this backbone does not tell.
+        """
+        raise ValueError(
+            f"optimizer.layer_decay: expected 1 with {type(self).__name__}, which does not divide its parameters into stages. "
+            "Implement Backbone.parameters_by_stage."
+        )
+
     def check_pretrained(self) -> None:
         """Refuse pretrained weights that cannot be loaded, before data are read.
 

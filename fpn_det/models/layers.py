@@ -12,9 +12,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d, deform_conv2d
 
 from fpn_det.runtime import all_reduce_sum, current_ranks
+
+
+class RunningStatistics(nn.Module):
+    """A module whose buffers are updated by the forward pass in training, as those of batch norms are."""
 
 
 class FixedStatisticsBatchNorm2d(nn.BatchNorm2d):
@@ -193,7 +197,42 @@ def conv_norm(input: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
     scale, shift = affine
     weight = conv.weight * scale[:, None, None, None]
     bias = shift if conv.bias is None else shift + conv.bias * scale
+    if isinstance(conv, DeformableConv2d):
+        return conv.apply_with(input, weight, bias)
     return F.conv2d(input, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class DeformableConv2d(nn.Conv2d):
+    """Modulated deformable convolution (Deformable ConvNets v2, Zhu et al. 2019, 3.2), in float32.
+
+    A convolution `offset` predicts for each tap of the kernel a shift in cells and a factor in 0..1. It starts at zero: no shift, and
+    factors of 1/2. The weights are those of the convolution that it replaces, under the same names.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int, bias: bool) -> None:
+        super().__init__(in_channels, out_channels, kernel, stride, kernel // 2, bias=bias)
+        self.offset = nn.Conv2d(in_channels, 3 * kernel**2, kernel, stride, kernel // 2)
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]
+
+    def apply_with(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Convolve with other weights than its own, such as those that a norm is folded into."""
+        shifts, factors = self.offset(input).float().split([2 * self.kernel_size[0] ** 2, self.kernel_size[0] ** 2], 1)
+        with torch.autocast(input.device.type, enabled=False):
+            output = deform_conv2d(
+                input.float(),
+                shifts,
+                weight.float(),
+                None if bias is None else bias.float(),
+                stride=self.stride,
+                padding=self.padding,
+                mask=factors.sigmoid(),
+            )
+        return output
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, out_channels, H / stride, W / stride]."""
+        return self.apply_with(input, self.weight, self.bias)
 
 
 class ConvBlock(nn.Sequential):

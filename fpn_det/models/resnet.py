@@ -9,21 +9,29 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 from torchvision.models import resnet as torchvision_resnet
+from torchvision.ops import StochasticDepth
 
 from fpn_det.models.backbone import Backbone
-from fpn_det.models.layers import Norm, conv_norm, make_norm
-from fpn_det.schema import Amount, listed
+from fpn_det.models.layers import DeformableConv2d, Norm, conv_norm, make_norm
+from fpn_det.schema import Amount, Decay, listed
 from fpn_det.weight_files import check_source, fetch, read_state, read_state_file
 
 TORCHVISION = "torchvision/"
 
 
 class _Residual:
-    """The shortcut of both blocks."""
+    """The shortcut of both blocks, and their stochastic depth."""
+
+    drop: nn.Module | None
 
     def shortcut(self, input: Tensor) -> Tensor:
         downsample = self.downsample  # type: ignore[attr-defined]
         return input if downsample is None else conv_norm(input, downsample[0], downsample[1])
+
+    def join(self, output: Tensor, input: Tensor) -> Tensor:
+        """The sum of residual and shortcut, after ReLU."""
+        output = output if self.drop is None else self.drop(output)
+        return output.add_(self.shortcut(input)).relu_()
 
 
 class BasicBlock(_Residual, torchvision_resnet.BasicBlock):
@@ -32,7 +40,7 @@ class BasicBlock(_Residual, torchvision_resnet.BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         output = conv_norm(x, self.conv1, self.bn1).relu_()
         output = conv_norm(output, self.conv2, self.bn2)
-        return output.add_(self.shortcut(x)).relu_()
+        return self.join(output, x)
 
 
 class Bottleneck(_Residual, torchvision_resnet.Bottleneck):
@@ -42,7 +50,7 @@ class Bottleneck(_Residual, torchvision_resnet.Bottleneck):
         output = conv_norm(x, self.conv1, self.bn1).relu_()
         output = conv_norm(output, self.conv2, self.bn2).relu_()
         output = conv_norm(output, self.conv3, self.bn3)
-        return output.add_(self.shortcut(x)).relu_()
+        return self.join(output, x)
 
 
 _BLOCKS: dict[int, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
@@ -64,9 +72,12 @@ class ResNet(torchvision_resnet.ResNet, Backbone):
         frozen_stages: the first of stem, C2, C3, C4, C5 that are not trained; None = 2 with pretrained weights, 0 without.
         stride_in_1x1: stride on a bottleneck's first convolution, as in the original weights of MSRA; else on its 3x3.
         norm_eps: added to the variance; 0 for weights that were trained without it.
+        deformable: stages whose 3x3 convolutions (of a basic block the second) are deformable, such as [3, 4, 5].
+        stochastic_depth: rate at which the last block is skipped in training; it grows linearly from 0 (Huang et al. 2016).
+            Random draws are those of torch's generator, which training seeds from (seed, step, rank).
 
     Raises:
-        ValueError: unknown depth or norm, stages out of range.
+        ValueError: unknown depth or norm, stages out of range, or a deformable stage that is frozen.
     """
 
     conv1: nn.Conv2d
@@ -84,6 +95,8 @@ class ResNet(torchvision_resnet.ResNet, Backbone):
         frozen_stages: int | None = None,
         stride_in_1x1: bool = False,
         norm_eps: Amount = 1e-5,
+        deformable: tuple[int, ...] = (),
+        stochastic_depth: Decay = 0.0,
     ) -> None:
         if depth not in _BLOCKS:
             raise ValueError(f"backbone.depth: expected one of {', '.join(map(str, _BLOCKS))}, got {depth}.")
@@ -91,26 +104,47 @@ class ResNet(torchvision_resnet.ResNet, Backbone):
         frozen_stages = frozen_stages if frozen_stages is not None else (2 if weights else 0)
         if not 0 <= frozen_stages <= 5:
             raise ValueError(f"backbone.frozen_stages: expected 0 (none) to 5 (all), got {frozen_stages}.")
-        block, layers = _BLOCKS[depth]
-        super().__init__(block, layers, norm_layer=partial(make_norm, norm, eps=norm_eps))
+        kind, layers = _BLOCKS[depth]
+        super().__init__(kind, layers, norm_layer=partial(make_norm, norm, eps=norm_eps))
         del self.fc, self.avgpool
         self.depth = depth
         self.weights = weights
         self.norm = norm
         self.frozen_stages = frozen_stages
-        self.channels = tuple(width * block.expansion for width in (64, 128, 256, 512))
+        self.channels = tuple(width * kind.expansion for width in (64, 128, 256, 512))
         self.strides: tuple[int, ...] = (4, 8, 16, 32)
-        if stride_in_1x1 and block is Bottleneck:
+        if stride_in_1x1 and kind is Bottleneck:
             for layer in (self.layer2, self.layer3, self.layer4):
                 layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
+        self._deform(deformable)
+        blocks: list[Any] = [block for stage in self._stages() for block in stage.children()]
+        for number, block in enumerate(blocks, start=1):
+            rate = stochastic_depth * number / len(blocks)
+            block.drop = StochasticDepth(rate, "row") if stochastic_depth else None
         for part in self._frozen_parts():
             part.requires_grad_(False)
+
+    def _deform(self, stages: tuple[int, ...]) -> None:
+        for number in stages:
+            if not 2 <= number <= 5 or number <= self.frozen_stages:
+                raise ValueError(
+                    f"backbone.deformable: expected stages from {max(2, self.frozen_stages + 1)} to 5, which are trained, got {number}."
+                )
+            for block in getattr(self, f"layer{number - 1}"):
+                conv = block.conv2
+                block.conv2 = DeformableConv2d(conv.in_channels, conv.out_channels, 3, conv.stride[0], bias=False)
+                block.conv2.weight = conv.weight
 
     def truncate(self, num_maps: int) -> None:
         """Remove the stages after the first `num_maps` maps."""
         for number in range(num_maps + 1, len(self.channels) + 1):
             delattr(self, f"layer{number}")
         self.channels, self.strides = self.channels[:num_maps], self.strides[:num_maps]
+
+    def parameters_by_stage(self) -> list[list[nn.Parameter]]:
+        """The parameters of stem, C2, C3, ..."""
+        stem = [*self.conv1.parameters(), *self.bn1.parameters()]
+        return [stem, *(list(stage.parameters()) for stage in self._stages())]
 
     def _stages(self) -> list[nn.Module]:
         return [getattr(self, f"layer{number}") for number in range(1, len(self.channels) + 1)]
@@ -210,7 +244,8 @@ def load_state(module: nn.Module, state: dict[str, Tensor], depth: int, weights:
         ValueError: it does not fit.
     """
     missing, unexpected = module.load_state_dict(state, strict=False)
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    # predicted offsets of a deformable convolution are new, and start at zero
+    missing = [name for name in missing if not name.endswith("num_batches_tracked") and ".conv2.offset." not in name]
     unexpected = [name for name in unexpected if not name.endswith("num_batches_tracked")]
     if missing or unexpected:
         raise ValueError(

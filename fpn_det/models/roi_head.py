@@ -15,7 +15,7 @@ from fpn_det.models.losses import BoxLoss, ClassLoss, CrossEntropy, SmoothL1, ma
 from fpn_det.models.matching import Matcher, ProposalSampler
 from fpn_det.models.roi_align import RoIAlign
 from fpn_det.models.selection import DetectionFilter
-from fpn_det.structures import Batch, Candidates, Detections, Losses, Proposals, Pyramid, Sample, Targets
+from fpn_det.structures import Batch, Candidates, Detections, Losses, Match, Proposals, Pyramid, Sample, Targets
 
 
 class BoxPredictor(nn.Module):
@@ -126,14 +126,22 @@ class ROIHead(nn.Module):
     def sample(self, proposals: Proposals, batch: Batch, step: int | Tensor) -> SampledBoxes:
         """The boxes of the loss: a sample of the proposals and, with `sampler.add_gt`, of the ground truth."""
         targets = batch.targets
-        boxes, valid = proposals.boxes, proposals.valid
-        if self.sampler.add_gt:
-            boxes = torch.cat([boxes, targets.boxes], dim=1)
-            valid = torch.cat([valid, targets.valid], dim=1)
-        match = self.matcher(targets, boxes, valid)
+        boxes, valid = self.candidates(proposals, targets)
+        match = self.match(targets, boxes, valid)
         sample = self.sampler(match, batch.indices, step)
         boxes = boxes.gather(1, sample.idxs[..., None].expand(-1, -1, 4))
         return with_targets(boxes, match.matched_idxs.gather(1, sample.idxs), sample, targets)
+
+    def candidates(self, proposals: Proposals, targets: Targets) -> tuple[Tensor, Tensor]:
+        """Boxes [B, R, 4] that are sampled from, and which of them are valid."""
+        if not self.sampler.add_gt:
+            return proposals.boxes, proposals.valid
+        boxes = torch.cat([proposals.boxes, targets.boxes], dim=1)
+        return boxes, torch.cat([proposals.valid, targets.valid], dim=1)
+
+    def match(self, targets: Targets, boxes: Tensor, valid: Tensor) -> Match:
+        """Match boxes [B, R, 4], of which only those `valid` [B, R] take part, with the ground truth."""
+        return self.matcher(targets, boxes, valid)
 
     def compare(
         self, logits: Tensor, deltas: Tensor, sampled: SampledBoxes, predictor: BoxPredictor

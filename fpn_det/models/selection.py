@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fpn_det.boxes import box_sides
+from fpn_det.boxes import box_iou, box_sides
 from fpn_det.models.nms import NmsMethod, nms_keep
-from fpn_det.schema import Amount, Count, Fraction
+from fpn_det.schema import Amount, Count, Fraction, Positive
 from fpn_det.structures import Batch, Candidates, Detections
 
 
@@ -118,3 +119,50 @@ def _boxes_at(candidates: Candidates, idxs: Tensor) -> Tensor:
     if candidates.boxes.shape[2] == 1:  # one box for all classes
         idxs = idxs // candidates.scores.shape[2]
     return candidates.boxes.flatten(1, 2).gather(1, idxs[..., None].expand(-1, -1, 4))
+
+
+@dataclass(frozen=True)
+class SoftDetectionFilter(DetectionFilter):
+    """Selects detections with Soft-NMS (Bodla et al. 2017, Figure 2): overlap with a better box of the class lowers a score.
+
+    The best box of an image is taken, the scores of the others of its class are lowered, and again, `max_detections` times. So no shape
+    depends on the data. A detection whose lowered score does not exceed `score_threshold` is left out.
+
+    Args:
+        decay: `linear` multiplies by 1 - IoU from `nms_iou` on, `gaussian` by exp(-IoU^2 / sigma) always.
+        sigma: of the Gaussian.
+    """
+
+    decay: Literal["linear", "gaussian"] = "gaussian"
+    sigma: Positive = 0.5
+
+    @torch.no_grad()
+    def __call__(self, candidates: Candidates, batch: Batch) -> Detections:
+        """The detections of each image, best first."""
+        _, num_proposals, num_classes = candidates.scores.shape
+        width, height = box_sides(candidates.boxes)
+        passes = (candidates.scores > self.score_threshold) & candidates.valid[..., None]  # NaN fails
+        passes = passes & (width >= self.min_side) & (height >= self.min_side)
+        # [B, R, K] -> [B, R * K], by proposal, then by class
+        # and an empty slot, so that there is always something to take
+        scores = F.pad(torch.where(passes, candidates.scores, 0.0).flatten(1), (0, 1))
+        boxes = F.pad(candidates.boxes.expand(-1, -1, num_classes, -1).flatten(1, 2), (0, 0, 0, 1))
+        labels = F.pad(torch.arange(num_classes, device=scores.device).repeat(num_proposals), (0, 1))
+        order, found = [], []
+        for _ in range(self.max_detections):
+            best, idxs = scores.max(dim=1, keepdim=True)
+            iou = box_iou(boxes.gather(1, idxs[..., None].expand(-1, -1, 4)), boxes).squeeze(1)
+            scores = torch.where(labels == labels[idxs], scores * self.factor(iou), scores).scatter(1, idxs, 0.0)
+            scores = torch.where(scores > self.score_threshold, scores, 0.0)
+            order.append(idxs)
+            found.append(best)
+        idxs, scores = torch.cat(order, dim=1), torch.cat(found, dim=1)
+        valid = scores > 0
+        boxes = torch.where(valid[..., None], boxes.gather(1, idxs[..., None].expand(-1, -1, 4)), 0.0)
+        return Detections(boxes, scores, labels[idxs], valid)
+
+    def factor(self, iou: Tensor) -> Tensor:
+        """What a score is multiplied by, given the IoU with a better box."""
+        if self.decay == "gaussian":
+            return torch.exp(-iou.square() / self.sigma)
+        return torch.where(iou > self.nms_iou, 1 - iou, 1.0)

@@ -192,6 +192,10 @@ class TimmBackbone(Backbone):
     def _batch_norms(self) -> Iterator[nn.Module]:
         return (module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d))
 
+    def parameters_by_stage(self) -> list[list[nn.Parameter]]:
+        """The parameters of stem, C2, C3, ..."""
+        return self.stages
+
     def truncate(self, num_maps: int) -> None:
         """Make the model again without what follows the first `num_maps` maps."""
         if num_maps != len(self.places):

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from fpn_det.config import PRECISIONS
 from fpn_det.models.detector import Detector
+from fpn_det.models.layers import RunningStatistics
 from fpn_det.runtime import all_reduce_mean, wrap_in_ddp
 from fpn_det.structures import Batch, Losses
 from fpn_det.training.ema import EMA
@@ -51,11 +52,12 @@ class LossScale:
 
 
 class NormStatistics:
-    """Running statistics of batch norms, which the forward pass updates before the step is known to be good."""
+    """Running statistics of batch norms and others, which the forward pass updates before the step is known to be good."""
 
     def __init__(self, model: nn.Module) -> None:
-        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
-        self._buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        kinds = (nn.modules.batchnorm._NormBase, RunningStatistics)
+        updated = [module for module in model.modules() if isinstance(module, kinds)]
+        self._buffers = [buffer for module in updated for buffer in module.buffers()]
         self._kept = [buffer.clone() for buffer in self._buffers]
 
     def keep(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fpn_det.schema import Amount, Count, Decay, Positive
+from fpn_det.schema import Amount, Count, Decay, Fraction, Positive
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -34,6 +34,8 @@ class Recipe(ABC):
     bias_weight_decay: Amount | None = None
     # learning rate of biases as a multiple of that of weights
     bias_lr_factor: Amount = 1.0
+    # learning rate of a stage of the backbone as a multiple of that of the stage after it; neck and heads have the full one. 1: all do
+    layer_decay: Fraction = 1.0
 
     def scaled_lr(self, batch_size: int) -> float:
         """The peak learning rate at `batch_size` images per step, over all ranks and accumulation."""
@@ -48,22 +50,29 @@ class Recipe(ABC):
         return f"{scaling} ({ranks} x {batch_size // (world_size * accumulate)} x accumulate {accumulate})"
 
     def groups(self, model: nn.Module, batch_size: int) -> list[dict[str, Any]]:
-        """Parameter groups of norms, other biases, and weights, without empty ones; the schedule multiplies `peak_lr`."""
-        norms: list[nn.Parameter] = []
-        biases: list[nn.Parameter] = []
-        weights: list[nn.Parameter] = []
+        """Parameter groups of norms, other biases, and weights, without empty ones; the schedule multiplies `peak_lr`.
+
+        With `layer_decay` these of every stage of the backbone, from its input on, and then those of neck and heads.
+        """
+        stages = model.backbone.parameters_by_stage() if self.layer_decay < 1 else []  # type: ignore[union-attr,operator]
+        stage_of = {id(parameter): number for number, stage in enumerate(stages) for parameter in stage}
+        norms: list[list[nn.Parameter]] = [[] for _ in range(len(stages) + 1)]
+        biases: list[list[nn.Parameter]] = [[] for _ in norms]
+        weights: list[list[nn.Parameter]] = [[] for _ in norms]
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.requires_grad:
                     group = norms if isinstance(module, NORMS) else biases if name == "bias" else weights
-                    group.append(parameter)
-        lr = self.scaled_lr(batch_size)
+                    group[stage_of.get(id(parameter), len(stages))].append(parameter)
         bias_weight_decay = self.weight_decay if self.bias_weight_decay is None else self.bias_weight_decay
-        groups = [
-            {"params": norms, "peak_lr": lr, "weight_decay": self.norm_weight_decay},
-            {"params": biases, "peak_lr": lr * self.bias_lr_factor, "weight_decay": bias_weight_decay},
-            {"params": weights, "peak_lr": lr, "weight_decay": self.weight_decay},
-        ]
+        groups: list[dict[str, Any]] = []
+        for number in range(len(norms)):
+            lr = self.scaled_lr(batch_size) * self.layer_decay ** (len(stages) - number)
+            groups += [
+                {"params": norms[number], "peak_lr": lr, "weight_decay": self.norm_weight_decay},
+                {"params": biases[number], "peak_lr": lr * self.bias_lr_factor, "weight_decay": bias_weight_decay},
+                {"params": weights[number], "peak_lr": lr, "weight_decay": self.weight_decay},
+            ]
         return [group for group in groups if group["params"]]
 
     @abstractmethod

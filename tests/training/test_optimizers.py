@@ -8,6 +8,9 @@ from compare import assert_close
 from parts import TinyDetector
 from torch import nn
 
+from fpn_det.models.backbone import Backbone
+from fpn_det.models.detector import Detector
+from fpn_det.models.resnet import ResNet
 from fpn_det.training.optimizers import SGD, AdamW
 
 
@@ -74,3 +77,27 @@ def test_fused_step_equals_the_plain_one(recipe, reference):
             optimizer.zero_grad()
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert_close(one, other, 1e-5)
+
+
+def test_layer_decay_lowers_the_rates_of_early_stages_and_keeps_all_parameters():
+    model = Detector(2, ResNet(18, frozen_stages=1))
+    groups = SGD(lr=0.1, base_batch_size=None, layer_decay=0.5).groups(model, 4)
+    rates = {id(parameter): group["peak_lr"] for group in groups for parameter in group["params"]}
+    assert len(rates) == sum(parameter.requires_grad for parameter in model.parameters())
+    expected = {
+        "backbone.layer1": 0.1 / 16,
+        "backbone.layer2": 0.1 / 8,
+        "backbone.layer3": 0.1 / 4,
+        "backbone.layer4": 0.1 / 2,
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert rates[id(parameter)] == pytest.approx(expected.get(name[:15], 0.1)), name
+    assert groups[-1]["peak_lr"] == 0.1  # the one that is logged
+
+
+def test_layer_decay_is_refused_for_a_backbone_without_stages():
+    model = Detector(2, ResNet(18))
+    model.backbone.parameters_by_stage = lambda: Backbone.parameters_by_stage(model.backbone)
+    with pytest.raises(ValueError, match="optimizer.layer_decay: expected 1 with ResNet"):
+        SGD(lr=0.1, layer_decay=0.9).groups(model, 4)

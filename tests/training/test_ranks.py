@@ -25,6 +25,7 @@ from fpn_det.errors import SystemFault, translate_system_errors
 from fpn_det.models.box_heads import TwoLayerHead
 from fpn_det.models.cascade import CascadeROIHead
 from fpn_det.models.detector import Detector
+from fpn_det.models.dynamic import DynamicROIHead
 from fpn_det.models.layers import SyncBatchNorm2d
 from fpn_det.models.necks.bifpn import BiFPN
 from fpn_det.models.necks.fpn import FPN
@@ -87,6 +88,7 @@ def detect_and_learn(ranks: Ranks, folder: Path) -> dict[str, list[float]]:
         ("frozen", 2, ROIHead),
         ("frozen", 1, CascadeROIHead),
         ("frozen", 2, CascadeROIHead),
+        ("frozen", 1, DynamicROIHead),
     ):
         torch.manual_seed(0)
         model = Detector(
