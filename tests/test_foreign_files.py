@@ -196,6 +196,7 @@ COMMANDS = {
     "train_run": ("train.py", ["run=run", "run_dir=again", "resume=null"]),
     "train_resume": ("train.py", [*TINY, "run_dir=run", "resume=auto"]),
     "show_pyramid": ("show_pyramid.py", ["run=run", "count=1"]),
+    "report": ("report.py", ["run=run"]),
     "convert_weights": (
         "convert_weights.py",
         ["target=torchvision", "input=run/checkpoints/best.pt", "output=out.pth"],

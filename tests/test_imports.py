@@ -23,7 +23,7 @@ RANKS = {
     **dict.fromkeys(["evaluation", "interop"], 5),
     **dict.fromkeys(["visualization", "config"], 6),
     **dict.fromkeys(["inference", "runs"], 7),
-    "training": 8,
+    **dict.fromkeys(["training", "report"], 8),
     "composition": 9,
     "data_report": 7,
     **dict.fromkeys(["pretrained", "benchmark"], 10),

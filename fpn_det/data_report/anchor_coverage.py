@@ -63,10 +63,10 @@ def measure_coverage(annotations: Annotations, model: Detector, transform: Pipel
     owners = annotations.image_of_boxes.numpy()
     rows = np.flatnonzero(~annotations.iscrowd.numpy())
     sizes = annotations.sizes.numpy()
-    input_sizes = _input_sizes(sizes, transform)
-    scale = (input_sizes / np.maximum(sizes, 1))[owners[rows]]
+    resized = input_sizes(sizes, transform)
+    scale = (resized / np.maximum(sizes, 1))[owners[rows]]
     boxes = annotations.boxes.numpy()[rows] * np.tile(scale[:, ::-1], 2)
-    canvases = -(-input_sizes[owners[rows]] // model.stride) * model.stride
+    canvases = -(-resized[owners[rows]] // model.stride) * model.stride
     cells = rpn.anchors.cell_anchors  # [L, A, 4]
     shapes = (cells[..., 2:] - cells[..., :2]).double()
     return AnchorCoverage(
@@ -82,7 +82,7 @@ def measure_coverage(annotations: Annotations, model: Detector, transform: Pipel
     )
 
 
-def _input_sizes(sizes: np.ndarray, transform: Pipeline) -> np.ndarray:
+def input_sizes(sizes: np.ndarray, transform: Pipeline) -> np.ndarray:
     """(h, w) of every image after the transforms, which run once for each distinct size."""
     distinct, where = np.unique(sizes, axis=0, return_inverse=True)
     no_boxes, no_labels = np.zeros((0, 4)), np.zeros(0, np.int64)

@@ -95,7 +95,12 @@ def to_rgb(pixels: Tensor) -> RGBImage:
 
 
 def draw_boxes(
-    pixels: RGBImage, boxes: NDArray, labels: Sequence[int], texts: Sequence[str], side: int = SIDE
+    pixels: RGBImage,
+    boxes: NDArray,
+    labels: Sequence[int],
+    texts: Sequence[str],
+    side: int = SIDE,
+    colors: Sequence[tuple[int, int, int]] | None = None,
 ) -> RGBImage:
     """Resize an image to a longer side of `side` and draw labeled boxes, the first on top.
 
@@ -103,22 +108,26 @@ def draw_boxes(
         pixels: u8 [h, w, 3].
         boxes: [n, 4], xyxy in px of `pixels`.
         labels: [n], classes that determine the colors.
-        texts: [n], drawn at the boxes.
+        texts: [n], drawn at the boxes; an empty one is not drawn.
         side: px.
+        colors: RGB by label, instead of those of classes.
     """
     scale = side / max(pixels.shape[:2])
     panel = Image.fromarray(resize_longer_side(pixels, side))
     size = panel.size
     canvas, font = ImageDraw.Draw(panel), ImageFont.load_default(FONT_SIZE)
+    color_of = class_color if colors is None else colors.__getitem__
     rows = list(zip((boxes * scale).tolist(), labels, texts, strict=True))[::-1]
     for (x1, y1, x2, y2), label, _ in rows:
-        canvas.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=class_color(label), width=2)
+        canvas.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=color_of(label), width=2)
     height = FONT_SIZE + 4
     for (x1, y1, _, _), label, text in rows:  # after all boxes, so that no outline crosses a text
+        if not text:
+            continue
         width = font.getlength(text) + 4
         x = max(min(x1, size[0] - width), 0)
         y = y1 - height if y1 >= height else y1
-        canvas.rectangle((x, y, x + width, y + height), fill=class_color(label))
+        canvas.rectangle((x, y, x + width, y + height), fill=color_of(label))
         canvas.text((x + 2, y), text, fill=(0, 0, 0), font=font)
     return np.asarray(panel)
 

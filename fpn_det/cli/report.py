@@ -1,0 +1,104 @@
+"""Write a report of a trained detector: what it reaches, where it fails, which annotations look wrong.
+
+Evaluates the best checkpoint of a run, as `fpn-det eval` does, and writes index.html, per_class.csv, errors.csv,
+suspects.csv and suspects.json (COCO) to <run>/report, or to <run>/report_<split> for another split than val.
+
+Examples:
+  fpn-det report run=runs/demo
+  fpn-det report run=runs/demo against=runs/other
+  fpn-det report run=runs/demo split=train
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fpn_det import api
+from fpn_det.cli.eval import saved_settings
+from fpn_det.cli.launch import launch
+from fpn_det.composition import compose, compose_as, read_saved
+from fpn_det.config import EvalConfig
+from fpn_det.report.analysis import Analysis, analyze, compare
+from fpn_det.report.page import write_report
+from fpn_det.runs.checkpoint import find_checkpoint, run_folder_of
+from fpn_det.runs.folder import versions
+from fpn_det.runs.log import shown_path
+from fpn_det.runs.overview import read_records
+from fpn_det.runs.settings_diff import ABSENT, affects_results, differing, read_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(EvalConfig):
+    """Settings of the run or checkpoint, and the run to compare it with."""
+
+    against: str | None = None  # run folder; its best checkpoint is evaluated on its own settings
+
+
+def main() -> None:
+    """Report on the detector that the command line names."""
+    launch(report, ReportConfig, "report", saved_settings)
+
+
+def report(config: ReportConfig, words: Sequence[str]) -> None:
+    """Evaluate and write the report.
+
+    Raises:
+        ValueError: proposals are to be evaluated, or the other run has other images.
+    """
+    if config.evaluation.target == "proposals":
+        raise ValueError("evaluation: expected detections, of which a report is made, got proposals. Use fpn-det eval.")
+    path, state = find_checkpoint(config.run, config.checkpoint)
+    run = run_folder_of(path)
+    against = None
+    analysis = _analyze(config)
+    if config.against is not None:
+        _, other_state = find_checkpoint(config.against, None)
+        shared = [word for word in words if word.startswith(("split=", "data.", "device="))]
+        other_words = [f"run={config.against}", *shared]
+        other = _analyze(compose_as(EvalConfig, "eval", other_words, read_saved(other_state["config"])))
+        name = Path(config.against).name
+        against = name, other, compare(analysis, other)
+        print(against[2].verdict(run.name, name))
+    history = run / "metrics.jsonl"
+    suffix = "" if config.split == "val" else f"_{config.split}"
+    page = write_report(
+        run / f"report{suffix}",
+        run.name,
+        analysis,
+        read_records(history.read_text(encoding="utf-8")) if history.is_file() else [],
+        {
+            **{name: str(version) for name, version in versions().items()},
+            "checkpoint": path.name,
+            "step": str(state["progress"]["step"]),
+            "seconds of the evaluation": f"{analysis.evaluation.seconds:.1f}",
+        },
+        _changed_settings(state["config"]),
+        against,
+    )
+    print(f"written: {shown_path(page)}")
+
+
+def _analyze(config: EvalConfig) -> Analysis:
+    evaluation = api.evaluate(config)
+    _, state = find_checkpoint(config.run, config.checkpoint)
+    annotations = config.data.read_split(config.split, state["class_names"], config.seed)
+    if evaluation.num_images != len(annotations):
+        raise ValueError(
+            f"report: expected {len(annotations)} evaluated images, got {evaluation.num_images}, because others cannot be read. "
+            "Repair those in bad_files.txt."
+        )
+    model = config.build_model(annotations.num_classes)
+    return analyze(annotations, evaluation, config.evaluation, model, config.data.transforms(train=False))
+
+
+def _changed_settings(text: str) -> list[list[str]]:
+    """Name, value of the experiment and value of the run, for the settings in which they differ."""
+    run = read_settings(text)
+    try:
+        experiment = read_settings(compose([f"experiment={run['experiment']}"]).to_yaml())
+    except (KeyError, ValueError):  # the experiment has no file here
+        return []
+    names = [name for name in differing([experiment, run]) if affects_results(name)]
+    return [[name, *(str(one.get(name, ABSENT)) for one in (experiment, run))] for name in names]

@@ -1,0 +1,171 @@
+"""Analysis of the detections of one evaluation, and the comparison of two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fpn_det.data.transforms import Pipeline
+from fpn_det.data_report.anchor_coverage import input_sizes
+from fpn_det.evaluation.bootstrap import Interval, Resampled, draw_weights, resample
+from fpn_det.evaluation.coco import Evaluation
+from fpn_det.evaluation.config import EvaluationConfig
+from fpn_det.evaluation.engines import IOU_THRESHOLDS
+from fpn_det.evaluation.error_types import Errors, find_errors
+from fpn_det.evaluation.matching import Matches, match_detections
+from fpn_det.evaluation.outcomes import Outcomes, find_outcomes
+from fpn_det.evaluation.suspects import Suspect, find_suspects
+from fpn_det.models.detector import Detector
+from fpn_det.structures import Annotations
+
+RESAMPLES = 500
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Pyramid level that boxes are pooled from, by their size in the input frame."""
+
+    names: list[str]  # P2, ...
+    objects: NDArray[np.int64]  # [G], index in `names`
+    detections: NDArray[np.int64]  # [D]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything that the report shows of one evaluation. Letters as in `evaluation.matching`."""
+
+    annotations: Annotations
+    evaluation: Evaluation
+    config: EvaluationConfig
+    matches: Matches  # at `config.match_iou`
+    outcomes: Outcomes
+    errors: Errors
+    resampled: Resampled
+    suspects: list[Suspect]
+    levels: Levels
+
+    @property
+    def values(self) -> dict[str, float | None]:
+        """The metrics of the whole set: COCO's, and precision, recall and F1 with the threshold of each class."""
+        matrix = self.outcomes.confusion
+        hits, found, objects = np.trace(matrix[:-1, :-1]), matrix[:, :-1].sum(), matrix[:-1].sum()
+        point = {
+            "F1": _ratio(2 * hits, found + objects),
+            "precision": _ratio(hits, found),
+            "recall": _ratio(hits, objects),
+        }
+        names = self.config.metric_names
+        return {name: self.evaluation.metrics[name] for name in names} | point
+
+    @property
+    def intervals(self) -> dict[str, Interval]:
+        return {name: Interval.of(value, self.resampled.metrics[name]) for name, value in self.values.items()}
+
+
+def analyze(
+    annotations: Annotations, evaluation: Evaluation, config: EvaluationConfig, model: Detector, transform: Pipeline
+) -> Analysis:
+    """Match, count and resample the detections of an evaluation of all images.
+
+    Args:
+        annotations: the ground truth.
+        evaluation: on rank 0, which has the detections.
+        config: of the evaluation, whose target is detections.
+        model: whose level assigner is used; its weights are not.
+        transform: of the evaluation.
+    """
+    images, detections = np.arange(len(annotations)), evaluation.detections
+    matches = match_detections(annotations, detections, images, config, np.array([config.match_iou]))
+    outcomes = find_outcomes(matches, detections, evaluation.score_thresholds)
+    by_area = match_detections(annotations, detections, images, config, IOU_THRESHOLDS, by_area=True)
+    sizes = annotations.sizes.numpy()
+    scale = np.tile((input_sizes(sizes, transform) / np.maximum(sizes, 1))[:, ::-1], 2)
+    assigner = model.assigner
+    of_boxes = [
+        assigner(torch.from_numpy(boxes.astype(np.float64) * scale[owners])).numpy()
+        for boxes, owners in (
+            (annotations.boxes.numpy()[matches.objects], matches.object_images),
+            (detections.boxes[matches.detections], matches.detection_images),
+        )
+    ]
+    return Analysis(
+        annotations,
+        evaluation,
+        config,
+        matches,
+        outcomes,
+        find_errors(matches, detections),
+        resample(by_area, outcomes, config, draw_weights(len(images), RESAMPLES)),
+        find_suspects(matches, detections),
+        Levels([f"P{assigner.first + level}" for level in range(assigner.num_levels)], *of_boxes),
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Differences of a detector from another one on the same images; positive where the first is better."""
+
+    differences: dict[str, Interval]
+    per_class: dict[str, Interval]  # AP by class name
+    gained: list[int]  # image rows on which the first detector has more right, the most first
+    lost: list[int]
+
+    def verdict(self, name: str, other: str) -> str:
+        """Answer in a sentence which of two detectors is better, by their AP."""
+        ap = self.differences["AP"]
+        if ap.value is None or ap.low is None or ap.high is None:
+            return f"{name} and {other} cannot be compared: AP is not defined."
+        better = f"{name} is better" if ap.value > 0 else f"{other} is better"
+        verdict = better if ap.excludes_zero else f"{name} and {other} are not distinguishable"
+        return (
+            f"{verdict}: AP of {name} - AP of {other} is {ap.value:+.3f}, 95 % interval {ap.low:+.3f} to {ap.high:+.3f} "
+            f"(paired bootstrap over {RESAMPLES} resamples of the images; other seeds of training are not part of it)."
+        )
+
+
+def compare(one: Analysis, other: Analysis) -> Comparison:
+    """Compare two detectors by paired resamples.
+
+    Raises:
+        ValueError: they were not evaluated on the same images and objects.
+    """
+    if one.annotations.digest() != other.annotations.digest():
+        raise ValueError(
+            "against: expected a run evaluated on the same images and annotations, got others. Set split or data.* alike."
+        )
+    values = other.values
+    differences = {
+        name: Interval.of(_difference(value, values[name]), one.resampled.metrics[name] - other.resampled.metrics[name])
+        for name, value in one.values.items()
+    }
+    per_class = {}
+    for name, row in one.evaluation.per_class.items():
+        resampled = one.resampled.per_class[name]["AP"] - other.resampled.per_class[name]["AP"]
+        per_class[name] = Interval.of(_difference(row["AP"], other.evaluation.per_class[name]["AP"]), resampled)
+    change = mistakes(other) - mistakes(one)
+    order = np.argsort(-change, kind="stable")
+    return Comparison(
+        differences,
+        per_class,
+        [row for row in order.tolist() if change[row] > 0],
+        [row for row in order[::-1].tolist() if change[row] < 0],
+    )
+
+
+def mistakes(analysis: Analysis) -> NDArray[np.int64]:
+    """Count missed objects and detections that are no hits, by image."""
+    matches, outcomes = analysis.matches, analysis.outcomes
+    false = matches.detection_images[outcomes.shown & ~outcomes.is_hit]
+    missed = matches.object_images[~outcomes.is_found]
+    return np.bincount(np.concatenate([false, missed]), minlength=len(matches.images))
+
+
+def _difference(value: float | None, other: float | None) -> float | None:
+    return None if value is None or other is None else value - other
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return float(part / whole) if whole else None

@@ -1,0 +1,462 @@
+"""The report as one self-contained HTML file, with CSV files and the suspects beside it."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fpn_det.evaluation.bootstrap import Interval
+from fpn_det.evaluation.curves import Curve, calibrate, curve_of
+from fpn_det.evaluation.error_types import TYPES
+from fpn_det.image_io import read_image
+from fpn_det.report.analysis import Analysis, Comparison, mistakes
+from fpn_det.visualization.panels import draw_boxes
+
+SIDE = 320  # px of the longer side of a picture
+PICTURES = 12  # of a gallery
+LISTED = 100  # suspects on the page; the files have all
+MAX_CLASSES = 20  # with a row and column of their own in the confusion matrix on the page
+POINTS = 150  # of a drawn curve
+HIT, FALSE, MISSED, CONFUSED = 0, 1, 2, 3
+COLORS = ((60, 200, 90), (240, 80, 70), (250, 190, 40), (190, 110, 240))  # by outcome
+OUTCOMES = ("hit", "false", "missed", "class confused")
+AREAS = ("small", "medium", "large")
+
+STYLE = """
+:root { color-scheme: light dark; --text: #1c2430; --soft: #5a6577; --line: #d5dae2; --back: #fff; --accent: #2f74b5; }
+@media (prefers-color-scheme: dark) { :root { --text: #e4e8ee; --soft: #a0aab8; --line: #39424f; --back: #14181e; --accent: #6db0ee; } }
+* { box-sizing: border-box } body { font: 15px/1.45 system-ui, sans-serif; color: var(--text); background: var(--back);
+  margin: 1.5rem auto; max-width: 76rem; padding: 0 1rem; overflow-wrap: anywhere }
+h2 { margin-top: 2.2rem; border-bottom: 1px solid var(--line) } .hint { color: var(--soft); max-width: 52rem }
+.scroll { overflow-x: auto } table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums }
+td, th { padding: .2rem .8rem .2rem 0; text-align: right; white-space: nowrap } td:first-child, th:first-child { text-align: left }
+th { color: var(--soft) } table.sortable th { cursor: pointer; text-decoration: underline dotted }
+figure { display: inline-block; margin: .4rem .6rem .4rem 0; width: 320px; max-width: 100%; vertical-align: top }
+figure img, svg { max-width: 100%; height: auto } figcaption { font-size: 13px } svg text { font: 11px system-ui; fill: var(--soft) }
+.verdict { font-size: 1.1rem; font-weight: 600 } .key { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 .8rem }
+"""
+SCRIPT = """
+for (const table of document.querySelectorAll('table.sortable')) table.querySelectorAll('th').forEach((head, column) => {
+  head.tabIndex = 0;
+  const sort = () => {
+    const down = head.dataset.down !== '1'; head.dataset.down = down ? '1' : '0';
+    const rows = [...table.querySelectorAll('tr')].slice(1), value = row => row.children[column].textContent;
+    const number = row => { const found = parseFloat(value(row)); return isNaN(found) ? -Infinity : found };
+    const numeric = rows.some(row => number(row) > -Infinity);
+    rows.sort((a, b) => (numeric ? number(b) - number(a) : value(a).localeCompare(value(b))) * (down ? 1 : -1));
+    rows.forEach(row => row.parentNode.appendChild(row));
+  };
+  head.addEventListener('click', sort);
+  head.addEventListener('keydown', event => { if (event.key === 'Enter') sort() });
+});
+"""
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    analysis: Analysis,
+    history: Sequence[Mapping[str, Any]] = (),
+    facts: Mapping[str, str] | None = None,
+    settings: Sequence[Sequence[str]] = (),
+    against: tuple[str, Analysis, Comparison] | None = None,
+) -> Path:
+    """Write index.html, per_class.csv, errors.csv, suspects.csv and suspects.json. Returns the page.
+
+    Args:
+        folder: created if it does not exist.
+        title: name of the run.
+        analysis: of its detections.
+        history: records of `metrics.jsonl`.
+        facts: versions, speed and the like, by name.
+        settings: name, value of the experiment, value of the run, for those that differ.
+        against: name, analysis and comparison of another run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    classes, errors = _class_rows(analysis), _error_rows(analysis)
+    _write_csv(folder / "per_class.csv", classes)
+    _write_csv(folder / "errors.csv", errors)
+    _write_suspects(folder, analysis)
+    parts = [f"<h1>{escape(title)}</h1>", _data(analysis)]
+    if against is not None:
+        parts.append(_comparison(title, analysis, *against))
+    parts += [
+        _numbers(analysis),
+        _classes(classes),
+        _curves(analysis),
+        _confusion(analysis),
+        _errors(errors),
+        _levels(analysis),
+    ]
+    parts += [_galleries(analysis), _suspects(analysis), _history(history)]
+    if settings:
+        parts.append(
+            "<h2>Settings that differ from the experiment's file</h2>"
+            + _table(("setting", "experiment", "run"), settings)
+        )
+    if facts:
+        parts.append("<h2>Versions and speed</h2>" + _table(("", ""), facts.items()))
+    head = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{STYLE}</style></head>'
+    )
+    page = folder / "index.html"
+    content = f"{head}<body>{''.join(parts)}<script>{SCRIPT}</script></body></html>"
+    page.write_text(content, encoding="utf-8", errors="backslashreplace")
+    return page
+
+
+def _data(analysis: Analysis) -> str:
+    annotations, point = analysis.annotations, analysis.evaluation.best_f1
+    text = (
+        f"{len(annotations)} images, {len(analysis.matches.objects)} objects of {annotations.num_classes} classes, "
+        f"{len(analysis.matches.detections)} detections. All counts are from one matcher: a detection is a hit from an IoU of "
+        f"{analysis.config.match_iou:g} with an object of its class on, and counts from the score threshold of its class on, which "
+        "is that of its best F1."
+    )
+    if point is not None:
+        text += f" With one threshold for all classes, {point.score:.3f} has the best F1, {point.f1:.3f}."
+    return f"<p class=hint>{text}</p>"
+
+
+def _numbers(analysis: Analysis) -> str:
+    rows = [[name, *_interval(interval)] for name, interval in analysis.intervals.items()]
+    hint = "The intervals hold the number of the population of images with a confidence of 95 % (bootstrap over the images)."
+    return f"<h2>Metrics</h2>{_table(('metric', 'value', 'from', 'to'), rows)}<p class=hint>{hint}</p>"
+
+
+def _class_rows(analysis: Analysis) -> list[dict[str, Any]]:
+    matrix, rows = analysis.outcomes.confusion, []
+    for label, (name, row) in enumerate(analysis.evaluation.per_class.items()):
+        ap = Interval.of(row["AP"], analysis.resampled.per_class[name]["AP"])
+        objects, found, hits = int(matrix[label].sum()), int(matrix[:, label].sum()), int(matrix[label, label])
+        rows.append(
+            {"class": name, "AP": row["AP"], "AP from": ap.low, "AP to": ap.high, "AP50": row["AP50"], "AR": row["AR"]}
+            | {"F1": row["F1"], "score threshold": row["score"], "precision": hits / found if found else None}
+            | {"recall": hits / objects if objects else None, "objects": objects, "detections": found, "hits": hits}
+            | {"false": found - hits, "missed": objects - hits}
+        )
+    return rows
+
+
+def _classes(rows: Sequence[Mapping[str, Any]]) -> str:
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    return f"<h2>Classes</h2>{_table(rows[0], cells, 'sortable')}<p class=hint>A click on a column sorts by it.</p>"
+
+
+def _curves(analysis: Analysis) -> str:
+    labels = range(min(analysis.annotations.num_classes, 8))
+    names = ["all", *(analysis.annotations.class_names[label] for label in labels)]
+    curves = [curve_of(analysis.matches, None), *(curve_of(analysis.matches, label) for label in labels)]
+
+    def lines(x: str, y: str) -> list[tuple[str, list[float], list[float]]]:
+        return [(name, *_thin(curve, x, y)) for name, curve in zip(names, curves, strict=True)]
+
+    calibration = calibrate(analysis.matches)
+    filled = calibration.counts > 0
+    reliability = [
+        ("perfect", [0.0, 1.0], [0.0, 1.0]),
+        ("measured", calibration.mean_scores[filled].tolist(), calibration.precision[filled].tolist()),
+    ]
+    error = calibration.expected_error
+    return (
+        "<h2>Curves</h2>"
+        + _chart("Precision over recall", lines("recall", "precision"))
+        + _chart("F1 over the score threshold", lines("scores", "f1"))
+        + _chart("Calibration: share of hits over the score", reliability)
+        + f"<p class=hint>Expected calibration error: {_cell(error)}.</p>"
+    )
+
+
+def _thin(curve: Curve, x: str, y: str) -> tuple[list[float], list[float]]:
+    count = len(curve.scores)
+    places = np.unique(np.linspace(0, max(count - 1, 0), min(count, POINTS)).astype(int))
+    return getattr(curve, x)[places].tolist(), getattr(curve, y)[places].tolist()
+
+
+def _confusion(analysis: Analysis) -> str:
+    names, matrix = [*analysis.annotations.class_names], analysis.outcomes.confusion
+    if len(names) > MAX_CLASSES:
+        off = matrix[:-1, :-1] - np.diag(np.diag(matrix)[:-1])
+        worst = np.argsort(-off, axis=None)[:30]
+        rows = [
+            [escape(names[i]), escape(names[j]), int(off[i, j])]
+            for i, j in zip(*np.unravel_index(worst, off.shape), strict=True)
+        ]
+        table = _table(("object", "detected as", "count"), [row for row in rows if row[2]])
+    else:
+        rows = [[escape(name), *row] for name, row in zip([*names, "background"], matrix.tolist(), strict=True)]
+        table = _table(("object / detected as", *names, "missed"), rows)
+    hint = "Rows sum to the objects, columns to the detections."
+    return f"<h2>Confusion matrix</h2>{table}<p class=hint>{hint}</p>"
+
+
+def _error_rows(analysis: Analysis) -> list[dict[str, Any]]:
+    """Number and cost of each error type: over all, by class, by size and by level."""
+    errors, matches, levels = analysis.errors, analysis.matches, analysis.levels
+    sides = analysis.evaluation.detections.boxes[matches.detections].astype(np.float64)
+    areas = (sides[:, 2:] - sides[:, :2]).prod(axis=1)
+    object_areas = analysis.annotations.area.numpy()[matches.objects]
+    every = np.ones(len(matches.detections), bool), np.ones(len(matches.objects), bool)
+    groups = [("all", "all", *every)]
+    for name, (low, high) in analysis.config.area_ranges.items():
+        groups.append(("size", name, (areas >= low) & (areas < high), (object_areas >= low) & (object_areas < high)))
+    groups += [("level", name, levels.detections == k, levels.objects == k) for k, name in enumerate(levels.names)]
+    rows = []
+    for kind, name, detections, objects in groups:
+        costs = errors.costs(detections, objects)
+        if kind == "all":
+            by_class = costs
+        rows += [
+            {"by": kind, "group": name, "type": error, "count": _count(analysis, number, detections, objects)}
+            | {"AP50 gained": _mean(costs[number])}
+            for number, error in enumerate(TYPES)
+        ]
+    for label, name in enumerate(analysis.annotations.class_names):
+        mine = matches.detection_labels == label, matches.object_labels == label
+        rows += [
+            {"by": "class", "group": name, "type": error, "count": _count(analysis, number, *mine)}
+            | {"AP50 gained": _mean(by_class[number, label : label + 1])}
+            for number, error in enumerate(TYPES)
+        ]
+    return rows
+
+
+def _count(analysis: Analysis, number: int, detections: np.ndarray, objects: np.ndarray) -> int:
+    if TYPES[number] == "missed":
+        return int((analysis.errors.missed & objects).sum())
+    return int(((analysis.errors.types == number) & detections).sum())
+
+
+def _mean(values: np.ndarray) -> float | None:
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else None
+
+
+def _errors(rows: Sequence[Mapping[str, Any]]) -> str:
+    tables = []
+    for kind in ("all", "size", "level", "class"):
+        mine = [row for row in rows if row["by"] == kind]
+        groups = dict.fromkeys(row["group"] for row in mine)
+        cells = [
+            [escape(group), *(f"{_cell(row['AP50 gained'])} ({row['count']})" for row in mine if row["group"] == group)]
+            for group in groups
+        ]
+        tables.append(_table((kind, *TYPES), cells, "sortable"))
+    hint = (
+        "AP (at the match IoU) that would be gained if all errors of a type were repaired, and their number in brackets, over detections of "
+        "every score (Bolya et al., TIDE). False detections are grouped by the size and level of their box, missed objects by those of the object."
+    )
+    return f"<h2>Errors and what they cost</h2>{''.join(tables)}<p class=hint>{hint}</p>"
+
+
+def _levels(analysis: Analysis) -> str:
+    outcomes, levels = analysis.outcomes, analysis.levels
+    rows = []
+    for level, name in enumerate(levels.names):
+        objects, found = levels.objects == level, (levels.detections == level) & outcomes.shown
+        counts = objects.sum(), (objects & ~outcomes.is_found).sum(), found.sum(), (found & outcomes.is_hit).sum()
+        rows.append([name, *(int(count) for count in counts), int((found & ~outcomes.is_hit).sum())])
+    hint = "The level that a box of this size is pooled from: of an object, and of a detection's own box."
+    names = ("level", "objects", "missed", "detections", "hits", "false")
+    return f"<h2>Levels of the pyramid</h2>{_table(names, rows)}<p class=hint>{hint}</p>"
+
+
+def _galleries(analysis: Analysis) -> str:
+    matches, outcomes = analysis.matches, analysis.outcomes
+    count = mistakes(analysis)
+    worst = [row for row in np.argsort(-count, kind="stable")[:PICTURES].tolist() if count[row]]
+    parts = ["<h2>Worst pictures</h2>", _legend()]
+    parts += [_figure(analysis, row, f"{count[row]} mistakes") for row in worst]
+    false = np.flatnonzero(outcomes.shown & ~outcomes.is_hit)
+    false = false[np.argsort(-matches.scores[false], kind="stable")][:PICTURES]
+    parts.append("<h2>False detections by score</h2>")
+    for index in false.tolist():
+        name = analysis.annotations.class_names[matches.detection_labels[index]]
+        caption = f"{escape(name)} {matches.scores[index]:.2f}"
+        parts.append(_figure(analysis, int(matches.images[matches.detection_images[index]]), caption, [index], []))
+    missed = np.flatnonzero(~outcomes.is_found)
+    area = analysis.annotations.area.numpy()[matches.objects[missed]]
+    parts.append("<h2>Missed objects, the largest first</h2>")
+    for index in missed[np.argsort(-area, kind="stable")][:PICTURES].tolist():
+        row = int(matches.objects[index])
+        name = analysis.annotations.class_names[matches.object_labels[index]]
+        caption = f"{escape(name)}, annotation {int(analysis.annotations.annotation_ids[row])}"
+        parts.append(_figure(analysis, int(matches.images[matches.object_images[index]]), caption, [], [index]))
+    return "".join(parts)
+
+
+def _legend() -> str:
+    keys = (
+        f'<span class=key style="background:rgb{color}"></span>{name}'
+        for color, name in zip(COLORS, OUTCOMES, strict=True)
+    )
+    return f"<p>{''.join(keys)}</p>"
+
+
+def _figure(
+    analysis: Analysis,
+    row: int,
+    caption: str,
+    detections: Sequence[int] | None = None,
+    objects: Sequence[int] | None = None,
+) -> str:
+    """Draw an image with its shown detections and missed objects, or with some of them."""
+    matches, outcomes, annotations = analysis.matches, analysis.outcomes, analysis.annotations
+    path = annotations.path(row)
+    text = f"<figcaption>{caption}<br>{escape(path.name)}, image {int(annotations.image_ids[row])}</figcaption>"
+    if detections is None:
+        detections = np.flatnonzero(outcomes.shown & (matches.images[matches.detection_images] == row)).tolist()
+    if objects is None:
+        objects = np.flatnonzero((outcomes.detection_of < 0) & (matches.images[matches.object_images] == row)).tolist()
+    try:
+        pixels = read_image(path)
+    except ValueError as error:
+        return f"<figure><figcaption>{caption}<br>{escape(str(error))}</figcaption></figure>"
+    names = annotations.class_names
+    boxes = [analysis.evaluation.detections.boxes[matches.detections[index]] for index in detections]
+    boxes += [annotations.boxes[int(matches.objects[index])].numpy() for index in objects]
+    kinds = [HIT if outcomes.is_hit[i] else CONFUSED if outcomes.is_confused[i] else FALSE for i in detections]
+    texts = [
+        "" if kind == HIT else f"{names[matches.detection_labels[i]]} {matches.scores[i]:.2f}"
+        for i, kind in zip(detections, kinds, strict=True)
+    ]
+    texts += [names[matches.object_labels[index]] for index in objects]
+    kinds += [MISSED] * len(objects)
+    picture = draw_boxes(pixels, np.array(boxes, np.float64).reshape(-1, 4), kinds, texts, SIDE, COLORS)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=80)
+    source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f'<figure><img alt="{escape(path.name)}" src="{source}">{text}</figure>'
+
+
+def _suspect_rows(analysis: Analysis) -> list[dict[str, Any]]:
+    annotations, rows = analysis.annotations, []
+    for rank, suspect in enumerate(analysis.suspects, start=1):
+        x1, y1, x2, y2 = (round(value, 1) for value in suspect.box)
+        is_new = suspect.annotation is None
+        annotated = "" if is_new else annotations.class_names[int(annotations.labels[suspect.annotation])]
+        rows.append(
+            {"rank": rank, "suspicion": round(suspect.suspicion, 4), "kind": suspect.kind}
+            | {"image_id": int(annotations.image_ids[suspect.image]), "file": annotations.path(suspect.image).name}
+            | {"annotation_id": "" if is_new else int(annotations.annotation_ids[suspect.annotation])}
+            | {"annotated": annotated, "proposed": annotations.class_names[suspect.label]}
+            | {"x1": x1, "y1": y1, "x2": x2, "y2": y2}
+        )
+    return rows
+
+
+def _write_suspects(folder: Path, analysis: Analysis) -> None:
+    """Write the suspects as CSV, and their proposed boxes as COCO JSON, which labelling tools import."""
+    annotations, rows = analysis.annotations, _suspect_rows(analysis)
+    _write_csv(folder / "suspects.csv", rows)
+    shown = dict.fromkeys(suspect.image for suspect in analysis.suspects)
+    content = {
+        "images": [
+            {"id": int(annotations.image_ids[row]), "file_name": annotations.path(row).name}
+            | {"height": int(annotations.sizes[row, 0]), "width": int(annotations.sizes[row, 1])}
+            for row in shown
+        ],
+        "categories": [
+            {"id": number, "name": name}
+            for number, name in zip(annotations.category_ids, annotations.class_names, strict=True)
+        ],
+        "annotations": [
+            {"id": row["rank"], "image_id": row["image_id"], "category_id": annotations.category_ids[suspect.label]}
+            | {"bbox": [row["x1"], row["y1"], row["x2"] - row["x1"], row["y2"] - row["y1"]], "iscrowd": 0}
+            | {"area": (row["x2"] - row["x1"]) * (row["y2"] - row["y1"])}
+            | {"attributes": {name: row[name] for name in ("kind", "suspicion", "annotation_id", "annotated")}}
+            for row, suspect in zip(rows, analysis.suspects, strict=True)
+        ],
+    }
+    (folder / "suspects.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def _suspects(analysis: Analysis) -> str:
+    rows = _suspect_rows(analysis)
+    hint = (
+        "class: detections of another class cover the object; place: the object is beside its annotation; missing: an object without "
+        "annotation; unseen: no detection covers the annotation. All are in suspects.csv, and in suspects.json (COCO)."
+    )
+    if not rows:
+        return f"<h2>Annotations that look wrong</h2><p>None.</p><p class=hint>{hint}</p>"
+    cells = [[_cell(value) for value in row.values()] for row in rows[:LISTED]]
+    return f"<h2>Annotations that look wrong</h2>{_table(rows[0], cells, 'sortable')}<p class=hint>{hint}</p>"
+
+
+def _history(history: Sequence[Mapping[str, Any]]) -> str:
+    lines = []
+    for name in ("AP", "AP50", "AR100"):
+        points = [(float(record["step"]), record[name]) for record in history if isinstance(record.get(name), float)]
+        if points:
+            lines.append((name, [x for x, _ in points], [y for _, y in points]))
+    return "<h2>Curves of the run</h2>" + _chart("Metrics over the step", lines) if lines else ""
+
+
+def _comparison(title: str, analysis: Analysis, name: str, other: Analysis, comparison: Comparison) -> str:
+    rows = [[metric, *_interval(interval, signed=True)] for metric, interval in comparison.differences.items()]
+    classes = [[escape(label), *_interval(interval, signed=True)] for label, interval in comparison.per_class.items()]
+    parts = [f"<h2>Against {escape(name)}</h2><p class=verdict>{escape(comparison.verdict(title, name))}</p>"]
+    parts.append(_table(("difference", "value", "from", "to"), rows))
+    parts.append("<h3>AP of the classes</h3>" + _table(("class", "difference", "from", "to"), classes, "sortable"))
+    for text, images in (("better", comparison.gained), ("worse", comparison.lost)):
+        parts.append(f"<h3>Pictures that became {text}: {len(images)}</h3>")
+        for row in images[: PICTURES // 3]:
+            parts += [_figure(analysis, row, escape(title)), _figure(other, row, escape(name))]
+    return "".join(parts)
+
+
+def _chart(title: str, lines: Sequence[tuple[str, list[float], list[float]]]) -> str:
+    """An SVG chart. The y axis is from 0 to 1, the x axis from 0 to the largest value."""
+    width, height, most = 400, 240, max([1e-9, *(x for _, xs, _ in lines for x in xs)])
+    most = 1.0 if most <= 1 else most
+    shapes = []
+    for number, (name, xs, ys) in enumerate(lines):
+        color = f"hsl({number * 137.5 % 360:.0f} 60% 50%)"
+        points = " ".join(
+            f"{40 + x / most * width:.1f},{10 + (1 - y) * height:.1f}" for x, y in zip(xs, ys, strict=True)
+        )
+        shapes.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.6"/>')
+        shapes.append(f'<text x="{width + 50}" y="{20 + 15 * number}" style="fill:{color}">{escape(name[:16])}</text>')
+    ticks = "".join(
+        f'<text x="{40 + width * part / 4:.0f}" y="{height + 26}" text-anchor="middle">{most * part / 4:.4g}</text>'
+        f'<text x="34" y="{14 + height * (1 - part / 4):.0f}" text-anchor="end">{part / 4:g}</text>'
+        for part in range(5)
+    )
+    frame = f'<rect x="40" y="10" width="{width}" height="{height}" fill="none" stroke="var(--line)"/>'
+    svg = (
+        f'<svg viewBox="0 0 {width + 170} {height + 36}" width="{width + 170}" role="img" aria-label="{escape(title)}">'
+    )
+    return f"<div><h3>{escape(title)}</h3>{svg}{frame}{''.join(shapes)}{ticks}</svg></div>"
+
+
+def _interval(interval: Interval, signed: bool = False) -> list[str]:
+    numbers = (interval.value, interval.low, interval.high)
+    return ["n/a" if number is None else f"{number:+.3f}" if signed else f"{number:.3f}" for number in numbers]
+
+
+def _cell(value: Any) -> str:
+    return "n/a" if value is None else f"{value:.3f}" if isinstance(value, float) else escape(str(value))
+
+
+def _table(names: Iterable[str], rows: Iterable[Sequence[object]], kind: str = "") -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class=scroll><table class="{kind}"><tr>{head}</tr>{body}</table></div>'
+
+
+def _write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with file.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
+        writer = csv.writer(stream)
+        if rows:
+            writer.writerow(rows[0])
+        writer.writerows(["" if value is None else value for value in row.values()] for row in rows)
