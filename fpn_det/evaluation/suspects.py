@@ -76,10 +76,12 @@ def find_suspects(matches: Matches, detections: DetectionTable) -> list[Suspect]
         annotation = None if index is None else int(matches.objects[index])
         suspects.append(Suspect(kind, suspicion, image, annotation, tuple(box.tolist()), label))
 
-    for index in np.flatnonzero(support < 0.5).tolist():
+    for index in np.flatnonzero((support < 0.5) | (rival >= 0.5)).tolist():
         doubt = float((1 - support[index]) * rarity[index])
-        if rival[index] > max(near[index], support[index]):
-            add("class", doubt * (0.5 + 0.5 * float(rival[index])), index, int(rival_at[index]))
+        if rival[index] > max(near[index], 0.5 * support[index]):
+            # an object that was learned with its wrong class has detections of both
+            share = float(rival[index] / (rival[index] + support[index]))
+            add("class", float(rarity[index]) * share, index, int(rival_at[index]))
         elif near[index] > support[index]:
             add("place", doubt * (0.5 + 0.5 * float(near[index])), index, int(near_at[index]))
         else:
