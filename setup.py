@@ -39,6 +39,8 @@ setup(
     extras_require={
         "dev": ["ruff==0.17.6", "mypy==2.4.1", "pytest==9.2.0", "pytest-xdist==3.8.0", "hotcoco>=1.3", *TIMM],
         "fast-eval": ["hotcoco>=1.3"],
+        "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
+        "openvino": ["openvino>=2025.0", "nncf>=2.16", "onnx>=1.18", "onnxscript>=0.5"],
         "slurm": ["hydra-submitit-launcher>=1.2"],
         "sweep": ["hydra-joblib-launcher>=1.2"],
         "timm": TIMM,

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fpn_det.composition import compose, compose_as, read_saved
+from fpn_det.composition import compose, compose_as, from_saved, read_saved
 from fpn_det.config import PRECISIONS, EvalConfig
 from fpn_det.errors import translate_system_errors
 from fpn_det.evaluation.coco import Evaluation
+from fpn_det.evaluation.evaluate import WeightsKind, write_evaluation
 from fpn_det.evaluation.evaluate import evaluate as evaluate_model
-from fpn_det.evaluation.evaluate import write_evaluation
+from fpn_det.export.export import open_exported, saved_settings
+from fpn_det.export.exported import ExportedDetector, is_exported
 from fpn_det.inference.images import ImageInput
 from fpn_det.inference.prediction import Prediction
 from fpn_det.inference.predictor import Predictor, build_predictor
@@ -97,20 +99,30 @@ def evaluate(config: EvalConfig | str | Path, overrides: str | Sequence[str] = (
     """
     if not isinstance(config, EvalConfig):
         config = _eval_config(Path(config), [overrides] if isinstance(overrides, str) else overrides)
-    path, state = find_checkpoint(config.run, config.checkpoint)
+    exported = open_exported(config.checkpoint) if is_exported(config.checkpoint) else None
+    if exported:
+        path = exported.file.path
+        state = exported.file.metadata | {"progress": {"step": exported.file.metadata["step"]}}
+    else:
+        path, state = find_checkpoint(config.run, config.checkpoint)
     suffix = "" if config.split == "val" else f"_{config.split}"
     suffix += "" if config.tta == Views() else "_tta"
     suffix += "_proposals" if config.evaluation.target == "proposals" else ""
-    folder = run_folder_of(path) / "eval" / f"{path.stem}{suffix}"
+    folder = run_folder_of(path) / "eval" / f"{path.name if exported else path.stem}{suffix}"
     with process_group(config.device, config.timeout_minutes) as (ranks, device):
         config.set_precision()
         if ranks.is_main:
             (folder / bad_files.NAME).unlink(missing_ok=True)  # of an earlier evaluation of this checkpoint
         annotations = config.data.read_split(config.split, state["class_names"], config.seed)
-        model = config.build_model(annotations.num_classes)
-        weights = fill_model(model, state, str(path), config.weights)
-        refuse_nonfinite_weights(model.state_dict(), str(path))
-        model.to(device)
+        model: Detector | ExportedDetector
+        weights: WeightsKind
+        if exported:
+            model, weights = exported, "exported"
+        else:
+            model = config.build_model(annotations.num_classes)
+            weights = fill_model(model, state, str(path), config.weights)
+            refuse_nonfinite_weights(model.state_dict(), str(path))
+            model.to(device)
         with RunLog(folder, ranks) as log:
             if remark := remark_on(path):
                 log.info(remark)
@@ -118,7 +130,7 @@ def evaluate(config: EvalConfig | str | Path, overrides: str | Sequence[str] = (
             on_bad_image = skipped if config.data.on_error == "skip" else None
             loader = config.eval_loader(annotations, model.stride, ranks, device, config.split, on_bad_image)
             dtype = PRECISIONS[config.precision]
-            evaluation = evaluate_model(model, loader, annotations, config.evaluation, dtype, config.tta)
+            evaluation = evaluate_model(model, loader, annotations, config.evaluation, dtype, config.tta)  # type: ignore[arg-type]
             step = state["progress"]["step"]
             if ranks.is_main:
                 write_evaluation(folder, evaluation, annotations, step, path.name, weights)
@@ -147,8 +159,8 @@ def load(
     """A trained detector, ready to predict.
 
     Args:
-        source: a checkpoint, a run folder (its best checkpoint), another project's file of weights, or the name of an
-            experiment.
+        source: a checkpoint, a run folder (its best checkpoint), an exported file (which runs on the CPU), another
+            project's file of weights, or the name of an experiment.
         weights: file of any project whose weights replace those of `source`; required for an experiment.
         device: auto, cpu, cuda, cuda:<number> or mps.
         tta: test-time augmentation, such as `Views(scales=(0.5, 1.0, 2.0), flip=True)`.
@@ -161,6 +173,19 @@ def load(
         path = checkpoint_of(path)
         if remark := remark_on(path):
             print(remark, file=sys.stderr)
+    if is_exported(path):
+        exported = open_exported(path)
+        about = exported.file.metadata
+        config = from_saved(about["config"], str(path))
+        return build_predictor(
+            config,
+            exported,
+            about["class_names"],
+            pick_device("cpu"),
+            tta,
+            about["category_ids"],
+            about.get("score_thresholds"),
+        )
     if path.is_file():
         described = loading.read_as_ours(path)
         config = settings_for(described)
@@ -215,6 +240,6 @@ def _eval_config(source: Path, overrides: Sequence[str]) -> EvalConfig:
     """The settings of the evaluation of a run folder or checkpoint."""
     name = "checkpoint" if source.is_file() else "run"
     place = {name: str(source)}
-    saved = read_saved(find_checkpoint(place.get("run"), place.get("checkpoint"))[1]["config"])
+    saved = read_saved(saved_settings(place.get("run"), place.get("checkpoint")))
     quoted = str(source).replace("\\", "\\\\").replace("'", "\\'")
     return compose_as(EvalConfig, "eval", [f"{name}='{quoted}'", *overrides], saved)

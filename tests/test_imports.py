@@ -26,7 +26,7 @@ RANKS = {
     **dict.fromkeys(["training", "report"], 8),
     "composition": 9,
     "data_report": 7,
-    **dict.fromkeys(["pretrained", "benchmark"], 10),
+    **dict.fromkeys(["pretrained", "benchmark", "export"], 10),
     **dict.fromkeys(["api", "doctor"], 11),
     "cli": 12,
     "tools": 13,

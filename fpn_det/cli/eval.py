@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from fpn_det import api
 from fpn_det.cli.launch import argument, launch
 from fpn_det.config import EvalConfig
-from fpn_det.runs.checkpoint import find_checkpoint
+from fpn_det.export import export
 
 
 def main() -> None:
@@ -31,4 +31,4 @@ def evaluate(config: EvalConfig, words: Sequence[str]) -> None:
 
 def saved_settings() -> str:
     """The settings of the checkpoint that the command line names."""
-    return find_checkpoint(argument("run"), argument("checkpoint"))[1]["config"]
+    return export.saved_settings(argument("run"), argument("checkpoint"))

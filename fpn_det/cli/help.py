@@ -14,7 +14,7 @@ from fpn_det.locations import PACKAGE
 GROUPS = {
     "Train and evaluate": ("train", "eval", "report"),
     "Data": ("check-data", "show-data", "convert-data"),
-    "Runs and weights": ("runs", "show-pyramid", "convert-weights", "replay"),
+    "Runs and weights": ("runs", "show-pyramid", "convert-weights", "export", "replay"),
     "This installation": ("doctor", "experiments", "settings", "benchmark"),
 }
 COMMANDS = tuple(command for commands in GROUPS.values() for command in commands)
@@ -23,6 +23,7 @@ COMMANDS = tuple(command for commands in GROUPS.values() for command in commands
 OPTIONS = {
     "eval": "fpn_det.config.EvalConfig",
     "report": "fpn_det.cli.report.ReportConfig",
+    "export": "fpn_det.export.export.ExportConfig",
     "check-data": "fpn_det.cli.check_data.CheckDataConfig",
     "show-data": "fpn_det.cli.show_data.ShowDataConfig",
     "convert-data": "fpn_det.annotations.conversion.ConversionConfig",
@@ -62,6 +63,7 @@ FIRST_SETTINGS = (
 EVAL_SETTINGS = ("data.root", "data.num_workers", "data.eval_batch_size", "precision", "device")
 DATA_SETTINGS = ("data.root", "data.classes", "data.val_fraction", "data.on_error")
 COMPOSED = {"train": FIRST_SETTINGS, "eval": EVAL_SETTINGS, "report": EVAL_SETTINGS, "show-pyramid": EVAL_SETTINGS,
+            "export": EVAL_SETTINGS[:2],
             "check-data": DATA_SETTINGS, "show-data": DATA_SETTINGS}  # fmt: skip
 GROUP_CHOICES = ("data", "backbone", "neck", "optimizer", "schedule")
 

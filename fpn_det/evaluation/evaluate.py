@@ -29,6 +29,8 @@ from fpn_det.models.weights import refuse_nonfinite_weights
 from fpn_det.runtime import broadcast_object, gather_objects
 from fpn_det.structures import Annotations, Batch, Detections
 
+WeightsKind = Literal["ema", "raw", "exported"]
+
 
 def evaluate(
     model: Detector,
@@ -195,7 +197,7 @@ def write_evaluation(
     annotations: Annotations,
     step: int,
     checkpoint: str,
-    weights: Literal["ema", "raw"],
+    weights: WeightsKind,
 ) -> None:
     """Write an evaluation to `folder`: `metrics.json`, `predictions.json`, and one line appended to `metrics.jsonl`.
 
@@ -205,7 +207,7 @@ def write_evaluation(
         folder: created if it does not exist.
         step: training steps of the weights.
         checkpoint: file name of the weights.
-        weights: `ema` for the moving average of the weights.
+        weights: `ema` for the moving average of the weights, `exported` for a file of fpn-det export.
     """
     folder.mkdir(parents=True, exist_ok=True)
     record = {

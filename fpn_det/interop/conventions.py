@@ -106,6 +106,8 @@ class BatchedNmsProposals(ProposalFilter):
         return torchvision.ops.batched_nms
 
     def suppress(self, boxes: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # a graph has fixed shapes: the same suppression up to rounding
+            return super().suppress(boxes, scores, valid)
         levels = torch.arange(boxes.shape[1], device=boxes.device)[:, None].expand_as(valid).flatten(1)
         keep = suppress_each_image(
             boxes.flatten(1, 2), scores.flatten(1), valid.flatten(1), levels, self.nms_iou, self.nms
@@ -144,7 +146,11 @@ class BatchedNmsDetections(DetectionFilter):
     def nms(self) -> Nms:
         return torchvision.ops.batched_nms
 
-    suppresses_by_class: ClassVar[bool] = False
+    @property
+    def suppresses_by_class(self) -> bool:  # type: ignore[override]
+        """True in a graph, which has fixed shapes: the same suppression up to rounding."""
+        return torch.compiler.is_compiling()
+
     first_label: ClassVar[int] = 0  # number of the first class, by which boxes are shifted
 
     def suppress(self, boxes: Tensor, scores: Tensor, valid: Tensor, labels: Tensor, batch: Batch) -> Tensor:
@@ -241,7 +247,7 @@ class SampledRPN(RPN):
 
     def inside(self, pyramid: Pyramid) -> Tensor:
         num_anchors = sum(height * width for height, width in pyramid.shapes) * self.anchors.num_per_cell
-        return pyramid.sizes.new_ones(len(pyramid.sizes), num_anchors, dtype=torch.bool)
+        return pyramid.sizes.new_ones(pyramid.sizes.shape[0], num_anchors, dtype=torch.bool)
 
 
 class MmdetRPN(RPN):

@@ -57,8 +57,8 @@ class AnchorGenerator(nn.Module):
         for (height, width), (stride_y, stride_x) in zip(shapes, self.steps(shapes), strict=True):
             y = (torch.arange(height, device=self.cell_anchors.device) + self.offset) * stride_y
             x = (torch.arange(width, device=self.cell_anchors.device) + self.offset) * stride_x
-            grid = torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=1)
-            centers.append(grid.to(self.cell_anchors.dtype))
+            grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=2)
+            centers.append(grid.flatten(0, 1).to(self.cell_anchors.dtype))
         return centers
 
     def forward(self, shapes: Sequence[tuple[int, int]]) -> Tensor:

@@ -173,10 +173,10 @@ class RoIAlign:
         return cells.reshape(shape), weights.reshape(shape)
 
     def _torchvision(self, pyramid: Pyramid, boxes: Tensor, levels: Tensor) -> Tensor:
-        image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
-        rois = torch.cat([image[:, None].to(boxes.dtype), boxes.flatten(0, 1)], dim=1)
+        image = torch.arange(boxes.shape[0], device=boxes.device)[:, None, None].expand(-1, boxes.shape[1], 1)
+        rois = torch.cat([image.to(boxes.dtype), boxes], dim=2).flatten(0, 1)
         channels = pyramid.levels[0].shape[1]
-        pooled = rois.new_zeros(len(rois), channels, self.output_size, self.output_size)
+        pooled = rois.new_zeros(rois.shape[0], channels, self.output_size, self.output_size)
         for level, stride in enumerate(self.strides):
             (here,) = torch.where(levels.flatten() == level)
             features = torchvision.ops.roi_align(

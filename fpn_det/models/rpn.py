@@ -55,7 +55,7 @@ class RPNHead(nn.Module):
             # [B, A*5, H, W] -> [B, H*W, A*5]
             outputs.append(predict(level).flatten(2).transpose(1, 2).float())
         logits, deltas = torch.cat(outputs, dim=1).split([self.num_anchors, self.num_anchors * 4], dim=2)
-        return logits.flatten(1), deltas.reshape(len(deltas), -1, 4)
+        return logits.flatten(1), deltas.reshape(deltas.shape[0], -1, 4)
 
     def predictors(self, num_levels: int) -> list[Callable[[Tensor], Tensor]]:
         """Functions of each level that map [B, C, H, W] to [B, A*5, H, W]: both siblings as one convolution."""
@@ -232,4 +232,4 @@ class RPN(nn.Module):
         stride = pyramid.canvas_stride
         limits = (pyramid.sizes + stride - 1) // stride * stride
         inside = (centers < limits.flip(1)[:, None]).all(dim=2)
-        return inside.repeat_interleave(self.anchors.num_per_cell, dim=1)
+        return inside[..., None].expand(-1, -1, self.anchors.num_per_cell).flatten(1)

@@ -85,7 +85,7 @@ class DetectionFilter:
         if self.suppresses_by_class and (scores.is_cuda or torch.compiler.is_compiling()):
             keep, order = self._suppress_by_class(candidates.boxes, scores).flatten(1), None
             scores = scores.flatten(1)
-            labels = torch.arange(num_classes, device=scores.device).repeat(len(candidates.valid[0]))[None]
+            labels = torch.arange(num_classes, device=scores.device).repeat(candidates.scores.shape[1])[None]
             labels = labels.expand_as(scores)
         else:
             # few candidates pass, and suppression of few is fast; the number is a host read

@@ -1,0 +1,175 @@
+"""The export of a checkpoint: trace, write, prove, and only then give the file its name."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fpn_det.composition import from_saved
+from fpn_det.config import DetectorConfig
+from fpn_det.evaluation.evaluate import evaluate
+from fpn_det.export.exported import ExportedDetector, ExportedFile, is_exported
+from fpn_det.export.graph import INPUTS, Graph
+from fpn_det.export.proof import NUM_IMAGES, cases, compare
+from fpn_det.export.writing import OPSET, SUFFIXES, Format, Metadata, imported, quantize, save_openvino, write
+from fpn_det.models.detector import Detector
+from fpn_det.runs.checkpoint import fill_model, find_checkpoint
+from fpn_det.runs.folder import versions
+from fpn_det.runtime import Ranks
+from fpn_det.schema import Count, CountOrZero
+from fpn_det.structures import Annotations
+
+AP_TOLERANCES = {"fp32": 0.001, "fp16": 0.003, "int8": 0.01}
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(DetectorConfig):
+    """Export of a trained detector. Model, data and preprocessing are those of its run."""
+
+    run: str | None = None  # run folder, whose best checkpoint is exported; or
+    checkpoint: str | None = None  # checkpoint file
+    weights: Literal["auto", "ema", "raw"] = "auto"  # auto = the moving average if the checkpoint has one
+    format: Format = "onnx"  # openvino, torch (torch.export)
+    output: str | None = None  # file; null = beside the checkpoint
+    size: Literal["batch"] | tuple[Count, Count] = "batch"  # any height and width, or (H, W) px of all batches
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"  # type: ignore[assignment] # of the weights; int8 with openvino
+    verify: Literal["images", "ap"] = (
+        "images"  # ap: also the AP on the validation set beside torch's; always for fp16, int8
+    )
+    calibration_images: CountOrZero = 64  # of the training set, for int8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.precision == "int8" and self.format != "openvino":
+            raise ValueError(
+                f"precision: expected fp32 or fp16 for format={self.format}, got int8. Set format=openvino."
+            )
+        if self.model.get("rpn", "") is None:
+            raise ValueError(
+                "export: expected a detector that proposes its own boxes, got one without an RPN. It needs proposals."
+            )
+
+
+def export(config: ExportConfig, say: Callable[[str], None] = print) -> Path:
+    """Export a checkpoint and prove the file. Returns its path.
+
+    Args:
+        config: settings.
+        say: called with each line of the report.
+
+    Raises:
+        ValueError: the detector cannot be exported, or the file does not give what the detector gives; it is not left.
+    """
+    source, state = find_checkpoint(config.run, config.checkpoint)
+    path = Path(config.output) if config.output else source.with_suffix(SUFFIXES[config.format])
+    if path.suffix != SUFFIXES[config.format]:
+        raise ValueError(f"output: expected a name that ends in {SUFFIXES[config.format]}, got {path}.")
+    detector = config.build_model(len(state["class_names"])).eval()
+    fill_model(detector, state, str(source), config.weights)
+    annotations = config.data.read_split("val", state["class_names"], config.seed)
+    size = None if config.size == "batch" else config.size
+    dtype = config.data.transforms(train=False).dtype.name
+    half = config.precision == "fp16"
+    metadata: Metadata = {
+        "class_names": list(state["class_names"]),
+        "category_ids": list(state.get("category_ids") or range(1, len(state["class_names"]) + 1)),
+        "score_thresholds": state.get("score_thresholds"),
+        "preprocessing": config.data.eval_transforms,
+        "config": state["config"],
+        "dtype": dtype,
+        "size": size and list(size),
+        "precision": config.precision,
+        "opset": OPSET,
+        "versions": versions(),
+        "checkpoint": source.name,
+        "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
+        "step": state["progress"]["step"],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # the proof reads the files under another name, in a folder beside, so that a failed one leaves nothing
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export_") as folder:
+        unfinished = Path(folder) / path.name
+        program = Graph(detector, half and config.format != "openvino").trace(size, getattr(torch, dtype))
+        write(program, config.format, unfinished, metadata, half)
+        if config.precision == "int8":
+            _quantize(unfinished, config, state["class_names"], detector, metadata)
+        exported = open_exported(unfinished)
+        _prove(detector, exported, annotations, config, say)
+        for file in Path(folder).iterdir():
+            file.replace(path.parent / file.name)
+    say(f"written: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+    return path
+
+
+def saved_settings(run: str | None, checkpoint: str | None) -> str:
+    """The settings of a run, a checkpoint or an exported file, as text.
+
+    Raises:
+        ValueError: there is no such file, or it cannot be read.
+    """
+    if checkpoint is not None and is_exported(checkpoint):
+        return ExportedFile(checkpoint).metadata["config"]
+    return find_checkpoint(run, checkpoint)[1]["config"]
+
+
+def open_exported(path: str | Path) -> ExportedDetector:
+    """Open an exported file as a detector.
+
+    Raises:
+        ValueError: there is no such file, or it cannot be read.
+    """
+    file = ExportedFile(path)
+    config = from_saved(file.metadata["config"], str(path))
+    return ExportedDetector(file, config.build_model(len(file.metadata["class_names"])))
+
+
+def _prove(
+    detector: Detector,
+    exported: ExportedDetector,
+    annotations: Annotations,
+    config: ExportConfig,
+    say: Callable[[str], None],
+) -> None:
+    rows = list(range(0, len(annotations), max(1, len(annotations) // NUM_IMAGES)))[:NUM_IMAGES]
+    loader = config.single_images(annotations, rows, detector.stride, CPU)
+    found = compare(detector, exported, cases(loader))
+    say(
+        f"{found.images} images, {found.detections} detections: boxes differ by at most {found.box:.2g} px, scores by "
+        f"{found.score:.2g}, {len(found.unmatched)} detections on one side only"
+    )
+    if config.precision == "fp32" and not found.is_within_tolerance:
+        reasons = "; ".join(found.unmatched[:3]) or "see the differences above"
+        raise ValueError(f"export: expected the detections of torch, got others: {reasons}. No file was left.")
+    if config.verify == "ap" or config.precision != "fp32":
+        aps = []
+        for model in (detector, exported):
+            batches = config.eval_loader(annotations, detector.stride, Ranks(), CPU, "val")
+            aps.append(evaluate(model, batches, annotations, config.evaluation).metrics["AP"] or 0.0)  # type: ignore[arg-type]
+        limit = AP_TOLERANCES[config.precision]
+        say(f"AP on {len(annotations)} images: {aps[1]:.4f}, of torch {aps[0]:.4f}")
+        if abs(aps[0] - aps[1]) > limit:
+            raise ValueError(
+                f"export: expected an AP within {limit} of torch's {aps[0]:.4f}, got {aps[1]:.4f}. No file was left."
+            )
+
+
+def _quantize(path: Path, config: ExportConfig, names: list[str], detector: Detector, metadata: Metadata) -> None:
+    annotations = config.data.read_split("train", names, config.seed)
+    rows = list(range(0, len(annotations), max(1, len(annotations) // max(config.calibration_images, 1))))
+    loader = config.single_images(annotations, rows[: config.calibration_images], detector.stride, CPU)
+    batches = (
+        dict(zip(INPUTS, (b.pixels.permute(0, 2, 3, 1).contiguous().numpy(), b.sizes.numpy()), strict=True))
+        for b in loader
+    )
+    model = quantize(imported("openvino").Core().read_model(path), batches)
+    quantized = path.with_name("int8.xml")
+    save_openvino(model, quantized, metadata, half=False)
+    for suffix in (".xml", ".bin"):
+        quantized.with_suffix(suffix).replace(path.with_suffix(suffix))

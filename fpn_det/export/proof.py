@@ -1,0 +1,105 @@
+"""Comparison of an exported file with its detector on the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fpn_det.export.exported import ExportedDetector
+from fpn_det.models.detector import Detector
+from fpn_det.structures import Batch
+
+BOX_TOLERANCE, SCORE_TOLERANCE = 0.05, 1e-4  # px, and of a score in [0, 1]
+NUM_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest differences over some images."""
+
+    images: int
+    detections: int
+    box: float  # px of the input frame
+    score: float
+    unmatched: tuple[str, ...] = ()  # detections that only one side has
+
+    @property
+    def is_within_tolerance(self) -> bool:
+        return not self.unmatched and self.box <= BOX_TOLERANCE and self.score <= SCORE_TOLERANCE
+
+
+def cases(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of the proof: images one by one, a part of the first, one without content, and three of mixed sizes."""
+    singles = list(batches)
+    yield from singles
+    first = singles[0]
+    half = torch.stack([(first.sizes[:, 0] * 3 + 3) // 4, (first.sizes[:, 1] + 1) // 2], dim=1)
+    yield replace(first, pixels=first.pixels[:, :, : int(half[0, 0]), : int(half[0, 1])], sizes=half)
+    yield replace(first, pixels=torch.full_like(first.pixels, 114))
+    three = [first, replace(first, sizes=half), singles[-1]]
+    height, width = (max(batch.pixels.shape[side] for batch in three) for side in (2, 3))
+    padded = [F.pad(b.pixels, (0, width - b.pixels.shape[3], 0, height - b.pixels.shape[2])) for b in three]
+    sizes = torch.cat([batch.sizes for batch in three])
+    yield replace(first, pixels=torch.cat(padded), sizes=sizes, original_sizes=sizes, indices=torch.arange(3))
+
+
+def compare(detector: Detector, exported: ExportedDetector, batches: Iterable[Batch]) -> Difference:
+    """Detect with both on the batches, and match the detections of each label by box."""
+    images, number, box, score, unmatched = 0, 0, 0.0, 0.0, []
+    for batch in batches:
+        theirs = exported.detect(batch)
+        ours = detector.detect(_on_canvas(batch, detector.stride))
+        for row, (mine, other) in enumerate(zip(ours.images(), theirs.images(), strict=True)):
+            images, number = images + 1, number + len(mine[1])
+            boxes, scores, left = _match(mine, other, detector)
+            box, score = max(box, boxes), max(score, scores)
+            unmatched += [f"image {batch.indices[row]}: {text}" for text in left]
+    return Difference(images, number, box, score, tuple(unmatched))
+
+
+def _on_canvas(batch: Batch, stride: int) -> Batch:
+    height, width = batch.pixels.shape[2:]
+    return replace(batch, pixels=F.pad(batch.pixels, (0, -width % stride, 0, -height % stride)))
+
+
+Found = tuple[Tensor, Tensor, Tensor]  # boxes, scores, labels of an image
+
+
+def _match(ours: Found, theirs: Found, detector: Detector) -> tuple[float, float, list[str]]:
+    """Largest differences of boxes and scores, and what one side lacks.
+
+    A detection within the tolerance of the lowest score that is kept may be missing: the threshold, or the last of a
+    full list.
+    """
+    box, score, free = 0.0, 0.0, set(range(len(theirs[1])))
+    unmatched = []
+    for index in range(len(ours[1])):
+        same = [other for other in free if theirs[2][other] == ours[2][index]]
+        gaps = [float((theirs[0][other] - ours[0][index]).abs().max()) for other in same]
+        # of several boxes that fit, the one of the nearest score
+        fits = [
+            (abs(float(theirs[1][other] - ours[1][index])), gap, other)
+            for other, gap in zip(same, gaps, strict=True)
+            if gap <= max(10 * BOX_TOLERANCE, min(gaps))
+        ]
+        if not fits or min(fits)[1] > 4.0:
+            unmatched.append(("torch", ours, index))
+            continue
+        distance, gap, other = min(fits)
+        free.remove(other)
+        box, score = max(box, gap), max(score, distance)
+    unmatched += [("the file", theirs, other) for other in free]
+    lowest = [float(side[1][-1]) for side in (ours, theirs) if len(side[1]) == detector.max_detections]
+    threshold = detector.roi_head.test_filter.score_threshold if detector.roi_head else 0.0
+    limits = [threshold, *lowest]
+    texts = [
+        f"only {side} has label {int(found[2][index])} at {[round(x, 2) for x in found[0][index].tolist()]} "
+        f"with score {float(found[1][index]):.5f}"
+        for side, found, index in unmatched
+        if min(abs(float(found[1][index]) - limit) for limit in limits) > SCORE_TOLERANCE
+    ]
+    return box, score, texts

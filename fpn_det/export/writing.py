@@ -1,0 +1,155 @@
+"""Write a traced graph as ONNX, OpenVINO or torch.export, with its metadata in the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch.export import ExportedProgram
+
+from fpn_det.export.graph import INPUTS, OUTPUTS, suppress_with_torchvision
+
+Format = Literal["onnx", "openvino", "torch"]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
+FORMATS: tuple[Format, ...] = get_args(Format)
+OPSET = 18  # of ONNX
+METADATA_FILE = "fpn_det.json"  # within a .pt2
+Metadata = dict[str, Any]
+
+
+def write(program: ExportedProgram, format: Format, path: Path, metadata: Metadata, half: bool = False) -> None:
+    """Write a program to a file, or for OpenVINO to a pair of files.
+
+    Args:
+        program: see `Graph.trace`.
+        metadata: plain values by name.
+        half: store the weights of OpenVINO in float16; in the others the program says it.
+
+    Raises:
+        ValueError: a library is missing, or the program has an operator that the format lacks.
+    """
+    if format == "torch":
+        write_torch(program, path, metadata)
+        return
+    onnx_file = path.with_suffix(".unfinished.onnx") if format == "openvino" else path
+    write_onnx(program, onnx_file, metadata)
+    if format == "openvino":
+        try:
+            openvino = imported("openvino")
+            save_openvino(openvino.convert_model(str(onnx_file)), path, metadata, half)
+        finally:
+            onnx_file.unlink(missing_ok=True)
+
+
+def write_torch(program: ExportedProgram, path: Path, metadata: Metadata) -> None:
+    """Write a .pt2 whose operators are those of torch and torchvision."""
+    table = {torch.ops.fpn_det.suppress.default: suppress_with_torchvision}
+    plain = program.run_decompositions(table)
+    torch.export.save(plain, path, extra_files={METADATA_FILE: json.dumps(metadata)})
+
+
+def write_onnx(program: ExportedProgram, path: Path, metadata: Metadata) -> None:
+    """Write an ONNX file of standard operators."""
+    for name in ("onnx", "onnxscript"):
+        imported(name)
+    try:
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(INPUTS),
+            output_names=list(OUTPUTS),
+            custom_translation_table=_translations(),
+            verbose=False,
+        )
+    except Exception as error:  # of any kind: the exporter's errors have no common class
+        reason = str(error.__cause__ or error).strip().splitlines()[0][:200]
+        raise ValueError(
+            f"export: expected operators that ONNX has, got another: {reason}. Set format=torch."
+        ) from error
+    assert exported is not None
+    exported.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
+    exported.save(str(path))
+
+
+def save_openvino(model: Any, path: Path, metadata: Metadata, half: bool) -> None:
+    """Write an OpenVINO model: <name>.xml, and its weights beside it in <name>.bin."""
+    for name, value in metadata.items():
+        model.set_rt_info(json.dumps(value), ["fpn_det", name])
+    imported("openvino").save_model(model, str(path), compress_to_fp16=half)
+
+
+def quantize(model: Any, batches: Iterable[Mapping[str, Any]]) -> Any:
+    """Quantize an OpenVINO model to int8 with NNCF: convolutions and matrix products.
+
+    The layers that give logits and deltas stay in float, because their errors are errors of scores and boxes.
+
+    Args:
+        model: of float weights.
+        batches: inputs by name, of training images.
+    """
+    nncf = imported("nncf")
+    last = [op.get_friendly_name() for op in model.get_ordered_ops() if _gives_an_output(op)]
+    return nncf.quantize(
+        model,
+        nncf.Dataset(list(batches)),
+        subset_size=300,
+        ignored_scope=nncf.IgnoredScope(names=last),
+    )
+
+
+def _gives_an_output(op: Any) -> bool:
+    """True for the last convolutions of the RPN and the predictor's products: no convolution or product follows soon."""
+    if op.get_type_name() not in ("Convolution", "MatMul"):
+        return False
+    width = op.output(0).get_partial_shape()[1 if op.get_type_name() == "Convolution" else -1]
+    return (width.is_static and width.get_length() % 5 == 0) or (
+        op.get_type_name() == "MatMul" and _reaches(op, "Softmax")
+    )
+
+
+def _reaches(op: Any, type_name: str, steps: int = 4) -> bool:
+    users = [target.get_node() for target in op.output(0).get_target_inputs()]
+    return any(user.get_type_name() == type_name or (steps and _reaches(user, type_name, steps - 1)) for user in users)
+
+
+def _translations() -> dict[Any, Callable]:
+    """Operators that the exporter does not know, in ONNX."""
+    from onnxscript import opset18 as op
+
+    def suppress(boxes, scores, valid, labels, iou_threshold: float, batched: bool):
+        assert labels is None, "groups are images and classes"
+        lowest = op.Constant(value_float=-3.0e38)
+        scores = op.Unsqueeze(op.Where(valid, scores, lowest), op.Constant(value_ints=[1]))  # [P, K] -> [P, 1, K]
+        most = op.Constant(value_ints=[2**31 - 1])
+        limits = op.Constant(value_floats=[iou_threshold]), op.Constant(value_floats=[-2.0e38])
+        kept = op.Gather(op.NonMaxSuppression(boxes, scores, most, *limits), op.Constant(value_ints=[0, 2]), axis=1)
+        number = op.Slice(op.Shape(kept), op.Constant(value_ints=[0]), op.Constant(value_ints=[1]))
+        ones = op.Expand(op.Constant(value_int=1), number)
+        return op.Cast(op.ScatterND(op.Expand(op.Constant(value_int=0), op.Shape(valid)), kept, ones), to=9)
+
+    def sort(x, stable: bool = True, dim: int = -1, descending: bool = False):
+        # of equal values ONNX's TopK gives the first one first
+        return op.TopK(x, op.Gather(op.Shape(x), op.Constant(value_ints=[dim])), axis=dim, largest=int(descending))
+
+    return {torch.ops.fpn_det.suppress.default: suppress, torch.ops.aten.sort.stable: sort}
+
+
+def imported(name: str) -> Any:
+    """A library of an extra.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    import importlib
+
+    extra = "openvino" if name in ("openvino", "nncf") else "onnx"
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"export: expected the library {name}, got none ({error}). Install it: pip install 'fpn_det[{extra}]'."
+        ) from None
