@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 SECONDS ?= 60
 
-.PHONY: help demo fuzz paper paper-quick storm test test-all dist lint types tests
+.PHONY: help demo fuzz gpu paper paper-quick storm test test-all dist lint types tests
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -32,6 +32,11 @@ test: lint types tests ## lint, types and the tests without the slow ones, as in
 
 test-all: lint types $(READY) ## lint, types and all tests that need no GPU
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+gpu: $(READY) ## the tests and the benchmark that need a GPU
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: expected a CUDA device, torch sees none here.")'
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python tools/benchmark.py device=cuda
 
 dist: $(READY) ## build sdist and wheel, install the wheel into an empty environment, train and predict with it
 	$(BIN)/python -m pytest -m "slow or not slow" tests/test_dist.py

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,6 +48,16 @@ def _map_tensors(record: T, function) -> T:
         elif isinstance(value, Targets | Proposals):
             changed[item.name] = _map_tensors(value, function)
     return replace(record, **changed)  # type: ignore[type-var]
+
+
+def tensors_of(record: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a dataclass and of those nested in it."""
+    for item in fields(record):
+        value = getattr(record, item.name)
+        if isinstance(value, Tensor):
+            yield value
+        elif is_dataclass(value):
+            yield from tensors_of(value)
 
 
 @dataclass(frozen=True)
@@ -218,6 +228,10 @@ class Batch:
         """
         non_blocking = torch.device(device).type == "cuda"
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Apply a function to every tensor."""
+        return _map_tensors(self, function)
 
     def select(self, rows: slice) -> Batch:
         """Select some of the images; the padding stays."""
@@ -391,6 +405,11 @@ class Losses:
         return cls(
             {name: torch.stack([one.terms[name] for one in losses]).mean() for name in first.terms},
             {name: torch.stack([one.statistics[name].float() for one in losses]).mean() for name in first.statistics},
+        )
+
+    def detach(self) -> Losses:
+        return Losses(
+            *({name: value.detach() for name, value in each.items()} for each in (self.terms, self.statistics))
         )
 
     def total(self) -> Tensor:

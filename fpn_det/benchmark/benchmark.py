@@ -13,6 +13,7 @@ import torchvision
 
 from fpn_det.benchmark.config import BenchmarkConfig
 from fpn_det.benchmark.contestants import make_contestants
+from fpn_det.benchmark.gpu_counts import gpu_counts
 from fpn_det.benchmark.loaders import make_streams, write_images
 from fpn_det.benchmark.measures import alternate, count, peak_memory_mib, throughput
 from fpn_det.runtime import pick_device
@@ -43,6 +44,8 @@ def measure(config: BenchmarkConfig) -> Iterator[tuple[str, list[float]]]:
         counters = [count(contestant.train()) for contestant in make_contestants(wide, device)]
         yield "host_reads_batch_16", [counter.host_reads for counter in counters]
         yield "operators_batch_16", [counter.operators for counter in counters]
+    if "gpu_counts" in config.only:
+        yield from gpu_counts(config)
     if "loader" in config.only:
         with TemporaryDirectory() as generated:
             if config.data is None:

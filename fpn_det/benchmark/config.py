@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from fpn_det.composition import compose
 from fpn_det.schema import Count, CountOrZero
 from fpn_det.training.config import TrainConfig
 
-Part = Literal["train", "inference", "memory", "reads", "roi_align", "rpn_loss", "loader"]
-ALL_PARTS: tuple[Part, ...] = ("train", "inference", "memory", "reads", "roi_align", "rpn_loss", "loader")
+Part = Literal["train", "inference", "memory", "reads", "roi_align", "rpn_loss", "loader", "gpu_counts"]
+ALL_PARTS: tuple[Part, ...] = get_args(Part)
 
 
 @dataclass(frozen=True)

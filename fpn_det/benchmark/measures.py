@@ -96,11 +96,12 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.operators += 1
-        self.host_reads += _host_reads(func, args)
+        self.host_reads += host_reads(func, args)
         return func(*args, **(kwargs or {}))
 
 
-def _host_reads(operator, args) -> int:
+def host_reads(operator, args) -> int:
+    """Values on the device that the host needs for the result of an operator."""
     if operator is torch.ops.aten.index.Tensor:
         return _masks(args[1])
     if operator in (torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default):

@@ -41,8 +41,8 @@ def benchmark(config: BenchmarkConfig) -> None:
     console = SafeConsole()
     with console.status("measuring"):
         for name, (ours, peer) in measure(config):
-            results[name] = {"ours": ours, "torchvision": peer, "ratio": ours / peer}
-            table.add_row(name, f"{ours:.4g}", f"{peer:.4g}", f"{ours / peer:.3f}")
+            results[name] = {"ours": ours, "torchvision": peer, "ratio": ours / peer if peer else float("nan")}
+            table.add_row(name, f"{ours:.4g}", f"{peer:.4g}", f"{results[name]['ratio']:.3f}")
             console.log(f"{name}: {ours:.4g} / {peer:.4g}")
     console.print(table)
     if "memory" in config.only and Path("/proc/self/smaps_rollup").exists():

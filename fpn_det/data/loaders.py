@@ -6,12 +6,10 @@ The content of a batch is a function of the step alone. It does not depend on th
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from itertools import chain, count
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from fpn_det.data.bad_images import Key, OnBadImage, load_available
@@ -30,7 +28,7 @@ from fpn_det.data.workers import (
     load_in_workers,
 )
 from fpn_det.runtime import Ranks
-from fpn_det.structures import Batch
+from fpn_det.structures import Batch, tensors_of
 
 
 class TrainLoader:
@@ -265,16 +263,6 @@ def _on_device(
 
 def _used_on_current_stream(batch: Batch) -> Batch:
     """Keep the memory of a batch of the side stream from being reused while the current stream uses it."""
-    for tensor in _tensors(batch):
+    for tensor in tensors_of(batch):
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
     return batch
-
-
-def _tensors(record: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a dataclass and of those nested in it."""
-    for item in fields(record):
-        value = getattr(record, item.name)
-        if isinstance(value, Tensor):
-            yield value
-        elif is_dataclass(value):
-            yield from _tensors(value)

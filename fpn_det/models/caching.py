@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+_used: list[object] | None = None
+
+
+@contextmanager
+def results_used() -> Iterator[list[object]]:
+    """Collects the kept results that are used within this context, for a CUDA graph, which reads them after they are dropped here."""
+    global _used
+    _used = used = []
+    try:
+        yield used
+    finally:
+        _used = None
 
 
 class LastResults(Generic[T]):
@@ -32,14 +46,15 @@ class LastResults(Generic[T]):
         """
         if torch.compiler.is_compiling():
             return make()
-        if key in self._results:
-            self._results.move_to_end(key)
-            return self._results[key]
-        with torch.inference_mode(False), torch.no_grad():  # usable wherever it is first needed
-            result = self._results[key] = make()
+        if key not in self._results:
+            with torch.inference_mode(False), torch.no_grad():  # usable wherever it is first needed
+                self._results[key] = make()
+        self._results.move_to_end(key)
         if len(self._results) > self.size:
             self._results.popitem(last=False)
-        return result
+        if _used is not None:
+            _used.append(self._results[key])
+        return self._results[key]
 
     def __deepcopy__(self, memo: dict) -> LastResults[T]:
         return LastResults(self.size)

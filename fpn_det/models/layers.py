@@ -270,3 +270,42 @@ class _ScaledGradient(torch.autograd.Function):
 def scale_gradient(input: Tensor, factor: float) -> Tensor:
     """Return `input`, whose gradient is multiplied by `factor`."""
     return _ScaledGradient.apply(input, factor)
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in float32 on the CPU by oneDNN, where torch calls the BLAS library.
+
+    torch's convolutions take oneDNN too. On an AMD EPYC it takes half the time of MKL, forward and backward.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        is_plain = input.device.type == "cpu" and input.dtype == self.weight.dtype == torch.float32 and input.dim() == 2
+        # a subclass, such as a tensor without data, has operators of its own; a graph is to contain the standard operator
+        is_plain = is_plain and type(input) is Tensor and input.numel() > 0 and HAS_ONEDNN_LINEAR
+        if not is_plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return super().forward(input)
+        return _OneDnnLinear.apply(input, self.weight, self.bias)
+
+
+HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        return _onednn_linear(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        return (
+            _onednn_linear(gradient, weight.t()) if needs[0] else None,
+            _onednn_linear(gradient.t(), input.t()) if needs[1] else None,
+            gradient.sum(0) if needs[2] else None,
+        )

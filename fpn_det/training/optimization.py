@@ -2,7 +2,8 @@
 
 A step reads nothing from the device. Two device scalars carry what depends on the gradient to a fused optimizer:
 `grad_scale` divides the gradient (unscaling and clipping in the same pass as the update), and `found_inf` makes the kernel
-skip the update.
+skip the update. What changes from step to step (number, learning rates, decay of the average) is written to device scalars
+by `set_step`, and state is updated in place, so that `run` can be captured as a CUDA graph (`capture.py`).
 
 A step whose loss or gradient is not finite changes no weight, momentum, average or norm statistic, on any rank: a bad loss
 makes the reduced gradient NaN on all of them. No later step changes anything either. The host reads the alarm at its next
@@ -45,10 +46,10 @@ class LossScale:
         """Halve the scale after an overflow (a bool on the device), double it after GROWTH_INTERVAL steps without one."""
         if not self.grows:
             return
-        self.good_steps = torch.where(overflow, 0, self.good_steps + 1)
-        ripe = self.good_steps == self.GROWTH_INTERVAL
-        self.value = torch.where(overflow, self.value / 2, torch.where(ripe, self.value * 2, self.value))
-        self.good_steps = torch.where(ripe, 0, self.good_steps)
+        good_steps = torch.where(overflow, 0, self.good_steps + 1)
+        ripe = good_steps == self.GROWTH_INTERVAL
+        self.value.copy_(torch.where(overflow, self.value / 2, torch.where(ripe, self.value * 2, self.value)))
+        self.good_steps.copy_(torch.where(ripe, 0, good_steps))
 
 
 class NormStatistics:
@@ -57,19 +58,27 @@ class NormStatistics:
     def __init__(self, model: nn.Module) -> None:
         kinds = (nn.modules.batchnorm._NormBase, RunningStatistics)
         updated = [module for module in model.modules() if isinstance(module, kinds)]
-        self._buffers = [buffer for module in updated for buffer in module.buffers()]
-        self._kept = [buffer.clone() for buffer in self._buffers]
+        buffers = [buffer for module in updated for buffer in module.buffers()]
+        dtypes = dict.fromkeys(buffer.dtype for buffer in buffers)
+        # those of one dtype are kept in one tensor, because a kernel for each of a hundred small buffers takes longer
+        self._groups = [[buffer for buffer in buffers if buffer.dtype == dtype] for dtype in dtypes]
+        self._kept = [_joined(group) for group in self._groups]
 
     def keep(self) -> None:
         """Snapshot the running statistics."""
-        if self._buffers:
-            torch._foreach_copy_(self._kept, self._buffers)
+        for group, kept in zip(self._groups, self._kept, strict=True):
+            kept.copy_(_joined(group))
 
     def settle(self, bad: Tensor) -> None:
         """After a step: restore the snapshot if the step was `bad` (a bool on the device), then take a new one."""
-        for buffer, kept in zip(self._buffers, self._kept, strict=True):
-            torch.where(bad, kept, buffer, out=buffer)
-        self.keep()
+        for group, kept in zip(self._groups, self._kept, strict=True):
+            kept.copy_(torch.where(bad, kept, _joined(group)))
+            parts = kept.split([buffer.numel() for buffer in group])
+            torch._foreach_copy_(group, [part.view_as(buffer) for part, buffer in zip(parts, group, strict=True)])
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 class Optimization:
@@ -116,6 +125,10 @@ class Optimization:
         self.ema = None if ema_decay is None else EMA(model, ema_decay)
         self.alarm = torch.tensor(-1, device=self.device)
         self.lr = 0.0
+        self._step = torch.tensor(0, device=self.device)
+        self._average_rate = torch.tensor(0.0, device=self.device)
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(0.0, device=self.device)
         self._grad_norm = torch.tensor(0.0, device=self.device)
         self._statistics = NormStatistics(model)
         self._forward = wrap_in_ddp(model)
@@ -130,29 +143,46 @@ class Optimization:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def step(self, batches: Sequence[Batch], step: int) -> list[Losses]:
-        """One update from the micro-batches of one step. Returns the losses of each, on the device."""
+        """One update from the micro-batches of one step. Returns the losses of each, on the device, without gradient."""
+        self.set_step(step)
+        return self.run(batches)
+
+    def set_step(self, step: int) -> None:
+        """Set what the next `run` takes from the number of its step."""
+        self.lr = self.lr_of(step)
+        self._step.fill_(step)
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(group["peak_lr"] * self.schedule.factor(step))
+        if self.ema is not None:
+            self._average_rate.fill_(self.ema.rate(step))
+
+    def run(self, batches: Sequence[Batch]) -> list[Losses]:
+        """The step after `set_step`. All that it reads and keeps are tensors of the device, always the same ones."""
         finite = self.alarm < 0
-        losses = []
+        found = []
         for number, batch in enumerate(batches, start=1):
             # ranks exchange gradients once per step, in the backward pass of the last micro-batch
             with nullcontext() if number == len(batches) else self._no_exchange():
                 with self.autocast():
-                    losses.append(self._forward(batch, step))
-                total = losses[-1].total()
+                    losses = self._forward(batch, self._step)
+                total = losses.total()
                 # a box that is not finite overlaps nothing, so no loss shows it
                 finite = finite & torch.isfinite(total.detach()) & torch.isfinite(batch.targets.boxes).all()
                 total.backward(torch.where(finite, self.scale.value / len(batches), torch.nan))
-        self._update(step, finite)
-        return losses
+            found.append(losses.detach())
+        self._update(finite)
+        return found
 
     def rehearse(self, batches: Sequence[Batch]) -> None:
         """Run a complete step that changes nothing, by the same mechanism as a step after an alarm."""
-        alarm, scale, good_steps = self.alarm, self.scale.value, self.scale.good_steps
-        self.alarm = torch.zeros_like(alarm)
+        state = (self.alarm, self.scale.value, self.scale.good_steps)
+        kept = [tensor.clone() for tensor in state]
+        self.alarm.zero_()
         try:
             self.step(batches, step=0)
         finally:  # also if there was not enough memory, anywhere in the step
-            self.alarm, self.scale.value, self.scale.good_steps = alarm, scale, good_steps
+            for tensor, value in zip(state, kept, strict=True):
+                tensor.copy_(value)
             self._statistics.settle(torch.tensor(True, device=self.device))
             self.optimizer.zero_grad()
 
@@ -169,28 +199,25 @@ class Optimization:
         return self._forward.no_sync() if hasattr(self._forward, "no_sync") else nullcontext()  # type: ignore[operator]
 
     @torch.no_grad()
-    def _update(self, step: int, finite: Tensor) -> None:
+    def _update(self, finite: Tensor) -> None:
         gradients = [weight.grad for weight in self.parameters.values() if weight.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / self.scale.value
         if self.scale.grows:  # an overflow is told from a bad loss alike on all ranks
             finite = all_reduce_mean(finite.float()) == 1
         bad = ~(finite & torch.isfinite(norm))
         first_alarm = bad & (self.alarm < 0) & (~finite | (self.scale.value <= 1))
-        self.alarm = torch.where(first_alarm, step, self.alarm)
-        self._grad_norm = torch.where(bad, self._grad_norm, norm)
+        self.alarm.copy_(torch.where(first_alarm, self._step, self.alarm))
+        self._grad_norm.copy_(torch.where(bad, self._grad_norm, norm))
 
         shrink = 1.0 if self.clip_norm is None else ((norm + 1e-6) / self.clip_norm).clamp(min=1)
         self.optimizer.grad_scale = self.scale.value * shrink  # type: ignore[attr-defined]
         self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * self.schedule.factor(step)
-        self.lr = self.lr_of(step)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
         self._statistics.settle(bad)
         if self.ema is not None:
-            self.ema.update(step, ~bad)
+            self.ema.update(self._average_rate * ~bad)
         self.scale.update(bad & (self.alarm < 0))
 
     def state(self) -> dict[str, Any]:
@@ -230,6 +257,6 @@ class Optimization:
         for name, weight in self.parameters.items():
             self.optimizer.state[weight].update({key: value.to(self.device) for key, value in tensors[name].items()})
         if self.scale.grows:
-            self.scale.value = state["scaler"]["scale"].to(self.device)
-            self.scale.good_steps = state["scaler"]["good_steps"].to(self.device)
+            self.scale.value.copy_(state["scaler"]["scale"])
+            self.scale.good_steps.copy_(state["scaler"]["good_steps"])
         self._statistics.keep()

@@ -37,6 +37,7 @@ from fpn_det.runtime import (
 )
 from fpn_det.structures import ScoreThresholds
 from fpn_det.training import memory, nonfinite
+from fpn_det.training.capture import make_step
 from fpn_det.training.config import TrainConfig
 from fpn_det.training.intervals import in_steps
 from fpn_det.training.optimization import Optimization
@@ -223,6 +224,7 @@ class Trainer:
         log.info(self.recipe.describe_lr(batch_size, self.ranks.world_size, trainer.accumulate))
         if state is not None:
             self._restore(state)
+        self.take_step = make_step(self.optimization, trainer.capture, log.info)
 
     def _schedule(self, state: State | None) -> Schedule:
         """The learning rate schedule. A resumed run of another length keeps its curve and holds the last value."""
@@ -302,7 +304,7 @@ class Trainer:
             with pace.waiting():
                 micro_batches = [next(batches) for _ in range(trainer.accumulate)]
             with memory.explained(micro_batches[0]):
-                all_losses = self.optimization.step(micro_batches, step)
+                all_losses = self.take_step(micro_batches, step)
             for losses in all_losses:
                 meters.add({"loss": losses.total(), **losses.terms, **losses.statistics})
             meters.add(self.optimization.measures())

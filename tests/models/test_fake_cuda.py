@@ -1,7 +1,7 @@
 """The training step and detection on CUDA tensors without data, which need no GPU.
 
 Every operator computes shapes, dtypes and devices only. An operator that needs a value, such as `.item()`, raises; an
-operator between devices is recorded. The backward pass needs a CUDA context and is not part of this.
+operator between devices is recorded. Autograd needs a CUDA context, so the backward pass runs on CPU tensors without data.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from fpn_det.benchmark.config import BenchmarkConfig
+from fpn_det.benchmark.gpu_counts import DeviceCounter, count_ours
 from fpn_det.composition import compose
 from fpn_det.data.flip_resize import FlipResize
 from fpn_det.models import losses as losses_module
@@ -48,39 +48,6 @@ MODELS = [
     *INGREDIENTS,
 ]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MATRIX_PRODUCTS = ("convolution", "mm", "addmm", "bmm")
-UPSAMPLINGS = ("upsample_nearest2d", "upsample_bilinear2d")
-
-
-class DeviceWatch(TorchDispatchMode):
-    """Records operators between the host and the device, and the dtypes of matrix products and of upsampling."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.between_devices: list[str] = []
-        self.matrix_dtypes: set[torch.dtype] = set()
-        self.upsampling_dtypes: set[torch.dtype] = set()
-        self.channels_last: bool | None = None  # memory format of the first convolution's input
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        name = func.name().split("::")[1].split(".")[0]
-        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)] + results
-        devices = {tensor.device.type for tensor in tensors}
-        if devices == {"cpu", "cuda"}:
-            # a scalar of the host is an argument of the kernel, unless it is copied or is an index
-            copies = name in ("_to_copy", "copy_", "index", "index_put", "index_put_")
-            if copies or any(tensor.dim() and tensor.device.type == "cpu" for tensor in tensors):
-                self.between_devices.append(name)
-        if name in MATRIX_PRODUCTS:
-            self.matrix_dtypes.add(results[0].dtype)
-        if name == "convolution" and self.channels_last is None:
-            self.channels_last = args[0].is_contiguous(memory_format=torch.channels_last)
-        if name in UPSAMPLINGS:
-            self.upsampling_dtypes.add(results[0].dtype)
-        return result
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +73,7 @@ def test_losses_and_detections_stay_on_the_device(words: str):
     with FakeTensorMode():
         _, model, batch = build(words)
         for dtype in PRECISIONS.values():
-            with DeviceWatch() as watch, torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            with DeviceCounter() as watch, torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
                 losses = model.train()(batch, 0)
                 detections = model.eval().detect(batch)
             assert not watch.between_devices
@@ -121,7 +88,7 @@ def test_losses_and_detections_stay_on_the_device(words: str):
 def test_detection_with_batch_norm_in_the_box_head_stays_on_the_device():
     with FakeTensorMode():
         _, model, batch = build(f"{CONV_HEAD} model.roi_head.box_head.norm=batch")
-        with DeviceWatch() as watch:
+        with DeviceCounter() as watch:
             model.eval().detect(batch)
         assert not watch.between_devices
         with pytest.raises(DynamicOutputShapeException):  # statistics of the boxes in use are one host read in training
@@ -134,7 +101,7 @@ def test_a_model_without_an_rpn_stays_on_the_device():
         model.rpn = None
         proposals = Proposals.stack([torch.rand(20, 4)] * len(batch.pixels))
         with_proposals = replace(batch, proposals=_map_tensors(proposals, lambda tensor: tensor.to("cuda")))
-        with DeviceWatch() as watch:
+        with DeviceCounter() as watch:
             model(with_proposals, 0)
             model.detect(with_proposals)
         assert not watch.between_devices
@@ -145,7 +112,7 @@ def test_a_model_without_an_rpn_stays_on_the_device():
 def test_resizing_stays_on_the_device(flip: bool, antialias: bool):
     with FakeTensorMode(), torch.device("cuda"):
         pixels, canvas = torch.zeros(60, 80, 3, dtype=torch.uint8), torch.zeros(96, 128, 3, dtype=torch.uint8)
-        with DeviceWatch() as watch:
+        with DeviceCounter() as watch:
             FlipResize((45, 60), flip, "cv2", antialias).apply_on_device(pixels, canvas[:45, :60])
         assert not watch.between_devices
 
@@ -162,8 +129,9 @@ def test_the_update_stays_on_the_device(precision: str, monkeypatch: pytest.Monk
         optimization = Optimization(model, optimizer, schedule, precision, config.trainer.clip_norm, config.trainer.ema)
         for parameter in optimization.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
-        with DeviceWatch() as watch:
-            optimization._update(0, torch.ones((), dtype=torch.bool, device="cuda"))
+        with DeviceCounter() as watch:
+            optimization.set_step(0)
+            optimization._update(torch.ones((), dtype=torch.bool, device="cuda"))
             measures = optimization.measures()
         assert not watch.between_devices
         assert {value.device.type for value in measures.values()} == {"cuda"}
@@ -192,9 +160,34 @@ def test_a_read_or_a_copy_in_the_step_is_found(fault, monkeypatch: pytest.Monkey
     with FakeTensorMode():
         _, model, batch = build("neck=fpn")
         try:
-            with DeviceWatch() as watch:
+            with DeviceCounter() as watch:
                 model(batch, 0)
         except DataDependentOutputException:
             assert fault is read_value
         else:
             assert watch.between_devices
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_counts_of_a_step_and_of_detection(precision: str):
+    counters = count_ours(BenchmarkConfig(size=(64, 96), precision=precision))
+    for counter in counters.values():
+        assert not counter.between_devices and not counter.host_reads
+    assert counters["backward"].matrix_dtypes == counters["forward"].matrix_dtypes == {PRECISIONS[precision]}
+    kernels = {name: counter.kernels.total() for name, counter in counters.items()}
+    assert kernels["forward"] + kernels["update"] < 1336 and kernels["update"] < 50 and kernels["detection"] < 650
+
+
+def test_counter_by_hand():
+    values = torch.zeros(100)
+    with DeviceCounter() as counter:
+        values + values.view(10, 10).flatten()  # a view is no kernel
+        values.mul_(2)
+        torch._foreach_add_([torch.empty(70_000), torch.empty(1)], 1)
+        torch.mm(torch.empty(2, 2), torch.empty(2, 2))
+    assert dict(counter.kernels) == {"add": 1, "mul_": 1, "_foreach_add_": 1}
+    assert counter.bytes == 1200 + 800 + 2 * 4 * 70_001
+    with DeviceCounter() as counter:
+        values.sum().item()
+        torch.tensor([1.0])
+    assert (counter.host_reads, counter.host_constants) == (1, 1)
