@@ -18,7 +18,8 @@ _used: list[object] | None = None
 def results_used() -> Iterator[list[object]]:
     """Collects the kept results that are used within this context, for a CUDA graph, which reads them after they are dropped here."""
     global _used
-    _used = used = []
+    used: list[object] = []
+    _used = used
     try:
         yield used
     finally:

@@ -144,7 +144,7 @@ def make_step(optimization: Optimization, capture: Capture, tell: Callable[[str]
         group = optimization.optimizer.param_groups
         for each in group:
             each["capturable"] = True  # Adam counts its steps on the device in either case, and asks for this word
-        optimization.optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
+        optimization.optimizer._warned_capturable_if_run_uncaptured = True
         return CapturedSteps(optimization, CudaGraphs(optimization.device), tell)
     tell(f"trainer.capture: steps are not captured as CUDA graphs: {reason}.")
     return optimization.step
