@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from fpn_det.annotations.check_objects import FlaggedObjects
 from fpn_det.annotations.config import SplitConfig
 from fpn_det.annotations.findings import Finding, OnError, raise_for_faults
 from fpn_det.annotations.image_inspection import inspect_images
-from fpn_det.annotations.reading import CheckedDataset
+from fpn_det.annotations.reading import CheckedDataset, load_raw
 from fpn_det.annotations.splits import TrainData, are_same_images, drop_images, find_overlap
 from fpn_det.annotations.subsets import drop_empty, select_images, split_images
 from fpn_det.data.bad_images import OnBadImage
@@ -184,6 +184,19 @@ class DataConfig:
                 "Add ImageSets/Main/<split>.txt (VOC) or images/<split> (YOLO), or set data.val_fraction."
             )
         return checked
+
+    def has_annotations(self, split: SplitName) -> bool:
+        """Return whether a split has annotations of its own that can be read. Their values are not checked."""
+        source: SplitConfig = getattr(self, split)
+        if source.annotations is None:
+            return False
+        try:
+            raw = load_raw(source.annotations, source.images, source.format, split)
+        except (ValueError, OSError):
+            return False
+        others = [getattr(self, other) for other in get_args(SplitName) if other != split]
+        is_apart = source not in others or all(part.image_list is not None for part in raw)
+        return is_apart and all(part.is_labeled for part in raw)
 
     def check_together(self, datasets: Mapping[str, CheckedDataset], seed: int) -> TrainData:
         """Select the images to train and evaluate on, and find what concerns more than one object. Faults are returned.

@@ -7,10 +7,11 @@ get lines without carriage returns. An undefined value (None) is printed as n/a 
 from __future__ import annotations
 
 import datetime
+import shlex
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -194,18 +195,24 @@ class RunLog:
         if self._writer is not None:
             self._writer.add_image(name, image, step, dataformats="HWC")
 
-    def summary(self, metric: str, best: float | None, best_step: int, evaluation: Evaluation) -> None:
-        """Log the result at the end of a run: last evaluation, best metric, run folder and the next command."""
-        self.info("last evaluation")
-        self.show(metrics_table(evaluation))
-        python, folder = shown_path(Path(sys.executable)), shown_path(self.folder)
+    def summary(self, metric: str, best: float | None, best_step: int, next_steps: Sequence[str]) -> None:
+        """Log the result at the end of a run, below the tables of its last evaluation.
+
+        Args:
+            metric: name of the metric that decides about the best weights.
+            best: its best value; None if it was never defined.
+            best_step: the step of the best weights.
+            next_steps: commands that follow.
+        """
         seconds = datetime.timedelta(seconds=round(time.perf_counter() - self._opened))
-        self.info(
-            f"Done in {seconds}. Best {metric} {_metric(best)} at step {best_step}.\n"
-            f"  run folder   {folder}\n"
-            f"  TensorBoard  {python} -m tensorboard.main --logdir {folder / 'tensorboard'}\n"
-            f"  next         {python} -m fpn_det.cli.main eval run={folder}"
-        )
+        lines = [
+            f"Done in {seconds}. Best {metric} {_metric(best)} at step {best_step}.",
+            f"  run folder   {shown_path(self.folder)}",
+            f"  TensorBoard  {watch_command(self.folder)}",
+            "Next:",
+            *(f"  {command}" for command in next_steps),
+        ]
+        self.info("\n".join(lines))
 
     def show(self, table: RenderableType) -> None:
         """Log a table."""
@@ -239,6 +246,11 @@ def classes_table(evaluation: Evaluation) -> Columns:
             table.add_row(Text(name), str(row["objects"]), *(_metric(row[metric]) for metric in metrics))
         tables.append(table)
     return Columns(tables)
+
+
+def watch_command(folder: Path) -> str:
+    """The command that shows the curves of the run in `folder`."""
+    return f"tensorboard --logdir {shlex.quote(str(shown_path(folder / 'tensorboard')))}"
 
 
 def shown_path(path: Path) -> Path:

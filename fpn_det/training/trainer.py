@@ -40,6 +40,7 @@ from fpn_det.training import memory, nonfinite
 from fpn_det.training.capture import make_step
 from fpn_det.training.config import TrainConfig
 from fpn_det.training.intervals import in_steps
+from fpn_det.training.next_steps import next_steps
 from fpn_det.training.optimization import Optimization
 from fpn_det.training.schedule import Schedule
 from fpn_det.training.signals import Stopped, StopRequest
@@ -281,7 +282,8 @@ class Trainer:
             return 128 + received
         assert self.evaluation is not None, "the last step is evaluated"
         self.log.hparams(read_settings(self.metadata["config"]), self.evaluation.metrics)
-        self.log.summary(self.best.metric, self.best.value, self.best.step, self.evaluation)
+        commands = next_steps(self.folder.path, self.config.data) if self.ranks.is_main else []
+        self.log.summary(self.best.metric, self.best.value, self.best.step, commands)
         return 0
 
     def _run_steps(self, stop: StopRequest) -> int:

@@ -143,11 +143,15 @@ def test_log_writes_hparams(tmp_path):
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
-def test_log_summary_shows_the_next_command(tmp_path, capsys, monkeypatch):
+def test_log_summary_shows_the_result_and_the_next_commands(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with RunLog(tmp_path / "runs" / "demo", Ranks()) as log:
-        log.summary("AP", 0.7, 300, evaluation_of(0.65))
-    shown = capsys.readouterr().out
-    assert "Best AP 0.700 at step 300." in shown and "0.650" in shown
-    assert "-m tensorboard.main --logdir runs/demo/tensorboard\n" in shown
-    assert "eval run=runs/demo\n" in shown
+    with RunLog(tmp_path / "runs" / "my demo", Ranks()) as log:
+        log.summary("AP", 0.7, 300, ["fpn-det eval 'run=runs/my demo'"])
+    result, *lines = capsys.readouterr().out.splitlines()
+    assert result.startswith("Done in 0:00:0") and result.endswith(" Best AP 0.700 at step 300.")
+    assert lines == [
+        "  run folder   runs/my demo",
+        "  TensorBoard  tensorboard --logdir 'runs/my demo/tensorboard'",
+        "Next:",
+        "  fpn-det eval 'run=runs/my demo'",
+    ]

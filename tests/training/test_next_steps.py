@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from fpn_det.annotations.config import SplitConfig
+from fpn_det.cli.help import COMMANDS
+from fpn_det.data.config import DataConfig
+from fpn_det.training.next_steps import next_steps
+
+
+@pytest.fixture
+def data(shapes_dataset, tmp_path) -> DataConfig:
+    root = shutil.copytree(shapes_dataset, tmp_path / "shapes")
+    splits = {
+        split: SplitConfig(str(root / f"{split}2017"), str(root / "annotations" / f"instances_{split}2017.json"))
+        for split in ("train", "val", "test")
+    }
+    return DataConfig(str(root), **splits)
+
+
+def test_commands_that_follow_exist_and_are_ready_to_paste(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = next_steps(tmp_path / "runs" / "my demo", data)
+    assert commands[0] == "fpn-det eval 'run=runs/my demo'"  # there is no test split
+    assert [command.split()[1] for command in commands] == [
+        name for name in ("eval", "predict", "report", "export") if name in COMMANDS
+    ]
+
+
+def test_a_test_split_with_annotations_is_evaluated_next(data, tmp_path):
+    val, test = (tmp_path / "shapes" / "annotations" / f"instances_{split}2017.json" for split in ("val", "test"))
+    shutil.copy(val, test)
+    shutil.copytree(tmp_path / "shapes" / "val2017", tmp_path / "shapes" / "test2017")
+    assert next_steps(tmp_path, data)[0].endswith(" split=test")
+    document = json.loads(test.read_text())
+    test.write_text(json.dumps({name: document[name] for name in ("images", "categories")}))
+    assert not data.has_annotations("test")
+
+
+def test_images_of_all_splits_in_one_folder_are_no_test_split(tmp_path):
+    (tmp_path / "data.yaml").write_text("path: .\ntrain: images\nval: images\nnames: [cell]\n")
+    (tmp_path / "images").mkdir()
+    source = SplitConfig(annotations=str(tmp_path))
+    assert not DataConfig(str(tmp_path), source, source, source).has_annotations("test")
