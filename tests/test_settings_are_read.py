@@ -18,7 +18,6 @@ from fpn_det.training.config import EarlyStopping, TrainConfig, TrainerConfig
 ELSEWHERE = {
     "TrainConfig.allow_targets": "the check of names, before there are settings",
     "DataConfig.root": "the paths that are made of it",
-    "DataConfig.test": "tools/eval.py split=test",
 }
 # so that what is read on demand is asked for
 ASKED_FOR = (

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from rich import box
 from rich.columns import Columns
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
@@ -31,6 +31,7 @@ from torch.utils.tensorboard.summary import hparams
 from fpn_det.evaluation.coco import Evaluation
 from fpn_det.runs.bad_files import read_bad_files
 from fpn_det.runs.meters import Pace
+from fpn_det.runs.step_lines import StepLines, clock, loss_text
 from fpn_det.runtime import Ranks
 from fpn_det.terminal import SafeConsole, printable, replace_unencodable
 
@@ -67,10 +68,12 @@ class RunLog:
             BarColumn(None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
+            TimeLeft(),
         )
         without_bar = self._screen is None or not self._screen.is_terminal
         self._bar = Progress(*columns, console=self._screen, transient=True, expand=True, disable=without_bar)
         self._training: TaskID | None = None
+        self._lines = StepLines(PLAIN_WIDTH if self._screen is None else self._screen.width)
         self._has_warned = False
         self._opened = time.perf_counter()
 
@@ -106,39 +109,43 @@ class RunLog:
             return
         purge_step = pace.first_step + 1 if pace.first_step else None
         self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge_step)
-        self._training = self._bar.add_task("training", total=pace.total_steps, completed=pace.first_step, note="")
+        self._training = self._bar.add_task(
+            "training", total=pace.total_steps, completed=pace.first_step, note="", ends_at=None
+        )
         self._bar.start()
 
-    def advance(self, step: int) -> None:
-        """Update the progress bar. Cheap enough to be called at every step."""
+    def advance(self, step: int, pace: Pace) -> None:
+        """Update the progress bar and its time left. Cheap enough to be called at every step."""
         if self._training is not None:
-            self._bar.update(self._training, completed=step)
+            left_s = pace.eta_s(step)
+            ends_at = None if left_s is None else time.monotonic() + left_s
+            self._bar.update(self._training, completed=step, ends_at=ends_at)
 
     def track(self, items: Iterable[T], title: str) -> Iterator[T]:
         """Iterate over `items` and show a progress bar."""
         self._bar.start()
-        task = self._bar.add_task(title, total=len(items) if isinstance(items, Sized) else None, note="")
+        task = self._bar.add_task(title, total=len(items) if isinstance(items, Sized) else None, note="", ends_at=None)
         for item in items:
             yield item
             self._bar.advance(task)
         self._bar.remove_task(task)
 
-    def train(self, step: int, values: Mapping[str, float], pace: Pace) -> None:
-        """Log the values of a step as one line, and each as a point of a curve.
+    def train(self, step: int, values: Mapping[str, float], parts: Sequence[str], pace: Pace) -> None:
+        """Log what matters of a step as one line, and every value as a point of a curve.
 
         Throughput since the previous call is added.
 
         Args:
-            values: by name. Names with a slash (`rois/P2`) are statistics, which are not printed.
+            step: number of completed steps.
+            values: by name.
+            parts: names of the terms that add up to the loss.
+            pace: of the run.
         """
         values = {**values, **pace.read(step)}
         if bad_files := read_bad_files(self.folder):
             values["data/bad_files"] = len(bad_files)
-        eta_s = pace.eta_s(step)
-        eta = "" if eta_s is None else f"eta {datetime.timedelta(seconds=round(eta_s))}"
-        shown = [f"{name} {_number(value)}" for name, value in values.items() if "/" not in name]
-        width = len(str(pace.total_steps))
-        self.info("  ".join([f"step {step:{width}}/{pace.total_steps}", *shown, eta]))
+        for line in self._lines.add(step, values, parts, pace):
+            self.info(line)
         if pace.data_share > SLOW_DATA and not self._has_warned and pace.is_warm:
             self._has_warned = True
             self.info(
@@ -148,7 +155,7 @@ class RunLog:
             )
         self.scalars(step, {name if "/" in name else f"train/{name}": value for name, value in values.items()})
         if self._training is not None:
-            self._bar.update(self._training, completed=step, note=eta)
+            self._bar.update(self._training, note=f"loss {loss_text(values['loss'])}")
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Log the tables of an evaluation, and each metric as a point of a curve."""
@@ -216,9 +223,19 @@ class RunLog:
 
     def show(self, table: RenderableType) -> None:
         """Log a table."""
+        self._lines.restart()
         self._plain.print(table)
         if self._screen is not None:
             self._screen.print(table)
+
+
+class TimeLeft(ProgressColumn):
+    """The time to the moment `ends_at` of a task (`time.monotonic`), or where it is None, rich's estimate."""
+
+    def render(self, task: Task) -> Text:
+        ends_at = task.fields["ends_at"]
+        left_s = task.time_remaining if ends_at is None else max(ends_at - time.monotonic(), 0)
+        return Text("" if left_s is None else f"{clock(left_s)} left")
 
 
 def metrics_table(evaluation: Evaluation) -> Columns:

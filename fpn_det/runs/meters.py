@@ -50,6 +50,7 @@ class Pace:
         batch_size: images per step, over all ranks.
         eval_every: steps between evaluations; 0 evaluates at the end only.
         clock: returns seconds, monotonic.
+        steps_per_epoch: None where there are no epochs.
 
     Attributes:
         data_share: fraction of the time between the last two reads spent waiting for data.
@@ -63,7 +64,9 @@ class Pace:
         batch_size: int,
         eval_every: int,
         clock: Callable[[], float] = time.perf_counter,
+        steps_per_epoch: int | None = None,
     ) -> None:
+        self.steps_per_epoch = steps_per_epoch
         self.first_step = step
         self.total_steps = total_steps
         self._batch_size = batch_size

@@ -293,10 +293,11 @@ class Trainer:
         nothing is done with weights before every step is known to be finite.
         """
         trainer, step = self.config.trainer, self.first_step
-        pace = Pace(step, self.total_steps, self.train_loader.batch_size, self.eval_every)
+        loader = self.train_loader
+        pace = Pace(step, self.total_steps, loader.batch_size, self.eval_every, steps_per_epoch=loader.steps_per_epoch)
         self.log.begin(pace)
         meters = Meters()
-        batches = self.train_loader.iterate(step)
+        batches = loader.iterate(step)
         self.optimization.model.train()
         received, is_over = 0, False
         if self.evaluated < step and self._is_due(self.eval_every, step):  # interrupted before its evaluation
@@ -311,7 +312,7 @@ class Trainer:
                 meters.add({"loss": losses.total(), **losses.terms, **losses.statistics})
             meters.add(self.optimization.measures())
             step += 1
-            self.log.advance(step)
+            self.log.advance(step, pace)
 
             received = stop.agreed()
             evaluates = self._is_due(self.eval_every, step)
@@ -322,7 +323,7 @@ class Trainer:
             if values.pop("alarm"):
                 raise self._explain_nonfinite()
             host_values = {"lr": self.optimization.lr, "memory_mib": memory_mib(self.optimization.device)}
-            self.log.train(step, values | host_values, pace)
+            self.log.train(step, values | host_values, list(all_losses[0].terms), pace)
             if saves:  # before the evaluation, which may fail
                 self._save(step)
                 received = stop.agreed()

@@ -33,16 +33,18 @@ def test_log_writes_plain_lines_to_a_pipe(tmp_path, capsys):
     with RunLog(tmp_path, Ranks()) as log:
         pace = Pace(0, 20, 2, 0)
         log.begin(pace)
-        log.advance(10)
+        log.advance(10, pace)
         assert list(log.track([1, 2], "evaluating")) == [1, 2]
-        log.train(10, {"loss": 0.5, "lr": 0.0025, "memory_mib": 12345.6, "rois/P2": 17.0}, pace)
+        log.train(
+            10, {"loss": 0.5, "rpn_box": 0.25, "lr": 0.0025, "memory_mib": 12345.6, "rois/P2": 17.0}, ["rpn_box"], pace
+        )
         log.info("images [12, 99]")
     screen, file = capsys.readouterr().out, (tmp_path / "log.txt").read_text()
     assert "\r" not in screen + file and "\x1b" not in screen + file
-    line = screen.splitlines()[0]
-    assert line.startswith("step 10/20  loss 0.5  lr 0.0025  memory_mib 12346  images_per_s ")
-    assert " eta 0:00:0" in line and "rois" not in line
-    assert screen.splitlines()[1] == "images [12, 99]"
+    header, line, text = screen.splitlines()
+    assert header.split() == ["step", "loss", "rpn_box", "lr", "img/s", "left"]
+    assert line.split()[:4] == ["10/20", "0.5000", "0.2500", "0.0025"] and line.endswith("0:00:00")
+    assert len(header) == len(line) and text == "images [12, 99]"
     assert [entry[21:] for entry in file.splitlines()] == screen.splitlines()
 
 
@@ -51,10 +53,11 @@ def test_log_shows_a_bar_on_a_terminal(tmp_path):
     with RunLog(tmp_path, Ranks(), screen) as log:
         pace = Pace(0, 20, 2, 0)
         log.begin(pace)
-        log.advance(10)
+        log.advance(10, pace)
         assert list(log.track([1, 2], "evaluating")) == [1, 2]
-        log.train(10, {"loss": 0.5}, pace)
-    assert "10/20" in screen.file.getvalue()
+        log.train(10, {"loss": 0.5}, [], pace)
+    shown = screen.file.getvalue()
+    assert "10/20" in shown and "loss 0.5000" in shown and "0:00:00 left" in shown
     assert "\r" not in (tmp_path / "log.txt").read_text()
 
 
@@ -62,14 +65,14 @@ def test_log_of_another_rank_goes_to_its_own_file(tmp_path, capsys):
     with pytest.raises(ZeroDivisionError), RunLog(tmp_path, Ranks(rank=3, world_size=4)) as log:
         pace = Pace(0, 20, 2, 0)
         log.begin(pace)
-        log.train(10, {"loss": 0.5}, pace)
+        log.train(10, {"loss": 0.5}, [], pace)
         log.evaluation(10, evaluation_of(0.5))
         log.image(10, "batch", np.zeros((4, 4, 3), np.uint8))
         raise ZeroDivisionError("of this rank")
     assert capsys.readouterr().out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["rank3.log"]
     text = (tmp_path / "rank3.log").read_text()
-    assert "loss 0.5" in text and "ZeroDivisionError: of this rank" in text
+    assert " 0.5000 " in text and "ZeroDivisionError: of this rank" in text
 
 
 def test_log_shows_undefined_as_na_and_keeps_it_out_of_the_curves(tmp_path, capsys):
@@ -124,11 +127,11 @@ def test_log_warns_once_when_data_loading_is_slow(tmp_path, capsys):
             with pace.waiting():
                 now[0] += waiting
             now[0] += 10 - waiting
-            log.train(step, {"loss": 0.5}, pace)
+            log.train(step, {"loss": 0.5}, [], pace)
     lines = capsys.readouterr().out.splitlines()
     # the first interval holds the start of the workers; a fifth is fine; two fifths are not
-    assert [line for line in lines if "limited by data" in line] == [lines[3]]
-    assert "40% of the time" in lines[3] and "data.num_workers" in lines[3] and "data.resize_on=device" in lines[3]
+    assert [line for line in lines if "limited by data" in line] == [lines[4]]
+    assert "40% of the time" in lines[4] and "data.num_workers" in lines[4] and "data.resize_on=device" in lines[4]
 
 
 def test_log_writes_hparams(tmp_path):
