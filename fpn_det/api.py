@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fpn_det.composition import compose, compose_as, from_saved, read_saved
+from fpn_det.composition import compose, compose_as, from_saved, literal, read_saved
 from fpn_det.config import PRECISIONS, EvalConfig
 from fpn_det.errors import translate_system_errors
 from fpn_det.evaluation.coco import Evaluation
@@ -34,6 +34,7 @@ from fpn_det.runs.folder import choose_folder
 from fpn_det.runs.log import RunLog
 from fpn_det.runtime import pick_device, process_group
 from fpn_det.schema import did_you_mean
+from fpn_det.structures import ScoreThresholds
 from fpn_det.training.config import TrainConfig
 from fpn_det.training.profile import profiled
 from fpn_det.training.trainer import Trainer
@@ -184,7 +185,7 @@ def load(
             pick_device("cpu"),
             tta,
             about["category_ids"],
-            about.get("score_thresholds"),
+            ScoreThresholds.read(about.get("score_thresholds"), str(path)),
         )
     if path.is_file():
         described = loading.read_as_ours(path)
@@ -198,7 +199,8 @@ def load(
     model = config.build_model(found.num_classes)
     loading.load_weights(model, found)
     where = pick_device(device)
-    return build_predictor(config, model, found.names, where, tta, found.category_ids, found.score_thresholds)
+    thresholds = ScoreThresholds.read(found.score_thresholds, found.source)
+    return build_predictor(config, model, found.names, where, tta, found.category_ids, thresholds)
 
 
 def predict(
@@ -241,5 +243,4 @@ def _eval_config(source: Path, overrides: Sequence[str]) -> EvalConfig:
     name = "checkpoint" if source.is_file() else "run"
     place = {name: str(source)}
     saved = read_saved(saved_settings(place.get("run"), place.get("checkpoint")))
-    quoted = str(source).replace("\\", "\\\\").replace("'", "\\'")
-    return compose_as(EvalConfig, "eval", [f"{name}='{quoted}'", *overrides], saved)
+    return compose_as(EvalConfig, "eval", [literal(name, str(source)), *overrides], saved)

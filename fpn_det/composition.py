@@ -385,6 +385,12 @@ def _follow_root(tree: Tree) -> Tree:
     return {**tree, "data": {**data, **splits}}
 
 
+def literal(name: str, text: str) -> str:
+    """Return the word that sets `name` to exactly this text, whatever characters it has."""
+    quoted = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
+    return f"{name}='{quoted}'"
+
+
 def parse_words(words: Sequence[str]) -> list[Override]:
     """`name=value` words in Hydra's grammar.
 

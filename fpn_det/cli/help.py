@@ -12,7 +12,7 @@ from fpn_det.locations import PACKAGE
 
 # Commands by group, in the order in which they are needed.
 GROUPS = {
-    "Train and evaluate": ("train", "eval", "report"),
+    "Train and evaluate": ("train", "eval", "predict", "report"),
     "Data": ("check-data", "show-data", "convert-data"),
     "Runs and weights": ("runs", "show-pyramid", "convert-weights", "export", "replay"),
     "This installation": ("doctor", "experiments", "settings", "benchmark"),
@@ -22,6 +22,7 @@ COMMANDS = tuple(command for commands in GROUPS.values() for command in commands
 # The class that declares a command's own options.
 OPTIONS = {
     "eval": "fpn_det.config.EvalConfig",
+    "predict": "fpn_det.cli.predict.PredictConfig",
     "report": "fpn_det.cli.report.ReportConfig",
     "export": "fpn_det.export.export.ExportConfig",
     "check-data": "fpn_det.cli.check_data.CheckDataConfig",
@@ -62,8 +63,8 @@ FIRST_SETTINGS = (
 # Of those, the ones that matter where nothing is trained.
 EVAL_SETTINGS = ("data.root", "data.num_workers", "data.eval_batch_size", "precision", "device")
 DATA_SETTINGS = ("data.root", "data.classes", "data.val_fraction", "data.on_error")
-COMPOSED = {"train": FIRST_SETTINGS, "eval": EVAL_SETTINGS, "report": EVAL_SETTINGS, "show-pyramid": EVAL_SETTINGS,
-            "export": EVAL_SETTINGS[:2],
+COMPOSED = {"train": FIRST_SETTINGS, "eval": EVAL_SETTINGS, "predict": EVAL_SETTINGS, "report": EVAL_SETTINGS,
+            "show-pyramid": EVAL_SETTINGS, "export": EVAL_SETTINGS[:2],
             "check-data": DATA_SETTINGS, "show-data": DATA_SETTINGS}  # fmt: skip
 GROUP_CHOICES = ("data", "backbone", "neck", "optimizer", "schedule")
 
@@ -128,7 +129,7 @@ def _options(group: str) -> str:
 
 def _own_options(command: str) -> Iterable[tuple[str, str]]:
     inherited = set(declarations(TRAIN_CONFIG)) if command in COMPOSED else set()
-    own = {"run", "resume"} if command in ("eval", "report", "show-pyramid") else set()
+    own = {"run", "resume"} if command in ("eval", "predict", "report", "show-pyramid") else set()
     for name, item in declarations(OPTIONS[command]).items():
         if name == "overrides" or name in inherited - own:
             continue

@@ -22,10 +22,10 @@ from fpn_det.data.workers import Workers
 from fpn_det.image_io import MAX_PIXELS, image_size
 from fpn_det.inference.images import ImageInput, find_images, is_video, read_pixels
 from fpn_det.inference.prediction import Prediction
-from fpn_det.inference.selection import ScoreThresholds, Selection
+from fpn_det.inference.selection import Selection, Thresholds
 from fpn_det.models.views import Views
 from fpn_det.runtime import Ranks
-from fpn_det.structures import Annotations, Batch, Detections
+from fpn_det.structures import Annotations, Batch, Detections, ScoreThresholds
 
 
 class Model(Protocol):
@@ -81,7 +81,7 @@ class Predictor:
         dtype: of autocast; None disables it.
         tta: test-time augmentation; None uses the image as it is.
         category_ids: of the labels in COCO results; empty = label + 1.
-        score_thresholds: of a checkpoint: `overall`, and `classes` by name. They apply where no score is given.
+        score_thresholds: of a checkpoint. They apply where no score is given.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Predictor:
         dtype: torch.dtype | None = None,
         tta: Views | None = None,
         category_ids: Sequence[int] = (),
-        score_thresholds: Mapping[str, Any] | None = None,
+        score_thresholds: ScoreThresholds | None = None,
     ) -> None:
         self.model = model
         self.class_names = tuple(class_names)
@@ -150,9 +150,9 @@ class Predictor:
         """Build the selection of detections from the options of `predict`."""
         return Selection.of(self.class_names, self.thresholds(score), classes, max_detections)
 
-    def thresholds(self, score: float | None = None) -> ScoreThresholds:
+    def thresholds(self, score: float | None = None) -> Thresholds:
         """Return the score thresholds that apply if the option `score` is given."""
-        return ScoreThresholds.choose(self.class_names, score, self.score_thresholds)
+        return Thresholds.choose(self.class_names, score, self.score_thresholds)
 
     def stream(
         self,
@@ -226,14 +226,16 @@ def build_predictor(
     device: torch.device,
     tta: Views | None = None,
     category_ids: Sequence[int] = (),
-    score_thresholds: Mapping[str, Any] | None = None,
+    score_thresholds: ScoreThresholds | None = None,
+    num_workers: int = 0,
 ) -> Predictor:
     """Combine a model with the preprocessing of its evaluation.
 
     Args:
         config: its settings.
         model: a `Detector`, which is moved to `device`, or another `Model` with the attribute `stride`.
-        class_names: see `Predictor`, as all that follow.
+        class_names: see `Predictor`, as the next ones.
+        num_workers: processes that read images; 0 is best for a few images.
     """
     data = config.data
     config.set_precision()
@@ -243,6 +245,7 @@ def build_predictor(
         data.transforms(train=False),
         data.collator(model.stride),
         data.eval_batch_size,
+        Workers(num_workers, data.start_method),
         reduced_decoding=data.reduced_decoding == "always",
         max_pixels=data.max_image_pixels,
     )

@@ -2,52 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fpn_det.schema import did_you_mean
+from fpn_det.structures import ScoreThresholds
 
 
 @dataclass(frozen=True)
-class ScoreThresholds:
+class Thresholds:
     """Score from which a detection is shown, class by class, and the words that say where it comes from."""
 
     values: tuple[float, ...]  # [K]
     origin: str
 
     @classmethod
-    def choose(
-        cls, class_names: Sequence[str], score: float | None, saved: Mapping[str, Any] | None
-    ) -> ScoreThresholds:
+    def choose(cls, class_names: Sequence[str], score: float | None, saved: ScoreThresholds | None) -> Thresholds:
         """Take `score` for all classes; without it those of a checkpoint; without these every detection of the model.
 
         Args:
             class_names: of the model.
             score: in [0, 1].
-            saved: `score_thresholds` of a checkpoint: `overall`, and `classes` by name.
+            saved: of a checkpoint.
 
         Raises:
-            ValueError: `score` is not in [0, 1], or the checkpoint has other things than numbers there.
+            ValueError: `score` is not in [0, 1].
         """
         if score is not None:
             if not 0 <= score <= 1:
                 raise ValueError(f"score: expected a number in 0..1, got {score}.")
             return cls((score,) * len(class_names), f"score >= {score:g}")
         if saved is None:
-            return cls(
-                (0.0,) * len(class_names), "every detection of the model: the checkpoint has no score thresholds"
-            )
-        try:
-            classes, overall = dict(saved["classes"]), float(saved["overall"])
-            values = tuple(float(classes.get(name, overall)) for name in class_names)
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(
-                f"score_thresholds: expected numbers overall and by class in the checkpoint, got {saved!r:.80}. Set score."
-            ) from None
+            zeros = (0.0,) * len(class_names)
+            return cls(zeros, "every detection of the model: the checkpoint has no score thresholds")
+        values = tuple(saved.of(class_names))
         low, high = min(values), max(values)
         shown = f"{low:.2f}" if high - low < 0.005 else f"{low:.2f} to {high:.2f} by class"
         return cls(values, f"score >= {shown}, the best F1 of the checkpoint's evaluation")
@@ -69,7 +60,7 @@ class Selection:
     def of(
         cls,
         class_names: Sequence[str],
-        thresholds: ScoreThresholds,
+        thresholds: Thresholds,
         classes: Sequence[str] | None = None,
         max_detections: int | None = None,
     ) -> Selection:

@@ -16,7 +16,7 @@ from fpn_det.image_io import read_image
 from fpn_det.inference.predictor import Predictor, build_predictor
 from fpn_det.models.views import Views
 from fpn_det.runtime import Ranks
-from fpn_det.structures import Annotations, Batch, Detections
+from fpn_det.structures import Annotations, Batch, Detections, ScoreThresholds
 
 CPU = torch.device("cpu")
 
@@ -165,17 +165,14 @@ def test_options_select_by_score_class_and_number(annotations, predictor):
 def test_thresholds_of_the_checkpoint_apply_unless_a_score_is_given(annotations, predictor, monkeypatch):
     path, names = annotations.path(0), predictor.class_names
     (everything,) = predictor.predict(path, score=0)
-    thresholds = {"overall": float(everything.scores[3]), "classes": {names[0]: float(everything.scores[1])}}
+    thresholds = ScoreThresholds(float(everything.scores[3]), {names[0]: float(everything.scores[1])})
     monkeypatch.setattr(predictor, "score_thresholds", thresholds)
-    limits = torch.tensor([thresholds["classes"].get(name, thresholds["overall"]) for name in names])
+    limits = torch.tensor(thresholds.of(names))
     (found,) = predictor.predict(path)
     assert torch.equal(found.scores, everything.scores[everything.scores >= limits[everything.labels]])
     assert len(predictor.predict(path, score=0)[0]) == len(everything)
     assert "the best F1" in predictor.thresholds().origin
     assert predictor.thresholds(0.25).origin == "score >= 0.25"
-    monkeypatch.setattr(predictor, "score_thresholds", {"overall": "high"})
-    with pytest.raises(ValueError, match="score_thresholds: expected numbers .* Set score"):
-        predictor.predict(path)
 
 
 @pytest.mark.parametrize(
