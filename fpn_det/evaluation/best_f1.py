@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fpn_det.evaluation.matching import IGNORED, Matches
+from fpn_det.evaluation.curves import Curve, curve_of
+from fpn_det.evaluation.matching import Matches
 from fpn_det.structures import ScoreThresholds
 
 
@@ -39,16 +39,8 @@ def best_points(matches: Matches) -> tuple[OperatingPoint | None, list[Operating
     Returns:
         That of all classes with one score for all, and that of each class; None where no detection is a hit.
     """
-    matched, scores = matches.matched[0, 0], matches.scores
-    counted, is_hit = matched != IGNORED, matched >= 0
-    per_class = []
-    for label, objects in enumerate(_objects_per_class(matches)):
-        rows = matches.of_class(label)
-        kept = counted[rows]
-        per_class.append(_best(scores[rows][kept], is_hit[rows][kept], objects))
-    order = np.argsort(-scores, kind="stable")
-    order = order[counted[order]]
-    return _best(scores[order], is_hit[order], len(matches.objects)), per_class
+    classes = range(matches.annotations.num_classes)
+    return _best(curve_of(matches, None)), [_best(curve_of(matches, label)) for label in classes]
 
 
 def as_thresholds(
@@ -61,20 +53,15 @@ def as_thresholds(
     return ScoreThresholds(overall.score, {name: point.score for name, point in points if point is not None})
 
 
-def _objects_per_class(matches: Matches) -> list[int]:
-    return np.bincount(matches.object_labels, minlength=matches.annotations.num_classes).tolist()
-
-
-def _best(scores: NDArray[np.float64], is_hit: NDArray[np.bool_], objects: int) -> OperatingPoint | None:
-    """Choose among the distinct scores, given in descending order; of equal F1 the highest."""
-    if not is_hit.any():
+def _best(curve: Curve) -> OperatingPoint | None:
+    """Choose the score of the best F1; of equal F1 the highest."""
+    if not curve.hits.any():
         return None
-    last = np.flatnonzero(np.diff(scores, append=-np.inf))  # of each score: equal scores count together
-    hits = is_hit.cumsum()[last]
-    best = int(np.argmax(2 * hits / (last + 1 + objects)))
-    score = scores[last[best]]
-    below = scores[last[best] + 1] if last[best] + 1 < len(scores) else score
-    return OperatingPoint(_between(below, score), int(hits[best]), int(last[best] + 1), objects)
+    best = int(np.argmax(curve.f1))
+    score, *below = curve.scores[best : best + 2].tolist()
+    return OperatingPoint(
+        _between(*below, score) if below else score, int(curve.hits[best]), int(curve.detections[best]), curve.num_objects
+    )
 
 
 def _between(below: float, score: float) -> float:

@@ -37,35 +37,39 @@ def average_precision(
 
 @dataclass(frozen=True)
 class Curve:
-    """Precision, recall and F1 of the detections from each distinct score on, by descending score; [S] each."""
+    """Counts of the detections from each distinct score on, by descending score, and what follows from them; [S] each."""
 
     scores: NDArray[np.float64]
-    precision: NDArray[np.float64]
-    recall: NDArray[np.float64]
-    f1: NDArray[np.float64]
+    hits: NDArray[np.int64]
+    detections: NDArray[np.int64]
+    num_objects: int
 
+    @property
+    def precision(self) -> NDArray[np.float64]:
+        return self.hits / self.detections
 
-def score_curve(scores: NDArray[np.float64], is_hit: NDArray[np.bool_], num_objects: int) -> Curve:
-    """Count from the highest score down. Equal scores count together.
+    @property
+    def recall(self) -> NDArray[np.float64]:
+        return self.hits / max(self.num_objects, 1)
 
-    Args:
-        scores: [D], descending; without detections on crowd regions.
-        is_hit: [D]
-        num_objects: that the detections should find.
-    """
-    last = np.flatnonzero(np.diff(scores, append=-np.inf))
-    hits = is_hit.cumsum()[last]
-    found = last + 1
-    return Curve(scores[last], hits / found, hits / max(num_objects, 1), 2 * hits / (found + num_objects))
+    @property
+    def f1(self) -> NDArray[np.float64]:
+        return 2 * self.hits / (self.detections + self.num_objects)
 
 
 def curve_of(matches: Matches, label: int | None) -> Curve:
-    """Return the curve of one class, or of all classes with one score for all, at the first IoU threshold."""
-    rows = np.arange(len(matches.scores)) if label is None else np.arange(len(matches.scores))[matches.of_class(label)]
-    rows = rows[matches.matched[0, 0, rows] != IGNORED]
+    """Count the hits of one class, or of all classes with one score for all, at the first IoU threshold.
+
+    Equal scores count together. Detections on crowd regions are left out.
+    """
+    rows = np.arange(len(matches.scores)) if label is None else np.r_[matches.of_class(label)]
+    matched = matches.matched[0, 0]
+    rows = rows[matched[rows] != IGNORED]
     rows = rows[np.argsort(-matches.scores[rows], kind="stable")]
+    scores = matches.scores[rows]
+    last = np.flatnonzero(np.diff(scores, append=-np.inf))
     num_objects = len(matches.objects) if label is None else int((matches.object_labels == label).sum())
-    return score_curve(matches.scores[rows], matches.matched[0, 0, rows] >= 0, num_objects)
+    return Curve(scores[last], (matched[rows] >= 0).cumsum()[last], last + 1, num_objects)
 
 
 @dataclass(frozen=True)
