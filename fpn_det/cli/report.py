@@ -59,7 +59,9 @@ def report(config: ReportConfig, words: Sequence[str]) -> None:
         other_words = [f"run={config.against}", *shared]
         other = _analyze(compose_as(EvalConfig, "eval", other_words, read_saved(other_state["config"])))
         name = Path(config.against).name
-        against = name, other, compare(analysis, other)
+        changed = differing([read_settings(one["config"]) for one in (state, other_state)])
+        same_settings = {setting for setting in changed if affects_results(setting)} <= {"seed"}
+        against = name, other, compare(analysis, other, same_settings)
         print(against[2].verdict(run.name, name))
     history = run / "metrics.jsonl"
     suffix = "" if config.split == "val" else f"_{config.split}"

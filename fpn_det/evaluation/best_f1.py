@@ -60,7 +60,10 @@ def _best(curve: Curve) -> OperatingPoint | None:
     best = int(np.argmax(curve.f1))
     score, *below = curve.scores[best : best + 2].tolist()
     return OperatingPoint(
-        _between(*below, score) if below else score, int(curve.hits[best]), int(curve.detections[best]), curve.num_objects
+        _between(*below, score) if below else score,
+        int(curve.hits[best]),
+        int(curve.detections[best]),
+        curve.num_objects,
     )
 
 

@@ -17,6 +17,9 @@ from fpn_det.evaluation.detection_table import DetectionTable
 from fpn_det.evaluation.matching import IGNORED, NOTHING, Matches, find_pairs, take_greedily
 from fpn_det.structures import ScoreThresholds
 
+HIT, FALSE, MISSED, CONFUSED, IGNORED_KIND = range(5)
+OUTCOME_NAMES = ("hit", "false", "missed", "class confused", "ignored")
+
 
 @dataclass(frozen=True)
 class Outcomes:
@@ -50,6 +53,17 @@ class Outcomes:
         found = np.zeros(len(self.matches.objects), bool)
         found[self.object_of[self.is_hit]] = True
         return found
+
+    @cached_property
+    def detection_kinds(self) -> NDArray[np.int64]:
+        """Outcome of each detection, [D]: HIT, FALSE or CONFUSED; IGNORED_KIND for those that are not shown."""
+        kinds = np.where(self.is_hit, HIT, np.where(self.is_confused, CONFUSED, FALSE))
+        return np.where(self.shown, kinds, IGNORED_KIND)
+
+    @cached_property
+    def object_kinds(self) -> NDArray[np.int64]:
+        """Outcome of each object, [G]: HIT, CONFUSED or MISSED."""
+        return np.where(self.is_found, HIT, np.where(self.detection_of == NOTHING, MISSED, CONFUSED))
 
     @property
     def _label_of_object(self) -> NDArray[np.int64]:

@@ -112,22 +112,41 @@ class Comparison:
     per_class: dict[str, Interval]  # AP by class name
     gained: list[int]  # image rows on which the first detector has more right, the most first
     lost: list[int]
+    same_settings: bool  # both were trained with the same settings, up to the seed
 
     def verdict(self, name: str, other: str) -> str:
-        """Answer in a sentence which of two detectors is better, by their AP."""
+        """Answer in a sentence which of two detectors is better, by their AP.
+
+        The interval covers the choice of the images, not the chance within a training. So two trainings with the same
+        settings are not distinguishable, even where the weights of one are better beyond doubt.
+        """
         ap = self.differences["AP"]
         if ap.value is None or ap.low is None or ap.high is None:
             return f"{name} and {other} cannot be compared: AP is not defined."
-        better = f"{name} is better" if ap.value > 0 else f"{other} is better"
-        verdict = better if ap.excludes_zero else f"{name} and {other} are not distinguishable"
+        better = name if ap.value > 0 else other
+        equal = f"{name} and {other} are not distinguishable"
+        if not ap.excludes_zero:
+            verdict, reason = equal, ""
+        elif self.same_settings:
+            verdict = equal
+            reason = (
+                f" Their settings differ in no more than the seed, and seeds alone made the weights of {better} better."
+            )
+        else:
+            verdict, reason = f"{better} is better", " Other seeds of training are not part of the interval."
         return (
             f"{verdict}: AP of {name} - AP of {other} is {ap.value:+.3f}, 95 % interval {ap.low:+.3f} to {ap.high:+.3f} "
-            f"(paired bootstrap over {RESAMPLES} resamples of the images; other seeds of training are not part of it)."
+            f"(paired bootstrap over {RESAMPLES} resamples of the images).{reason}"
         )
 
 
-def compare(one: Analysis, other: Analysis) -> Comparison:
+def compare(one: Analysis, other: Analysis, same_settings: bool = False) -> Comparison:
     """Compare two detectors by paired resamples.
+
+    Args:
+        one: positive differences say that this one is better.
+        other: of another detector on the same images.
+        same_settings: both were trained with the same settings, up to the seed.
 
     Raises:
         ValueError: they were not evaluated on the same images and objects.
@@ -152,6 +171,7 @@ def compare(one: Analysis, other: Analysis) -> Comparison:
         per_class,
         [row for row in order.tolist() if change[row] > 0],
         [row for row in order[::-1].tolist() if change[row] < 0],
+        same_settings,
     )
 
 

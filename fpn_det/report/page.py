@@ -17,19 +17,16 @@ from PIL import Image
 from fpn_det.evaluation.bootstrap import Interval
 from fpn_det.evaluation.curves import Curve, calibrate, curve_of
 from fpn_det.evaluation.error_types import TYPES
+from fpn_det.evaluation.outcomes import HIT, IGNORED_KIND, OUTCOME_NAMES
 from fpn_det.image_io import read_image
 from fpn_det.report.analysis import Analysis, Comparison, mistakes
-from fpn_det.visualization.panels import draw_boxes
+from fpn_det.visualization.panels import OUTCOME_COLORS, draw_boxes
 
 SIDE = 320  # px of the longer side of a picture
 PICTURES = 12  # of a gallery
 LISTED = 100  # suspects on the page; the files have all
 MAX_CLASSES = 20  # with a row and column of their own in the confusion matrix on the page
 POINTS = 150  # of a drawn curve
-HIT, FALSE, MISSED, CONFUSED = 0, 1, 2, 3
-COLORS = ((60, 200, 90), (240, 80, 70), (250, 190, 40), (190, 110, 240))  # by outcome
-OUTCOMES = ("hit", "false", "missed", "class confused")
-AREAS = ("small", "medium", "large")
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1c2430; --soft: #5a6577; --line: #d5dae2; --back: #fff; --accent: #2f74b5; }
@@ -298,7 +295,7 @@ def _galleries(analysis: Analysis) -> str:
 def _legend() -> str:
     keys = (
         f'<span class=key style="background:rgb{color}"></span>{name}'
-        for color, name in zip(COLORS, OUTCOMES, strict=True)
+        for color, name in list(zip(OUTCOME_COLORS, OUTCOME_NAMES, strict=True))[:IGNORED_KIND]
     )
     return f"<p>{''.join(keys)}</p>"
 
@@ -325,14 +322,14 @@ def _figure(
     names = annotations.class_names
     boxes = [analysis.evaluation.detections.boxes[matches.detections[index]] for index in detections]
     boxes += [annotations.boxes[int(matches.objects[index])].numpy() for index in objects]
-    kinds = [HIT if outcomes.is_hit[i] else CONFUSED if outcomes.is_confused[i] else FALSE for i in detections]
+    kinds = outcomes.detection_kinds[detections].tolist() if len(detections) else []
     texts = [
         "" if kind == HIT else f"{names[matches.detection_labels[i]]} {matches.scores[i]:.2f}"
         for i, kind in zip(detections, kinds, strict=True)
     ]
     texts += [names[matches.object_labels[index]] for index in objects]
-    kinds += [MISSED] * len(objects)
-    picture = draw_boxes(pixels, np.array(boxes, np.float64).reshape(-1, 4), kinds, texts, SIDE, COLORS)
+    kinds += outcomes.object_kinds[objects].tolist() if len(objects) else []
+    picture = draw_boxes(pixels, np.array(boxes, np.float64).reshape(-1, 4), kinds, texts, SIDE, OUTCOME_COLORS)
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=80)
     source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -401,10 +401,9 @@ class Trainer:
         """Draw a training batch, and validation images with ground truth and detections, for TensorBoard. Rank 0 only."""
         config, log = self.config, self.log
         shown = evaluation.detections, evaluation.score_thresholds
-        named = config.evaluation.target == "detections"
         for row in self.shown:
             name = f"val/{self.val_annotations.path(row).name}"
-            log.image(step, name, draw_comparison(self.val_annotations, *shown, row, named=named))
+            log.image(step, name, draw_comparison(self.val_annotations, *shown, row, config.evaluation))
         batch = self.train_loader.rebuild(step)[0]
         log.image(step, "train/batch", draw_batch(batch, self.train_annotations.class_names))
         if self.model.rpn is None:

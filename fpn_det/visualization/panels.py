@@ -1,6 +1,7 @@
 """Draw ground truth beside detections, and batches in the input frame.
 
-Images are u8 [h, w, 3] RGB. The color of a class depends on its label only, so it is equal in all figures and runs.
+Images are u8 [h, w, 3] RGB. The color of a class depends on its label only, so it is equal in all figures and runs. Where
+objects and detections are compared, colors say their outcome.
 """
 
 from __future__ import annotations
@@ -8,13 +9,18 @@ from __future__ import annotations
 import colorsys
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from fpn_det.evaluation.config import EvaluationConfig
 from fpn_det.evaluation.detection_table import DetectionTable
+from fpn_det.evaluation.matching import match_detections
+from fpn_det.evaluation.outcomes import IGNORED_KIND, OUTCOME_NAMES, find_outcomes
 from fpn_det.image_io import read_image
 from fpn_det.structures import Annotations, Batch, ScoreThresholds
 
@@ -26,6 +32,7 @@ MAX_BOXES = 100  # drawn per image
 MIN_SCORE = 0.3  # of drawn detections where no evaluation has found a threshold
 GAP = 6  # px between panels
 GREY = (40, 40, 40)
+OUTCOME_COLORS = ((60, 200, 90), (240, 80, 70), (250, 190, 40), (190, 110, 240), (150, 150, 150))  # see OUTCOME_NAMES
 
 
 def pick_images(annotations: Annotations, count: int) -> list[int]:
@@ -40,37 +47,60 @@ def draw_comparison(
     detections: DetectionTable,
     thresholds: ScoreThresholds | None,
     row: int,
-    named: bool = True,
+    config: EvaluationConfig,
 ) -> RGBImage:
-    """Draw an image with its ground truth (left) and its detections (right).
+    """Draw an image with its ground truth (left) and its detections (right), in the colors of their outcomes.
+
+    Proposals have no classes, so theirs do not depend on the class.
 
     Args:
         annotations: the ground truth.
         detections: in the original frame.
         thresholds: detections below that of their class are not drawn; None is MIN_SCORE for all.
         row: image row of `annotations`.
-        named: label detections with their class; False for proposals.
+        config: of the evaluation, whose matcher decides on the outcomes.
     """
     pixels, names = read_image(annotations.path(row)), annotations.class_names
-    objects = annotations.rows(row)
+    thresholds = thresholds or ScoreThresholds(MIN_SCORE, {})
+    truth = annotations
+    if config.target == "proposals":
+        truth = replace(truth, labels=torch.zeros_like(truth.labels), class_names=("object",), category_ids=(1,))
+    matches = match_detections(truth, detections, np.array([row]), config, np.array([config.match_iou]))
+    outcomes = find_outcomes(matches, detections, thresholds)
+
+    objects = np.arange(len(annotations.boxes))[annotations.rows(row)]
+    kinds = np.full(len(objects), IGNORED_KIND)  # crowd regions
+    kinds[np.searchsorted(objects, matches.objects)] = outcomes.object_kinds
     labels, crowd = annotations.labels[objects].tolist(), annotations.iscrowd[objects].tolist()
     texts = [
         f"{names[label]} (crowd)" if is_crowd else names[label] for label, is_crowd in zip(labels, crowd, strict=True)
     ]
-    truth = draw_boxes(pixels, annotations.boxes[objects].numpy(), labels, texts)
+    left = _draw_outcomes(pixels, annotations.boxes[objects].numpy(), kinds, texts)
 
-    thresholds = thresholds or ScoreThresholds(MIN_SCORE, {})
-    least = np.array(thresholds.of(names))[detections.labels]
-    found = np.flatnonzero((detections.images == row) & (detections.scores >= least))[:MAX_BOXES]
-    labels = detections.labels[found].tolist()
+    least = np.array(thresholds.of(truth.class_names))[matches.detection_labels]
+    found = np.flatnonzero(matches.scores >= least)
+    found = found[np.argsort(-matches.scores[found], kind="stable")]
+    rows = matches.detections[found[:MAX_BOXES]]
     texts = [
-        f"{names[label]} {score:.2f}" if named else f"{score:.2f}"
-        for label, score in zip(labels, detections.scores[found], strict=True)
+        f"{names[label]} {score:.2f}" if config.target == "detections" else f"{score:.2f}"
+        for label, score in zip(detections.labels[rows].tolist(), detections.scores[rows], strict=True)
     ]
-    detected = draw_boxes(pixels, detections.boxes[found], labels, texts)
-    return make_grid(
-        [truth, detected], [f"{len(crowd)} objects", f"{len(found)} detections, score >= {thresholds.overall:.2f}"]
+    right = _draw_outcomes(pixels, detections.boxes[rows], outcomes.detection_kinds[found[:MAX_BOXES]], texts)
+    titles = (
+        f"{len(objects)} objects{_counts(kinds)}",
+        f"{len(found)} detections{_counts(outcomes.detection_kinds[found])}",
     )
+    return make_grid([left, right], titles)
+
+
+def _draw_outcomes(pixels: RGBImage, boxes: NDArray, kinds: NDArray[np.int64], texts: Sequence[str]) -> RGBImage:
+    return draw_boxes(pixels, boxes, kinds.tolist(), texts, colors=OUTCOME_COLORS)
+
+
+def _counts(kinds: NDArray[np.int64]) -> str:
+    counts = np.bincount(kinds, minlength=len(OUTCOME_NAMES)).tolist()
+    shown = [f"{count} {name}" for count, name in zip(counts, OUTCOME_NAMES, strict=True) if count]
+    return f": {', '.join(shown)}" if shown else ""
 
 
 def draw_batch(batch: Batch, class_names: Sequence[str]) -> RGBImage:

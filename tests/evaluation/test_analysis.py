@@ -18,6 +18,7 @@ from fpn_det.evaluation.engines import IOU_THRESHOLDS
 from fpn_det.evaluation.error_types import NO_ERROR, TYPES, find_errors
 from fpn_det.evaluation.matching import match_detections
 from fpn_det.evaluation.outcomes import find_outcomes
+from fpn_det.report.analysis import Comparison
 from fpn_det.structures import Annotations, ScoreThresholds
 
 CONFIG = EvaluationConfig()
@@ -243,3 +244,17 @@ def test_calibration_by_hand():
     assert calibration.precision[9] == 0.5 and calibration.mean_scores[9] == pytest.approx(0.93)
     assert calibration.expected_error == pytest.approx((2 * 0.43 + 0.25) / 3)
     assert calibrate(matches_of(annotations, table_of([]))[0]).expected_error is None
+
+
+def test_verdict_on_two_seeds_of_the_same_settings():
+    better = Interval(0.017, 0.010, 0.025)
+
+    def verdict(interval: Interval, same_settings: bool) -> str:
+        return Comparison({"AP": interval}, {}, [], [], same_settings).verdict("a", "b")
+
+    assert verdict(better, False).startswith("a is better")
+    assert verdict(Interval(-0.017, -0.025, -0.010), False).startswith("b is better")
+    assert verdict(Interval(0.017, -0.010, 0.025), False).startswith("a and b are not distinguishable")
+    same = verdict(better, True)
+    assert same.startswith("a and b are not distinguishable: ") and "the weights of a better" in same
+    assert "+0.017" in same and "+0.010 to +0.025" in same

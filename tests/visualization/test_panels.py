@@ -1,13 +1,26 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from fpn_det.evaluation.config import EvaluationConfig
 from fpn_det.evaluation.detection_table import DetectionTable
+from fpn_det.evaluation.outcomes import OUTCOME_NAMES
 from fpn_det.structures import Annotations, Batch, ScoreThresholds, Targets
-from fpn_det.visualization.panels import GREY, SIDE, class_color, draw_batch, draw_boxes, draw_comparison, pick_images
+from fpn_det.visualization.panels import (
+    GREY,
+    OUTCOME_COLORS,
+    SIDE,
+    class_color,
+    draw_batch,
+    draw_boxes,
+    draw_comparison,
+    pick_images,
+)
 
 
 @pytest.fixture
@@ -70,23 +83,38 @@ def test_pick_images_is_deterministic_and_prefers_objects(annotations):
     assert pick_images(annotations, 8) == [1, 3]
 
 
-def test_draw_comparison_has_truth_left_and_detections_right(annotations):
+def shown_colors(panel: np.ndarray) -> set[str]:
+    return {
+        name for name, color in zip(OUTCOME_NAMES, OUTCOME_COLORS, strict=True) if (panel == color).all(-1).sum() > 50
+    }
+
+
+def test_draw_comparison_colors_outcomes(annotations):
+    """The last image has a dog and a crowd of dogs. A cat is found on the dog, a dog in the crowd, and one beside all."""
     found = DetectionTable(
-        np.array([3, 3, 1]),
-        np.array([[60, 30, 90, 54]] * 3, np.float32),
-        np.array([0.8, 0.1, 0.9], np.float32),
-        np.array([0, 1, 1]),
+        np.array([3, 3, 3, 3, 1]),
+        np.array([[60, 30, 90, 54], [60, 30, 90, 54], [2, 2, 30, 30], [95, 2, 118, 25], [12, 30, 48, 54]], np.float32),
+        np.array([0.8, 0.1, 0.9, 0.7, 0.9], np.float32),
+        np.array([0, 1, 1, 1, 0]),
     )
-    left, right = np.split(draw_comparison(annotations, found, ScoreThresholds(0.5, {"cat": 0.4}), 3), [SIDE], axis=1)
-    cat, dog = class_color(0), class_color(1)
-    assert (left == dog).all(-1).any() and not (left == cat).all(-1).any()
-    assert (right == cat).all(-1).any() and not (right == dog).all(-1).any()
+    thresholds, config = ScoreThresholds(0.5, {"cat": 0.4}), EvaluationConfig()
+    left, right = np.split(draw_comparison(annotations, found, thresholds, 3, config), [SIDE], axis=1)
+    assert shown_colors(left) == {"class confused", "ignored"}
+    assert shown_colors(right) == {"class confused", "ignored", "false"}  # the dog of 0.1 is not drawn
+    left, right = np.split(draw_comparison(annotations, found, thresholds, 1, config), [SIDE], axis=1)
+    assert shown_colors(left) == shown_colors(right) == {"hit"}
+    proposals = EvaluationConfig(target="proposals", max_dets=(100,))
+    boxes = replace(found, labels=np.zeros(5, np.int64))
+    left, _ = np.split(draw_comparison(annotations, boxes, None, 3, proposals), [SIDE], axis=1)
+    assert shown_colors(left) == {"hit", "ignored"}  # a proposal has no class
 
 
-def test_draw_comparison_of_an_empty_image(annotations):
-    picture = draw_comparison(annotations, DetectionTable.join([]), None, 0)
+def test_draw_comparison_of_an_image_without_objects_or_detections(annotations):
+    picture = draw_comparison(annotations, DetectionTable.join([]), None, 0, EvaluationConfig())
     assert picture.shape[1] == 2 * SIDE + 6
     assert (picture[-1, 0] == 0).all() and (picture[-1, SIDE + 2] == GREY).all()
+    left = draw_comparison(annotations, DetectionTable.join([]), None, 1, EvaluationConfig())[:, :SIDE]
+    assert shown_colors(left) == {"missed"}
 
 
 def test_draw_batch_shows_every_image_with_its_padding():
