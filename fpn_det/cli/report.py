@@ -60,7 +60,7 @@ def report(config: ReportConfig, words: Sequence[str]) -> None:
         other = _analyze(compose_as(EvalConfig, "eval", other_words, read_saved(other_state["config"])))
         name = Path(config.against).name
         changed = differing([read_settings(one["config"]) for one in (state, other_state)])
-        same_settings = {setting for setting in changed if affects_results(setting)} <= {"seed"}
+        same_settings = all(setting.split(".")[-1] == "seed" for setting in changed if affects_results(setting))
         against = name, other, compare(analysis, other, same_settings)
         print(against[2].verdict(run.name, name))
     history = run / "metrics.jsonl"

@@ -58,13 +58,8 @@ def _best(curve: Curve) -> OperatingPoint | None:
     if not curve.hits.any():
         return None
     best = int(np.argmax(curve.f1))
-    score, *below = curve.scores[best : best + 2].tolist()
-    return OperatingPoint(
-        _between(*below, score) if below else score,
-        int(curve.hits[best]),
-        int(curve.detections[best]),
-        curve.num_objects,
-    )
+    score, below = curve.scores[best], curve.scores[min(best + 1, len(curve.scores) - 1)]
+    return OperatingPoint(_between(below, score), int(curve.hits[best]), int(curve.detections[best]), curve.num_objects)
 
 
 def _between(below: float, score: float) -> float:
