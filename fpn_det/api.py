@@ -23,6 +23,8 @@ from fpn_det.inference.images import ImageInput
 from fpn_det.inference.prediction import Prediction
 from fpn_det.inference.predictor import Predictor, build_predictor
 from fpn_det.interop import loading
+from fpn_det.interop.catalog import PUBLISHED, check_detector
+from fpn_det.interop.naming import PROJECTS
 from fpn_det.locations import CONFIGS
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
@@ -161,7 +163,8 @@ def load(
 
     Args:
         source: a checkpoint, a run folder (its best checkpoint), an exported file (which runs on the CPU), another
-            project's file of weights, or the name of an experiment.
+            project's file of weights, the name of a published detector (`fpn-det weights` lists them; it is fetched
+            once), or the name of an experiment.
         weights: file of any project whose weights replace those of `source`; required for an experiment.
         device: auto, cpu, cuda, cuda:<number> or mps.
         tta: test-time augmentation, such as `Views(scales=(0.5, 1.0, 2.0), flip=True)`.
@@ -187,11 +190,13 @@ def load(
             about["category_ids"],
             ScoreThresholds.read(about.get("score_thresholds"), str(path)),
         )
-    if path.is_file():
+    if path.is_file() or str(source) in PUBLISHED:
         described = loading.read_as_ours(path)
         config = settings_for(described)
         found = loading.read_as_ours(weights) if weights else described
     else:
+        if str(source).split("/")[0] in PROJECTS:
+            check_detector(source, "load")
         config = _experiment(source)
         if weights is None:
             raise ValueError(f"load: expected weights for the experiment {source}, got none. Pass weights=<file>.")

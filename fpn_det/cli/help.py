@@ -14,7 +14,7 @@ from fpn_det.locations import PACKAGE
 GROUPS = {
     "Train and evaluate": ("train", "eval", "predict", "report"),
     "Data": ("check-data", "show-data", "convert-data"),
-    "Runs and weights": ("runs", "show-pyramid", "convert-weights", "export", "replay"),
+    "Runs and weights": ("runs", "show-pyramid", "weights", "convert-weights", "export", "replay"),
     "This installation": ("doctor", "experiments", "settings", "benchmark"),
 }
 COMMANDS = tuple(command for commands in GROUPS.values() for command in commands)

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fpn_det.interop.catalog import locate
 from fpn_det.interop.coco_classes import assumed_class_names
 from fpn_det.interop.conversion import EPS, convert, recognize
 from fpn_det.interop.naming import COUNTER, DELTAS, LOGITS, Layout, Project
@@ -94,7 +95,7 @@ def read_as_ours(
     """Read a file of any project and convert its weights to our names.
 
     Args:
-        path: the file.
+        path: the file, or the name of a published detector (`catalog.PUBLISHED`), which is fetched once.
         class_names: of its rows, if the file does not say and they are not COCO's 80 classes or 90 ids.
         project: who wrote it; None = found out.
         norm_eps: what the norms of its backbone add to the variance; None = known from the file.
@@ -102,7 +103,7 @@ def read_as_ours(
     Raises:
         ValueError: it cannot be read, or holds other things than a whole Faster R-CNN with FPN.
     """
-    file = read_weights(path)
+    file = read_weights(locate(path, "weights"))
     project = project or ("fpn_det" if file.config else recognize(file.state))
     if norm_eps is None:
         norm_eps = 0.0 if project == "torchvision" and _start_of_hash(file.path) in WITHOUT_EPS else EPS

@@ -98,7 +98,9 @@ class TrainConfig(DetectorConfig):
     schedule: Node
     trainer: TrainerConfig
     experiment: str | None = None  # name of the file in configs/experiment
-    init_from: str | None = None  # weights that a new run starts from: a file of any project that interop reads
+    init_from: str | None = (
+        None  # weights that a new run starts from: a file of any project, or a name of `fpn-det weights`
+    )
     resume: str | None = None  # auto, a checkpoint or a run folder to continue from
     run: str | None = None  # run folder whose settings a new run takes
     run_dir: str | None = None  # folder of the run; null = runs/<experiment>/<date>_<time>

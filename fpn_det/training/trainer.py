@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +17,7 @@ from fpn_det.data.sampling import check_divides, describe_repeats, repeat_factor
 from fpn_det.evaluation.coco import Evaluation
 from fpn_det.evaluation.evaluate import evaluate, write_evaluation
 from fpn_det.interop import loading
+from fpn_det.interop.catalog import check_detector
 from fpn_det.runs.bad_files import BadFiles
 from fpn_det.runs.best_metric import BestMetric
 from fpn_det.runs.checkpoint import load_on_all_ranks
@@ -92,8 +92,8 @@ class Trainer:
         self.model = config.build_model(num_classes=None)
         self.model.check_accumulation(trainer.accumulate)
         config.data.validate(self.model.stride)
-        if config.init_from and not Path(config.init_from).is_file():
-            raise ValueError(f"init_from: expected a file of weights, got {config.init_from}, which does not exist.")
+        if config.init_from:
+            check_detector(config.init_from, "init_from")
         if not (config.init_from or config.resume):
             self.model.check_pretrained()
 
