@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.segment import Segment
+from rich.text import Text
 
+PIPE_WIDTH = 80  # characters, of tables that a command prints into a pipe or a file
+GAP = "..."  # in place of the middle of a shortened text
 LAYOUT = "\n\t"  # control characters that text may hold
 # Characters that reorder or hide the text around them.
 INVISIBLE = {*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFC)}
@@ -40,6 +48,47 @@ class SafeConsole(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+def standard_console() -> SafeConsole:
+    """Return the console of the standard output: as wide as the terminal, `PIPE_WIDTH` in a pipe."""
+    return SafeConsole(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
+
+def shown_path(path: Path) -> Path:
+    """Return the path relative to the working directory if it is inside, else absolute."""
+    path, here = path.absolute(), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def shorten(text: str, width: int) -> str:
+    """Return `text` in at most `width` terminal cells, without its middle: of a path, the file name says most."""
+    if cell_len(text) <= width:
+        return text
+    kept = width - len(GAP)
+    if kept < 2:
+        return set_cell_size(text, width)
+    head = kept // 4
+    return f"{set_cell_size(text, head)}{GAP}{set_cell_size(text[::-1], kept - head)[::-1]}"
+
+
+@dataclass(frozen=True)
+class Shortened:
+    """A text or path on one line, shortened in the middle to the width that a table leaves it."""
+
+    text: str | Path
+    least: int = 16  # characters that a table does not take away
+
+    def _line(self) -> str:
+        text = str(shown_path(self.text)) if isinstance(self.text, Path) else self.text
+        return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        width = cell_len(self._line())
+        return Measurement(min(width, self.least), width)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(shorten(self._line(), options.max_width), no_wrap=True, overflow="crop", justify=options.justify)
 
 
 def replace_unencodable(stream: IO[Any] | None) -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -14,7 +15,7 @@ from tiny import TINY
 
 from fpn_det.runs.log import RunLog
 from fpn_det.runtime import Ranks
-from fpn_det.terminal import SafeConsole, printable
+from fpn_det.terminal import SafeConsole, Shortened, printable, shorten
 
 ATTACK = "\x1b]0;title\x07\x1b[2J\x9b31m\r\u202etxt\ud800"
 
@@ -45,6 +46,33 @@ def test_console_prints_tables_and_colors_without_foreign_escapes():
     text = file.getvalue()
     assert "\x1b[31m" in text  # the console's own
     assert "\x1b]0" not in text and "\x1b[2J" not in text and "\x9b" not in text and r"\x1b]0" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "shown"),
+    [
+        ("a/b.jpg", 7, "a/b.jpg"),
+        ("/data/set/images/train/0001.jpg", 19, "/dat...ain/0001.jpg"),
+        ("/data/set/images/train/0001.jpg", 4, "/dat"),
+        ("資料/資料/資料/資料/a.jpg", 15, "資 ... 料/a.jpg"),  # two cells a character
+    ],
+)
+def test_long_paths_lose_their_middle(text, width, shown):
+    found = shorten(text, width)
+    assert cell_len(found) <= width
+    assert found == shown
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_long_path_takes_no_other_column_of_a_table(tmp_path, width):
+    file = io.StringIO()
+    table = Table("split", "images", "in")
+    table.add_row("train", "118287", Shortened(tmp_path.joinpath(*["folder"] * 30) / "0001.jpg"))
+    SafeConsole(file=file, width=width).print(table)
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    (row,) = (line for line in lines if "train" in line)
+    assert "118287" in row and "..." in row and "0001.jpg" in row
 
 
 def test_log_and_screen_of_a_run_hold_no_escapes_and_end_with_no_encoding(tmp_path):

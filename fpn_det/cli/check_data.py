@@ -22,8 +22,7 @@ from fpn_det.data_report.anchor_coverage import measure_coverage
 from fpn_det.data_report.page import write_page
 from fpn_det.data_report.report import inspect_data
 from fpn_det.data_report.tables import print_report
-from fpn_det.runs.log import PLAIN_WIDTH, shown_path
-from fpn_det.terminal import SafeConsole
+from fpn_det.terminal import shown_path, standard_console
 from fpn_det.training.config import TrainConfig
 
 
@@ -47,7 +46,7 @@ def check_data(config: CheckDataConfig, words: Sequence[str]) -> None:
     if train is not None and len(train.annotations):
         model = config.build_model(train.annotations.num_classes)
         coverage = measure_coverage(train.annotations, model, config.data.transforms(train=False))
-    console = SafeConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console = standard_console()
     print_report(report, console)
     if coverage is not None:
         console.print(
@@ -58,6 +57,7 @@ def check_data(config: CheckDataConfig, words: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "data_report.json").write_text(json.dumps(report.as_json(), indent=1, default=str), encoding="utf-8")
     write_page(folder / "data_report.html", report, coverage)
-    console.print(f"{report.verdict} The report: {shown_path(folder / 'data_report.html')}")
+    console.print(report.verdict)
+    console.print(f"Report: {shown_path(folder / 'data_report.html')}", markup=False, soft_wrap=True)
     if not report.is_sound:
         sys.exit(1)

@@ -19,10 +19,11 @@ from pathlib import Path
 from PIL import Image
 
 from fpn_det.cli.launch import launch
-from fpn_det.runs.log import RunLog, shown_path
+from fpn_det.runs.log import RunLog
 from fpn_det.runs.meters import Pace
 from fpn_det.runtime import Ranks, pick_device
 from fpn_det.schema import Count, CountOrZero
+from fpn_det.terminal import shown_path
 from fpn_det.training.config import TrainConfig
 from fpn_det.visualization.data_panels import draw_anchors_and_objects
 

@@ -23,10 +23,10 @@ from fpn_det.config import EvalConfig
 from fpn_det.inference.predictor import build_predictor
 from fpn_det.models.detector import Detector
 from fpn_det.runs.checkpoint import fill_model, find_checkpoint, run_folder_of
-from fpn_det.runs.log import shown_path
 from fpn_det.runtime import pick_device
 from fpn_det.schema import Count
 from fpn_det.structures import Batch
+from fpn_det.terminal import shown_path
 from fpn_det.visualization.panels import pick_images
 from fpn_det.visualization.pyramid_page import write_pyramid_page
 from fpn_det.visualization.pyramid_panels import draw_pyramid, inspect_pyramid

@@ -116,6 +116,14 @@ def summarize(annotations: Annotations) -> dict[str, Any]:
     }
 
 
+def count_classes(report: Report) -> dict[str, list[int]]:
+    """Number of boxes of each class in each split that could be read; the most frequent class first."""
+    counts = [summarize(part.annotations)["classes"] for part in report.parts.values()]
+    names = dict.fromkeys(name for row in counts for name in row)
+    table = {name: [row.get(name, 0) for row in counts] for name in names}
+    return dict(sorted(table.items(), key=lambda item: -sum(item[1])))
+
+
 def find_notes(annotations: Annotations) -> list[Finding]:
     """Images without boxes and classes without boxes: no faults, but often unintended."""
     found = []

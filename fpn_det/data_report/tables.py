@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
-from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from fpn_det.annotations.findings import group_by_kind
-from fpn_det.data_report.report import Report, summarize
+from fpn_det.data_report.report import Report, count_classes, summarize
+from fpn_det.terminal import Shortened
 
 COLORS = {"fatal": "bold red", "error": "red", "warning": "yellow", "note": "cyan"}
 SHOWN_CLASSES = 30
+COUNTS = {"images": "images", "empty": "images_without_boxes", "boxes": "boxes", "crowd": "crowd", "most": "most_boxes"}
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -22,39 +27,35 @@ def print_report(report: Report, console: Console) -> None:
     summaries = {split: summarize(part.annotations) for split, part in report.parts.items()}
     console.print(_splits_table(summaries))
     if summaries:
-        console.print(_classes_table(summaries))
-    console.print(_findings_table(report))
+        console.print(_classes_table(report))
+    _print_findings(report, console)
 
 
 def _splits_table(summaries: Mapping[str, dict[str, Any]]) -> Table:
-    table = _table("split", "images", "without boxes", "boxes", "crowd", "most boxes", "in")
+    table = _table("split", *COUNTS)
+    table.add_column("in image")
     for split, row in summaries.items():
-        numbers = [str(row[name]) for name in ("images", "images_without_boxes", "boxes", "crowd", "most_boxes")]
-        table.add_row(split, *numbers, escape(str(row["image_with_most_boxes"])))
+        path = row["image_with_most_boxes"]
+        table.add_row(split, *(str(row[name]) for name in COUNTS.values()), Shortened(Path(path) if path else ""))
     return table
 
 
-def _classes_table(summaries: Mapping[str, dict[str, Any]]) -> Table:
-    table = _table("class", *summaries)
-    names = list(dict.fromkeys(name for row in summaries.values() for name in row["classes"]))
-    for name in names[:SHOWN_CLASSES]:
-        table.add_row(escape(name), *(str(row["classes"].get(name, 0)) for row in summaries.values()))
-    if len(names) > SHOWN_CLASSES:
-        table.add_row(f"... and {len(names) - SHOWN_CLASSES} more", *("" for _ in summaries))
+def _classes_table(report: Report) -> Table:
+    table, counts = _table("class", *report.parts), count_classes(report)
+    for name, row in list(counts.items())[:SHOWN_CLASSES]:
+        table.add_row(Shortened(name), *map(str, row))
+    if rest := list(counts.values())[SHOWN_CLASSES:]:
+        table.add_row(f"... and {len(rest)} more", *map(str, np.sum(rest, axis=0).tolist()))
     return table
 
 
-def _findings_table(report: Report) -> Table:
-    table = _table("", "split", "kind", "count", "first finding")
-    table.columns[4].no_wrap = False
-    table.columns[4].justify = "left"
+def _print_findings(report: Report, console: Console) -> None:
+    """Print a line for every kind, and its first place below it, which may need several lines."""
     for split, findings in report.findings.items():
         for kind, members in group_by_kind(findings).items():
             severity = members[0].severity
-            table.add_row(f"[{COLORS[severity]}]{severity}[/]", split, kind, str(len(members)), escape(str(members[0])))
-    if not table.row_count:
-        table.add_row("", "", "nothing", "0", "")
-    return table
+            console.print(Text.assemble((f"{severity:<7}", COLORS[severity]), f" {split}: {kind} ({len(members)})"))
+            console.print(Padding(Text(str(members[0])), (0, 0, 0, 4)))
 
 
 def _table(*names: str) -> Table:

@@ -22,8 +22,8 @@ from typing import IO, Any
 import torch
 
 from fpn_det.runs.checkpoint import CheckpointFolder
-from fpn_det.runs.log import shown_path
 from fpn_det.runtime import current_ranks, run_on_main
+from fpn_det.terminal import shown_path
 
 LOCK = ".lock"
 NAN_DUMP = "nan_dump"  # inputs of a step with non-finite losses, see `training.nonfinite`

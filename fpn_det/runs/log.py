@@ -33,7 +33,7 @@ from fpn_det.runs.bad_files import read_bad_files
 from fpn_det.runs.meters import Pace
 from fpn_det.runs.step_lines import StepLines, clock, loss_text
 from fpn_det.runtime import Ranks
-from fpn_det.terminal import SafeConsole, printable, replace_unencodable
+from fpn_det.terminal import SafeConsole, printable, replace_unencodable, shown_path
 
 T = TypeVar("T")
 
@@ -268,12 +268,6 @@ def classes_table(evaluation: Evaluation) -> Columns:
 def watch_command(folder: Path) -> str:
     """The command that shows the curves of the run in `folder`."""
     return f"tensorboard --logdir {shlex.quote(str(shown_path(folder / 'tensorboard')))}"
-
-
-def shown_path(path: Path) -> Path:
-    """Return the path relative to the working directory if it is inside, else absolute."""
-    path, here = path.absolute(), Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _table(*names: str) -> Table:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity
 
-from fpn_det.runs.log import RunLog, shown_path
+from fpn_det.runs.log import RunLog
+from fpn_det.terminal import shown_path
 
 SHOWN_OPERATORS = 20
 

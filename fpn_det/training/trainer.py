@@ -22,7 +22,7 @@ from fpn_det.runs.bad_files import BadFiles
 from fpn_det.runs.best_metric import BestMetric
 from fpn_det.runs.checkpoint import load_on_all_ranks
 from fpn_det.runs.folder import NAN_DUMP, RunFolder, versions, write_settings
-from fpn_det.runs.log import RunLog, shown_path
+from fpn_det.runs.log import RunLog
 from fpn_det.runs.meters import Meters, Pace, memory_mib
 from fpn_det.runs.settings_diff import changes_table, read_settings
 from fpn_det.runtime import (
@@ -36,6 +36,7 @@ from fpn_det.runtime import (
     single_process,
 )
 from fpn_det.structures import ScoreThresholds
+from fpn_det.terminal import shown_path
 from fpn_det.training import memory, nonfinite
 from fpn_det.training.capture import make_step
 from fpn_det.training.config import TrainConfig
