@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -92,6 +94,9 @@ def test_faults_are_in_the_report_with_exit_code_1_and_fix_goes_on(run_tool, sha
     result = run_tool("check_data.py", *SETTINGS, f"data.root={shapes}", "output=report")
     assert result.returncode == 1
     assert "training would stop" in result.stdout and "Traceback" not in result.stdout + result.stderr
+    (command,) = (line.strip() for line in result.stdout.splitlines() if line.strip().startswith("fpn-det"))
+    words = shlex.split(command)[2:]
+    assert words == [*SETTINGS, f"data.root={shapes}", "output=report", "data.on_error=fix"]
     report = json.loads((tmp_path / "report" / "data_report.json").read_text())
     found = {
         (finding["kind"], finding["image_id"], finding["annotation_id"])
@@ -108,7 +113,13 @@ def test_faults_are_in_the_report_with_exit_code_1_and_fix_goes_on(run_tool, sha
 
     refused = run_tool("train.py", *SETTINGS, f"data.root={shapes}", "device=cpu", "data.num_workers=0")
     assert refused.returncode == 2 and "image_unreadable" in refused.stderr and "Traceback" not in refused.stderr
-    assert run_tool("check_data.py", *SETTINGS, f"data.root={shapes}", "data.on_error=fix").returncode == 0
+    fixed = run_tool("check_data.py", *words)
+    assert fixed.returncode == 0
+    after = json.loads((tmp_path / "report" / "data_report.json").read_text())
+    assert 0 < after["training"]["images"] < report["splits"]["train"]["images"]  # the copy is left out
+    numbers = f"{after['training']['images']} images with {after['training']['boxes']} boxes"
+    assert numbers in " ".join(result.stdout.split())
+    assert command in html.unescape(page.text) and numbers in page.text
 
 
 def test_annotations_that_cannot_be_read_are_a_finding(run_tool, shapes, tmp_path):

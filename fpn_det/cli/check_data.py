@@ -19,8 +19,8 @@ from pathlib import Path
 
 from fpn_det.cli.launch import launch
 from fpn_det.data_report.anchor_coverage import measure_coverage
-from fpn_det.data_report.page import write_page
-from fpn_det.data_report.report import inspect_data
+from fpn_det.data_report.page import anchor_advice, write_page
+from fpn_det.data_report.report import find_repair, inspect_data
 from fpn_det.data_report.tables import print_report
 from fpn_det.terminal import shown_path, standard_console
 from fpn_det.training.config import TrainConfig
@@ -46,18 +46,20 @@ def check_data(config: CheckDataConfig, words: Sequence[str]) -> None:
     if train is not None and len(train.annotations):
         model = config.build_model(train.annotations.num_classes)
         coverage = measure_coverage(train.annotations, model, config.data.transforms(train=False))
+    repair = find_repair(config.data, report, words)
     console = standard_console()
     print_report(report, console)
     if coverage is not None:
-        console.print(
-            f"Of {len(coverage.ious)} objects, {coverage.num_below_positive} have no anchor with IoU >= "
-            f"{coverage.positive_iou:g}, and {coverage.num_below_negative} none with IoU >= {coverage.negative_iou:g}."
-        )
+        console.print(anchor_advice(coverage), markup=False)
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "data_report.json").write_text(json.dumps(report.as_json(), indent=1, default=str), encoding="utf-8")
-    write_page(folder / "data_report.html", report, coverage)
+    write_page(folder / "data_report.html", report, repair, coverage)
     console.print(report.verdict)
+    if repair is not None:
+        console.print("The way out:")
+        console.print(f"  {repair.command}", markup=False, soft_wrap=True)
+        console.print(repair.effect, markup=False)
     console.print(f"Report: {shown_path(folder / 'data_report.html')}", markup=False, soft_wrap=True)
     if not report.is_sound:
         sys.exit(1)

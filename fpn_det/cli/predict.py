@@ -30,7 +30,8 @@ from fpn_det.inference.images import find_files, is_video
 from fpn_det.inference.predictor import build_predictor
 from fpn_det.models.weights import refuse_nonfinite_weights
 from fpn_det.runs.checkpoint import fill_model, find_checkpoint, remark_on
-from fpn_det.runs.log import PLAIN_WIDTH, shown_path
+from fpn_det.runs.log import PLAIN_WIDTH
+from fpn_det.terminal import shown_path
 from fpn_det.runtime import Ranks, pick_device
 from fpn_det.schema import Count, Fraction
 from fpn_det.structures import ScoreThresholds

@@ -11,6 +11,25 @@ from fpn_det.data.transforms import Pipeline
 from fpn_det.models.detector import Detector
 from fpn_det.structures import Annotations
 
+SHIFTS = tuple(2 ** (half / 2) for half in range(-4, 5))  # factors of the anchors' sizes that are tried
+TRIED = 20_000  # objects that other anchors are tried on
+WORTH_IT = 0.8  # other anchors are suggested if they leave at most this part of the objects without a positive anchor
+
+
+@dataclass(frozen=True)
+class AnchorAdvice:
+    """Anchors that fit the objects better.
+
+    Attributes:
+        setting: word of the command line.
+        below_positive: part of the objects without a positive anchor by IoU, with these anchors.
+        more_anchors: factor of the number of anchors.
+    """
+
+    setting: str
+    below_positive: float
+    more_anchors: int
+
 
 @dataclass(frozen=True)
 class AnchorCoverage:
@@ -26,6 +45,7 @@ class AnchorCoverage:
         anchor_ratios: height / width.
         positive_iou: anchors with at least this IoU are positive.
         negative_iou: anchors with less than this IoU are negative.
+        advice: anchors that fit clearly better, if any of those tried do.
     """
 
     rows: np.ndarray
@@ -37,6 +57,7 @@ class AnchorCoverage:
     anchor_ratios: list[float]
     positive_iou: float
     negative_iou: float
+    advice: AnchorAdvice | None
 
     @property
     def num_below_positive(self) -> int:
@@ -69,17 +90,49 @@ def measure_coverage(annotations: Annotations, model: Detector, transform: Pipel
     canvases = -(-resized[owners[rows]] // model.stride) * model.stride
     cells = rpn.anchors.cell_anchors  # [L, A, 4]
     shapes = (cells[..., 2:] - cells[..., :2]).double()
+    strides, offset = rpn.anchors.strides, rpn.anchors.offset
+    ious = _best_ious(boxes, canvases, shapes.numpy(), strides, offset)
+    tried = np.linspace(0, len(boxes) - 1, min(len(boxes), TRIED)).astype(int)
     return AnchorCoverage(
         rows=rows,
         boxes=boxes,
         levels=model.assigner(torch.from_numpy(boxes)).numpy(),
-        ious=_best_ious(boxes, canvases, shapes.numpy(), rpn.anchors.strides, rpn.anchors.offset),
+        ious=ious,
         level_names=[f"P{model.assigner.first + index}" for index in range(model.assigner.num_levels)],
         anchor_sizes=sorted({round(float(side), 3) for side in shapes.prod(dim=2).sqrt().flatten()}),
         anchor_ratios=sorted({round(float(ratio), 3) for ratio in (shapes[..., 1] / shapes[..., 0]).flatten()}),
         positive_iou=rpn.matcher.positive_iou,
         negative_iou=rpn.matcher.negative_iou,
+        advice=_advise(
+            boxes[tried], canvases[tried], ious[tried], shapes.numpy(), strides, offset, rpn.matcher.positive_iou
+        ),
     )
+
+
+def _advise(
+    boxes: np.ndarray,
+    canvases: np.ndarray,
+    ious: np.ndarray,
+    shapes: np.ndarray,
+    strides: tuple[int, ...],
+    offset: float,
+    positive_iou: float,
+) -> AnchorAdvice | None:
+    """Try the same anchors larger and smaller, and with a second size between two; None if none fits clearly better."""
+    if not len(boxes):
+        return None
+    best, advice = WORTH_IT * float((ious < positive_iou).mean()), None
+    plain = [shapes * shift for shift in SHIFTS]
+    doubled = [np.concatenate([candidate, candidate * 2**0.5], axis=1) for candidate in plain]
+    for more, candidates in ((1, plain), (2, doubled)):
+        best *= 1 if more == 1 else WORTH_IT  # more anchors cost time and have to bring more
+        for candidate in candidates:
+            share = float((_best_ious(boxes, canvases, candidate, strides, offset) < positive_iou).mean())
+            if share < best:
+                sizes = [sorted({round(float(side)) for side in np.sqrt(level.prod(axis=1))}) for level in candidate]
+                flat = sizes if any(len(level) > 1 for level in sizes) else [level[0] for level in sizes]
+                best, advice = share, AnchorAdvice(f"model.rpn.anchors.sizes={flat}".replace(" ", ""), share, more)
+    return advice
 
 
 def input_sizes(sizes: np.ndarray, transform: Pipeline) -> np.ndarray:

@@ -1,10 +1,8 @@
-"""The data report as one self-contained HTML file: tables, charts, and images with the worst findings."""
+"""The data report as one self-contained HTML file: the verdict, pictures, the worst findings, tables and charts."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -13,67 +11,113 @@ from PIL import Image, ImageDraw
 
 from fpn_det.annotations.findings import Finding, group_by_kind
 from fpn_det.data_report.anchor_coverage import AnchorCoverage
-from fpn_det.data_report.report import Report, summarize
+from fpn_det.data_report.charts import (
+    bar,
+    bars_are_log,
+    coverage_map,
+    histogram,
+    linear_ticks,
+    log_ticks,
+    map_image,
+    picture,
+    table,
+)
+from fpn_det.data_report.report import Repair, Report, count_classes, summarize
 from fpn_det.image_io import read_image
 from fpn_det.structures import Annotations
-from fpn_det.visualization.panels import draw_boxes
+from fpn_det.visualization.panels import class_color, draw_boxes
 
 LISTED = 50  # findings of a kind that the page lists
+RANDOM = 12  # pictures of the training set
 IMAGES_PER_KIND = 3
 MAX_IMAGES = 24
 WORST = 6  # drawn objects with the lowest IoU with any anchor
-SIDE = 320  # px of the longer side of a drawn image
-BINS = 32
-WIDTH, HEIGHT = 640, 160  # px of a chart
+SIDE = 320  # px of the longer side of a small picture
+FULL_SIDE = 1000  # of a picture at full size, at most
+TINY = 32  # px; an object that is drawn smaller has a zoomed crop beside its picture
+CROP = 280  # px of the side of a crop
+LEAST_VIEW = 32  # px of the image that a crop shows at least
+UNFOLDED = 20  # classes
+SIZES = 8  # of images that are listed
+ONE_LEVEL = 0.95  # part of the objects in one level that is worth a remark
+COMMON = 0.1  # part of the objects all of whose anchors are negative that is worth a remark
+RED = (214, 40, 40)
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1c2430; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
+:root { --bar: 10rem }
+* { box-sizing: border-box }
+body { font: 15px/1.45 system-ui, sans-serif; color: #1c2430; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; overflow-wrap: anywhere }
 h1 { margin-bottom: .2rem } h2 { margin-top: 2.2rem; border-bottom: 1px solid #d5dae2; padding-bottom: .2rem }
-table { border-collapse: collapse; margin: .6rem 0 } td, th { padding: .15rem .8rem .15rem 0; text-align: right; vertical-align: top }
-th { color: #667; font-weight: 600 } td:first-child, th:first-child, .cell { text-align: left }
-.fatal, .error { color: #b3261e; font-weight: 600 } .warning { color: #9a6700; font-weight: 600 } .note { color: #33658a }
-.sound { color: #1a7f37; font-weight: 600 } .bar { background: #4c8dcc; height: .8rem; display: inline-block; vertical-align: middle }
-details { margin: .3rem 0 } summary { cursor: pointer } li { font-family: ui-monospace, monospace; font-size: 13px; overflow-wrap: anywhere }
-figure { display: inline-block; margin: .4rem .8rem .4rem 0; width: 320px; vertical-align: top } figure img { max-width: 100% }
-figcaption { font-size: 13px; overflow-wrap: anywhere } svg text { font: 11px system-ui, sans-serif; fill: #556 }
-p.hint { color: #556; max-width: 50rem }
+.scroll { overflow-x: auto; max-width: 100% } table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums }
+td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top } th { color: #667; font-weight: 600 }
+th, td { white-space: nowrap; overflow-wrap: normal } td:first-child { white-space: normal; overflow-wrap: anywhere }
+td:first-child { min-width: 4rem }
+.verdict { font-size: 1.2rem; font-weight: 600 } .sound { color: #1a7f37 } .fatal, .error { color: #b3261e; font-weight: 600 }
+.warning { color: #9a6700; font-weight: 600 } .note { color: #33658a }
+pre { background: #f1f4f8; padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; border-radius: 4px }
+.bar { background: #4c8dcc; height: .8rem; display: inline-block; vertical-align: middle; width: calc(var(--bar) * var(--share)) }
+.count { display: inline-block; min-width: 3.2em }
+.key { display: inline-block; width: .8rem; height: .8rem; border: 1px solid #667; margin-right: .3rem }
+.keys span { margin-right: 1rem; white-space: nowrap }
+details { margin: .3rem 0 } summary { cursor: pointer } li { font: 13px ui-monospace, monospace }
+.small { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: .8rem }
+figure { margin: 0 0 1rem } img, svg { max-width: 100%; height: auto } .small img { width: 100% }
+.pictures { display: flex; flex-wrap: wrap; gap: .6rem; align-items: flex-start }
+.map { width: 26rem; image-rendering: pixelated; border: 1px solid #d5dae2 }
+figcaption { font-size: 13px } svg text { font: 11px system-ui, sans-serif; fill: #556 } p.hint { color: #556; max-width: 50rem }
+@media (max-width: 600px) { :root { --bar: 3.2rem } td, th { padding-right: .5rem } svg text { font-size: 19px } }
 """
 
 
-def write_page(path: Path, report: Report, coverage: AnchorCoverage | None) -> None:
+def write_page(path: Path, report: Report, repair: Repair | None, coverage: AnchorCoverage | None) -> None:
     """Write the page.
 
     Args:
         path: file to write.
         report: all splits.
+        repair: the way out of faults.
         coverage: of the training set; None leaves out its charts.
     """
-    verdict = f'<span class="{"sound" if report.is_sound else "error"}">{escape(report.verdict)}</span>'
-    parts = [
-        f"<h1>Data report</h1><p>{verdict}</p>",
-        _splits(report),
-        _findings(report),
-        _worst(report),
-        _class_counts(report),
-    ]
-    if coverage is not None and len(coverage.boxes):
-        parts += [
-            _sizes(coverage),
-            _ratios(coverage),
-            _levels(coverage),
-            _best_anchors(report.parts["train"].annotations, coverage),
-        ]
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Data report</title><style>{STYLE}</style>'
+    parts = [_verdict(report, repair)]
+    train = report.parts["train"].annotations if "train" in report.parts else None
+    if train is not None:
+        parts.append(_random_pictures(train))
+    parts += [_worst(report), _findings(report), _splits(report), _class_counts(report), _image_sizes(report)]
+    if train is not None and len(train.boxes):
+        parts.append(_places(train))
+    if train is not None and coverage is not None and len(coverage.boxes):
+        parts += [_sizes(coverage), _ratios(coverage), _levels(coverage), _best_anchors(train, coverage)]
+    head = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><title>Data report</title><style>{STYLE}</style></head>'
+    )
     path.write_text(f"{head}<body>{''.join(parts)}</body></html>", encoding="utf-8", errors="backslashreplace")
 
 
+def _verdict(report: Report, repair: Repair | None) -> str:
+    counts = ", ".join(f"{len(part.annotations)} images of {split}" for split, part in report.parts.items())
+    color = "sound" if report.is_sound else "error"
+    lines = [
+        f'<h1>Data report</h1><p class="verdict {color}">{escape(report.verdict)}</p><p>{counts or "No split"} read.</p>'
+    ]
+    if repair is not None:
+        lines.append(f"<p>The way out:</p><pre>{escape(repair.command)}</pre><p>{escape(repair.effect)}</p>")
+    elif not report.is_sound:
+        lines.append("<p>No setting repairs this: correct the files named under Findings.</p>")
+    return "".join(lines)
+
+
 def _splits(report: Report) -> str:
-    rows = []
+    rows, fullest = [], []
     for split, part in report.parts.items():
         row = summarize(part.annotations)
-        numbers = [row[name] for name in ("images", "images_without_boxes", "boxes", "crowd", "most_boxes")]
-        rows.append([split, *numbers, f'<span class="note">{escape(str(row["image_with_most_boxes"]))}</span>'])
-    return _table(("split", "images", "without boxes", "boxes", "crowd", "most boxes", "in"), rows)
+        rows.append(
+            [split, *(row[name] for name in ("images", "images_without_boxes", "boxes", "crowd", "most_boxes"))]
+        )
+        if row["most_boxes"]:
+            fullest.append(f"{Path(row['image_with_most_boxes']).name} ({split})")
+    hint = f'<p class="hint">Most boxes: {escape(", ".join(fullest))}.</p>' if fullest else ""
+    return f"<h2>Splits</h2>{table(('split', 'images', 'empty', 'boxes', 'crowd', 'most'), rows)}{hint}"
 
 
 def _findings(report: Report) -> str:
@@ -90,6 +134,33 @@ def _findings(report: Report) -> str:
     return f"<h2>Findings</h2>{''.join(lines) or '<p>None.</p>'}"
 
 
+def _random_pictures(annotations: Annotations) -> str:
+    rows = np.random.default_rng(0).permutation(len(annotations))[:RANDOM].tolist()
+    figures, labels = [], set()
+    for row in rows:
+        objects = annotations.rows(row)
+        labels |= set(annotations.labels[objects].tolist())
+        caption = f"{escape(annotations.path(row).name)}: {objects.stop - objects.start} boxes"
+        figures.append(_small_figure(annotations, row, np.arange(objects.start, objects.stop), caption))
+    keys = "".join(
+        f'<span><i class="key" style="background:rgb{class_color(label)}"></i>{escape(annotations.class_names[label])}</span>'
+        for label in sorted(labels)
+    )
+    title = f"<h2>{len(rows)} random pictures of the training set</h2>"
+    return f'{title}<p class="keys">{keys}</p><div class="small">{"".join(figures)}</div>'
+
+
+def _small_figure(annotations: Annotations, row: int, objects: np.ndarray, caption: str) -> str:
+    """A small picture with objects in the colors of their classes; no text hides them."""
+    try:
+        pixels = read_image(annotations.path(row))
+    except ValueError as error:
+        return f"<figure><figcaption>{caption}<br>{escape(str(error))}</figcaption></figure>"
+    labels = annotations.labels[objects].tolist()
+    drawn = draw_boxes(pixels, annotations.boxes[objects].numpy(), labels, [""] * len(labels), SIDE)
+    return f"<figure>{picture(Image.fromarray(drawn))}<figcaption>{caption}</figcaption></figure>"
+
+
 def _worst(report: Report) -> str:
     """Draw findings that concern a box: in red the box, in the colors of their classes the other boxes of the image."""
     figures: list[str] = []
@@ -104,87 +175,137 @@ def _worst(report: Report) -> str:
 
 
 def _figure_of(finding: Finding, split: str, annotations: Annotations, row: int) -> str:
-    rows = annotations.rows(row)
-    boxes, labels = annotations.boxes[rows].numpy(), annotations.labels[rows].tolist()
     caption = f'<span class="{finding.severity}">{finding.kind}</span> {split}, {escape(str(finding))}'
-    return _figure(annotations, row, boxes, labels, finding.box, caption)
+    return _full_figure(annotations, row, finding.box, caption)
 
 
-def _figure(
-    annotations: Annotations,
-    row: int,
-    boxes: np.ndarray,
-    labels: Sequence[int],
-    marked: tuple[float, ...] | None,
-    caption: str,
-) -> str:
+def _full_figure(annotations: Annotations, row: int, marked: Sequence[float] | None, caption: str) -> str:
+    """A picture at its own size with all its boxes, one of them in red; a tiny one has a zoomed crop beside it."""
     try:
         pixels = read_image(annotations.path(row))
     except ValueError as error:
         return f"<figure><figcaption>{caption}<br>{escape(str(error))}</figcaption></figure>"
-    picture = Image.fromarray(
-        draw_boxes(pixels, boxes, labels, [annotations.class_names[label] for label in labels], SIDE)
-    )
+    rows = annotations.rows(row)
+    boxes, labels = annotations.boxes[rows].numpy(), annotations.labels[rows].tolist()
+    side = min(max(*pixels.shape[:2], SIDE), FULL_SIDE)
+    scale = side / max(pixels.shape[:2])
+    image = Image.fromarray(draw_boxes(pixels, boxes, labels, [""] * len(labels), side))
+    pictures = []
     if marked is not None:
-        picture = _with_marked_box(picture, marked, SIDE / max(pixels.shape[:2]))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80)
-    source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return f'<figure><img alt="" src="{source}"><figcaption>{caption}</figcaption></figure>'
+        image = _with_marked_box(image, marked, scale)
+        if max(abs(marked[2] - marked[0]), abs(marked[3] - marked[1])) * scale < TINY:
+            pictures.append(picture(_zoomed(pixels, marked)))
+    return f'<figure><div class="pictures">{picture(image)}{"".join(pictures)}</div><figcaption>{caption}</figcaption></figure>'
 
 
-def _with_marked_box(picture: Image.Image, box: tuple[float, ...], scale: float) -> Image.Image:
-    """Pad the image and frame the box in red; the padding shows boxes that leave the image."""
-    border = SIDE // 5
-    canvas = Image.new("RGB", (picture.width + 2 * border, picture.height + 2 * border), (236, 239, 244))
-    canvas.paste(picture, (border, border))
+def _with_marked_box(image: Image.Image, box: Sequence[float], scale: float) -> Image.Image:
+    """Frame the box in red; a border is added if the box leaves the image."""
+    width, height = image.size
+    x1, y1, x2, y2 = (value * scale for value in box)
+    leaves = min(x1, x2, y1, y2) < -1 or max(x1, x2) > width + 1 or max(y1, y2) > height + 1
+    border = max(image.size) // 8 if leaves else 0
+    canvas = Image.new("RGB", (width + 2 * border, height + 2 * border), (236, 239, 244))
+    canvas.paste(image, (border, border))
     x1, y1, x2, y2 = (
-        float(np.clip(value * scale + border, 4, limit - 5)) for value, limit in zip(box, canvas.size * 2, strict=True)
+        float(np.clip(value + border, 4, limit - 5))
+        for value, limit in zip((x1, y1, x2, y2), canvas.size * 2, strict=True)
     )
-    frame = min(x1, x2) - 3, min(y1, y2) - 3, max(x1, x2) + 3, max(y1, y2) + 3  # around the box, which may have no area
-    ImageDraw.Draw(canvas).rectangle(frame, outline=(214, 40, 40), width=3)
+    frame = min(x1, x2) - 5, min(y1, y2) - 5, max(x1, x2) + 5, max(y1, y2) + 5  # around the box, which may have no area
+    ImageDraw.Draw(canvas).rectangle(frame, outline=RED, width=3)
     return canvas
 
 
+def _zoomed(pixels: np.ndarray, box: Sequence[float]) -> Image.Image:
+    """The surroundings of a box, enlarged pixel by pixel; the box in red."""
+    side = max(3 * abs(box[2] - box[0]), 3 * abs(box[3] - box[1]), LEAST_VIEW)
+    height, width = pixels.shape[:2]
+    x = float(np.clip((box[0] + box[2]) / 2, 0, width)) - side / 2
+    y = float(np.clip((box[1] + box[3]) / 2, 0, height)) - side / 2
+    view = (x, y, x + side, y + side)
+    crop = Image.fromarray(pixels).transform((CROP, CROP), Image.Transform.EXTENT, view, Image.Resampling.NEAREST)
+    x1, y1, x2, y2 = ((value - start) * CROP / side for value, start in zip(box, (x, y, x, y), strict=True))
+    frame = min(x1, x2) - 2, min(y1, y2) - 2, max(x1, x2) + 2, max(y1, y2) + 2
+    ImageDraw.Draw(crop).rectangle(frame, outline=RED, width=2)
+    return crop
+
+
 def _class_counts(report: Report) -> str:
-    counts = {split: summarize(part.annotations)["classes"] for split, part in report.parts.items()}
-    names = list(dict.fromkeys(name for row in counts.values() for name in row))
-    most = max((count for row in counts.values() for count in row.values()), default=0)
-    rows = [[escape(name), *(_bar(row.get(name, 0), most) for row in counts.values())] for name in names]
-    return "<h2>Boxes of each class</h2>" + _table(("class", *counts), rows)
+    counts = count_classes(report)
+    numbers = [count for row in counts.values() for count in row]
+    most, log = max(numbers, default=0), bars_are_log(numbers)
+    rows = [[escape(name), *(bar(count, most, log) for count in row)] for name, row in counts.items()]
+    names = ("class", *report.parts)
+    scale = '<p class="hint">The bars are on a logarithmic scale.</p>' if log else ""
+    folded = (
+        f"<details><summary>{len(rows) - UNFOLDED} more</summary>{table(names, rows[UNFOLDED:])}</details>"
+        if len(rows) > UNFOLDED
+        else ""
+    )
+    return f"<h2>Boxes of each class</h2>{scale}{table(names, rows[:UNFOLDED])}{folded}"
 
 
-def _bar(count: int, most: int) -> str:
-    return f'<div class="cell">{count} <span class="bar" style="width:{count / max(most, 1) * 12:.2f}rem"></span></div>'
+def _image_sizes(report: Report) -> str:
+    sizes = {split: part.annotations.sizes.numpy() for split, part in report.parts.items() if len(part.annotations)}
+    if not sizes:
+        return ""
+    together = np.concatenate(list(sizes.values()))
+    distinct, counts = np.unique(together, axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    rows = []
+    for height, width in distinct[order[:SIZES]].tolist():
+        numbers = [int((split == (height, width)).all(axis=1).sum()) for split in sizes.values()]
+        rows.append([f"{width} x {height}", *(bar(number, int(counts.max())) for number in numbers)])
+    (low_height, low_width), (high_height, high_width) = together.min(axis=0).tolist(), together.max(axis=0).tolist()
+    more = f"{len(order) - SIZES} more sizes; widths" if len(order) > SIZES else "Widths"
+    hint = f"{more} are from {low_width} to {high_width} px, heights from {low_height} to {high_height} px."
+    return f'<h2>Sizes of the images</h2>{table(("width x height", *sizes), rows)}<p class="hint">{hint}</p>'
+
+
+def _places(annotations: Annotations) -> str:
+    owners = annotations.image_of_boxes.numpy()
+    share, _ = coverage_map(annotations.boxes.numpy(), annotations.sizes.numpy()[owners])
+    hint = (
+        f"All images of the training set on top of each other. At the darkest place {share.max():.1%} of the boxes cover the image, "
+        f"at the lightest {share.min():.1%}."
+    )
+    return f'<h2>Places of the boxes</h2>{map_image(share)}<p class="hint">{hint}</p>'
 
 
 def _sizes(coverage: AnchorCoverage) -> str:
     sides = np.sqrt((coverage.boxes[:, 2:] - coverage.boxes[:, :2]).prod(axis=1))
-    marks = [(np.log2(size), f"{size:g}") for size in coverage.anchor_sizes]
-    chart = _histogram(np.log2(np.maximum(sides, 0.5)), marks, lambda value: f"{2**value:.0f}")
-    hint = (
-        "Square root of the area in the input frame, after the resizing of the evaluation, px. Dashed: the sizes of the anchors. "
-        "Objects much smaller than the smallest anchor are seldom found: resize to larger sides, or set smaller model.rpn.anchors.sizes."
-    )
-    return f"<h2>Sizes of the boxes of the training set</h2>{chart}<p class=hint>{hint}</p>"
+    marks = [(size, f"{size:g}") for size in coverage.anchor_sizes]
+    hint = "Square root of the area in the input frame, after the resizing of the evaluation, px. Dashed: the sizes of the anchors."
+    smaller = float((sides < min(coverage.anchor_sizes) / 2).mean())
+    if smaller > COMMON:
+        hint += (
+            f" {smaller:.0%} of the objects have less than half the side of the smallest anchor and are seldom found: resize to larger "
+            "sides (data.train_transforms.resize.sides, data.eval_transforms.resize.sides), or set smaller model.rpn.anchors.sizes."
+        )
+    chart = histogram(np.maximum(sides, 0.7), marks, log_ticks, log=True)
+    return f'<h2>Sizes of the boxes of the training set</h2>{chart}<p class="hint">{hint}</p>'
 
 
 def _ratios(coverage: AnchorCoverage) -> str:
     sides = coverage.boxes[:, 2:] - coverage.boxes[:, :2]
-    ratios = np.log2(sides[:, 1] / sides[:, 0])
-    marks = [(np.log2(ratio), f"{ratio:g}") for ratio in coverage.anchor_ratios]
+    marks = [(ratio, f"{ratio:g}") for ratio in coverage.anchor_ratios]
     hint = "Height / width. Dashed: the ratios of the anchors (model.rpn.anchors.ratios)."
-    return f"<h2>Aspect ratios</h2>{_histogram(ratios, marks, lambda value: f'{2**value:.2g}')}<p class=hint>{hint}</p>"
+    chart = histogram(sides[:, 1] / sides[:, 0], marks, log_ticks, log=True)
+    return f'<h2>Aspect ratios</h2>{chart}<p class="hint">{hint}</p>'
 
 
 def _levels(coverage: AnchorCoverage) -> str:
-    counts = np.bincount(coverage.levels, minlength=len(coverage.level_names)).tolist()
+    counts = np.bincount(coverage.levels, minlength=len(coverage.level_names))
+    share, most = counts / counts.sum(), int(counts.argmax())
     rows = [
-        [name, _bar(count, max(counts)), f"{count / sum(counts):.1%}"]
-        for name, count in zip(coverage.level_names, counts, strict=True)
+        [name, bar(int(count), int(counts.max())), f"{part:.1%}"]
+        for name, count, part in zip(coverage.level_names, counts, share, strict=True)
     ]
     hint = "The level of the pyramid that the ROI head pools an object of this size from."
-    return f"<h2>Levels of the pyramid</h2>{_table(('level', 'objects', 'share'), rows)}<p class=hint>{hint}</p>"
+    if len(counts) > 1 and share[most] >= ONE_LEVEL:
+        hint += f" {share[most]:.1%} of the objects are in {coverage.level_names[most]}: the ROI head hardly uses the other levels."
+        if most == 0:
+            hint += " Larger sides of the images (data.train_transforms.resize.sides, data.eval_transforms.resize.sides) spread them."
+    return f'<h2>Levels of the pyramid</h2>{table(("level", "objects", "share"), rows)}<p class="hint">{hint}</p>'
 
 
 def _best_anchors(annotations: Annotations, coverage: AnchorCoverage) -> str:
@@ -192,56 +313,36 @@ def _best_anchors(annotations: Annotations, coverage: AnchorCoverage) -> str:
         (coverage.positive_iou, f"positive from {coverage.positive_iou:g}"),
         (coverage.negative_iou, f"background below {coverage.negative_iou:g}"),
     ]
-    chart = _histogram(coverage.ious, marks, lambda value: f"{value:.1f}")
+    chart = histogram(coverage.ious, marks, linear_ticks)
     owners = annotations.image_of_boxes.numpy()
     figures = []
     for index in np.argsort(coverage.ious, kind="stable")[:WORST].tolist():
         object_row = int(coverage.rows[index])
-        row, box = int(owners[object_row]), annotations.boxes[object_row].numpy()
+        row, box = int(owners[object_row]), annotations.boxes[object_row].tolist()
         width, height = coverage.boxes[index, 2:] - coverage.boxes[index, :2]
         caption = (
             f"IoU {coverage.ious[index]:.2f}: {escape(annotations.class_names[int(annotations.labels[object_row])])}, "
             f"{width:.0f} x {height:.0f} px in the input frame; image {int(annotations.image_ids[row])} "
             f"({escape(annotations.path(row).name)}), annotation {int(annotations.annotation_ids[object_row])}"
         )
-        figures.append(_figure(annotations, row, box[None], [int(annotations.labels[object_row])], None, caption))
-    hint = (
-        f"IoU of every object with its best anchor. Objects below {coverage.positive_iou:g} are learned from their best anchors only, "
-        f"if the matcher allows low-quality matches; that is common. {coverage.num_below_negative} objects are below "
-        f"{coverage.negative_iou:g}, where anchors are negative: other model.rpn.anchors.sizes or ratios would help. The worst:"
-    )
+        figures.append(_full_figure(annotations, row, box, caption))
     title = f"<h2>Objects and their best anchors: {coverage.num_below_positive} of {len(coverage.ious)} below {coverage.positive_iou:g}</h2>"
-    return f"{title}{chart}<p class=hint>{hint}</p>{''.join(figures)}"
+    shown = f"<details><summary>The {len(figures)} objects with the worst anchors</summary>{''.join(figures)}</details>"
+    return f'{title}{chart}<p class="hint">{escape(anchor_advice(coverage))}</p>{shown}'
 
 
-def _histogram(values: np.ndarray, marks: Sequence[tuple[float, str]], label: Callable[[float], str]) -> str:
-    """An SVG histogram with dashed lines at `marks` (value, text). `label` formats the ticks of the axis."""
-    ends = [*values.tolist(), *(value for value, _ in marks)]
-    low, high = min(ends), max(ends)
-    pad = (high - low) * 0.03 or 0.5
-    counts, edges = np.histogram(values, BINS, (low - pad, high + pad))
-    most, span = max(counts.max(), 1), edges[-1] - edges[0]
-    bars = "".join(
-        f'<rect x="{position * WIDTH / BINS + 1:.1f}" y="{20 + HEIGHT * (1 - count / most):.1f}" width="{WIDTH / BINS - 2:.1f}" '
-        f'height="{HEIGHT * count / most:.1f}" fill="#4c8dcc"><title>{count}</title></rect>'
-        for position, count in enumerate(counts.tolist())
+def anchor_advice(coverage: AnchorCoverage) -> str:
+    """The sentences about objects without a positive anchor, with the setting that helps if one of those tried does."""
+    below, count = coverage.num_below_positive, len(coverage.ious)
+    text = (
+        f"Of {count} objects, {below} meet no anchor with IoU {coverage.positive_iou:g}, and {coverage.num_below_negative} none with "
+        f"IoU {coverage.negative_iou:g}."
     )
-    lines = "".join(_mark((value - edges[0]) / span * WIDTH, text) for value, text in marks)
-    ticks = "".join(_tick(part * WIDTH / 8, label(edges[0] + span * part / 8)) for part in range(9))
-    return f'<svg viewBox="-20 0 {WIDTH + 40} {HEIGHT + 40}" width="{WIDTH + 40}" role="img">{bars}{lines}{ticks}</svg>'
-
-
-def _mark(x: float, text: str) -> str:
-    line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="16" y2="{20 + HEIGHT}" stroke="#b3261e" stroke-dasharray="4 3"/>'
-    anchor = "start" if x < 60 else "end" if x > WIDTH - 60 else "middle"
-    return f'{line}<text x="{x:.1f}" y="12" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _tick(x: float, text: str) -> str:
-    return f'<text x="{x:.1f}" y="{HEIGHT + 34}" text-anchor="middle">{escape(text)}</text>'
-
-
-def _table(names: Iterable[str], rows: Iterable[Sequence[object]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    if below:
+        text += " They are learned from their best anchor only, which is common and works for most of them."
+    if coverage.advice is not None:
+        cost = f", with {coverage.advice.more_anchors} times the anchors" if coverage.advice.more_anchors > 1 else ""
+        text += f" {coverage.advice.setting} leaves {coverage.advice.below_positive:.0%} in place of {below / count:.0%}{cost}."
+    elif below:
+        text += " Other sizes of the anchors were tried and do not fit clearly better."
+    return text

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fpn_det.annotations.findings import SEVERITIES, Finding, OnError, stopping_findings
+from fpn_det.annotations.findings import SEVERITIES, Finding, OnError, group_by_kind, stopping_findings
 from fpn_det.annotations.reading import CheckedDataset, as_list
 from fpn_det.annotations.splits import are_same_images, find_overlap
 from fpn_det.data.config import DataConfig, SplitName
@@ -23,11 +25,13 @@ class Report:
         policy: `data.on_error` of the planned training.
         parts: of the splits that could be read.
         findings: of all splits.
+        training: images and boxes that training would use; None if the training set cannot be read.
     """
 
     policy: OnError
     parts: dict[str, CheckedDataset] = field(default_factory=dict)
     findings: dict[str, list[Finding]] = field(default_factory=dict)
+    training: Annotations | None = None
 
     def _has(self, *severities: str) -> bool:
         return any(finding.severity in severities for findings in self.findings.values() for finding in findings)
@@ -56,6 +60,9 @@ class Report:
             "sound": self.is_sound,
             "counts": counts,
             "splits": {split: summarize(part.annotations) for split, part in self.parts.items()},
+            "training": None
+            if self.training is None
+            else {"images": len(self.training), "boxes": len(self.training.boxes)},
             "findings": [{"split": split, **asdict(finding)} for split, finding in self.all_findings()],
         }
 
@@ -79,16 +86,51 @@ def inspect_data(data: DataConfig, seed: int = 0) -> Report:
         class_names = class_names or list(part.annotations.class_names)
     together = {split: part for split, part in report.parts.items() if split != "test"}
     if "train" in together:
-        report.findings |= data.check_together(together, seed).findings
+        trained = data.check_together(together, seed)
+        report.findings |= trained.findings
+        report.training = trained.train
     test = report.parts.get("test")
     if test is not None:
-        for trained, part in together.items():
+        for name, part in together.items():
             if not are_same_images(part, test):
                 overlap = find_overlap(part, test, "test").values()
-                report.findings[trained] += [replace(finding, severity="warning") for finding in overlap]
+                report.findings[name] += [replace(finding, severity="warning") for finding in overlap]
     for name, part in report.parts.items():
         report.findings[name] += find_notes(part.annotations)
     return report
+
+
+@dataclass(frozen=True)
+class Repair:
+    """A way out of faults that stop training, which has been tried."""
+
+    command: str  # that checks the repaired data
+    effect: str  # on what training would use
+
+
+def find_repair(data: DataConfig, report: Report, words: Sequence[str], seed: int = 0) -> Repair | None:
+    """Try `data.on_error=fix`; None if the data are sound or have faults that it does not repair.
+
+    Args:
+        data: settings that the report was made with.
+        report: of the data.
+        words: of the command line.
+        seed: of the training.
+    """
+    if report.is_sound or data.on_error != "fail":
+        return None
+    fixed = inspect_data(replace(data, on_error="fix"), seed)
+    if not fixed.is_sound or fixed.training is None:
+        return None
+    kept = [word for word in words if not word.startswith("data.on_error=")]
+    faults = [finding for _, finding in report.all_findings() if finding.severity == "error"]
+    kinds = ", ".join(f"{len(members)} {kind}" for kind, members in group_by_kind(faults).items())
+    training = fixed.training
+    return Repair(
+        f"fpn-det check-data {shlex.join([*kept, 'data.on_error=fix'])}",
+        f"It repairs in memory, or leaves out, {kinds}; the files stay as they are. Training then uses {len(training)} images "
+        f"with {len(training.boxes)} boxes.",
+    )
 
 
 def _splits(data: DataConfig) -> list[SplitName]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fpn_det.data.config import DataConfig
 from fpn_det.locations import PACKAGE
-from fpn_det.runs.log import shown_path
+from fpn_det.terminal import shown_path
 
 # Commands and the words that follow `run=<folder>`, in the order in which they are needed.
 COMMANDS = {"eval": "", "predict": "source=<images>", "report": "", "export": ""}

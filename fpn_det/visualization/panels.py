@@ -138,7 +138,7 @@ def draw_boxes(
         pixels: u8 [h, w, 3].
         boxes: [n, 4], xyxy in px of `pixels`.
         labels: [n], classes that determine the colors.
-        texts: [n], drawn at the boxes; an empty one is not drawn.
+        texts: [n], drawn at the boxes; an empty text hides nothing of the image.
         side: px.
         colors: RGB by label, instead of those of classes.
     """
