@@ -22,7 +22,7 @@ from fpn_det.runs.bad_files import BadFiles
 from fpn_det.runs.best_metric import BestMetric
 from fpn_det.runs.checkpoint import load_on_all_ranks
 from fpn_det.runs.folder import NAN_DUMP, RunFolder, versions, write_settings
-from fpn_det.runs.log import RunLog
+from fpn_det.runs.log import RunLog, watch_command
 from fpn_det.runs.meters import Meters, Pace, memory_mib
 from fpn_det.runs.settings_diff import changes_table, read_settings
 from fpn_det.runtime import (
@@ -41,6 +41,13 @@ from fpn_det.training import memory, nonfinite
 from fpn_det.training.capture import make_step
 from fpn_det.training.config import TrainConfig
 from fpn_det.training.intervals import in_steps
+from fpn_det.training.introduction import (
+    describe_device,
+    describe_input,
+    describe_model,
+    describe_split,
+    introduce,
+)
 from fpn_det.training.next_steps import next_steps
 from fpn_det.training.optimization import Optimization
 from fpn_det.training.schedule import Schedule
@@ -129,6 +136,28 @@ class Trainer:
         if self.ranks.is_main:
             write_settings(folder.path, self.metadata["config"], overrides)
         self._prepare_optimization(state)
+        log.info(self._introduction(data.findings))
+
+    def _introduction(self, findings: Mapping[str, Sequence[Finding]]) -> str:
+        """Say what is trained, on what, for how long, and where to watch it."""
+        config, path, batch_size = self.config, self.folder.path, self.train_loader.batch_size
+        splits = {"train": self.train_annotations, "val": self.val_annotations}
+        on_error, per_epoch = config.data.on_error, self.train_loader.steps_per_epoch
+        evaluations = f"evaluated every {self.eval_every} steps" if self.eval_every else "evaluated at the end"
+        rows = {
+            "device": describe_device(self.device, config.precision, self.ranks.world_size),
+            **{name: describe_split(split, findings.get(name, []), on_error) for name, split in splits.items()},
+            "model": describe_model(self.model, config.model),
+            "input": describe_input(config.data.train_transforms, config.data.eval_transforms),
+            "length": f"{self.total_steps} steps of {batch_size} images: {self.total_steps / per_epoch:.3g} epochs "
+            f"of {per_epoch}; {evaluations}",
+            "lr": self.recipe.describe_lr(batch_size, self.ranks.world_size, config.trainer.accumulate).removeprefix(
+                "lr "
+            ),
+            "folder": str(shown_path(path)),
+            "watch": watch_command(path),
+        }
+        return introduce(rows)
 
     def _report_findings(self, findings: Mapping[str, Sequence[Finding]]) -> None:
         """Log what was found in the data, and repaired or left out, and write it to `data_report.json`."""
@@ -223,7 +252,6 @@ class Trainer:
             log.info(
                 f"trainer.batch_size: the training set has images for {batch_size} per step only, not {trainer.batch_size}."
             )
-        log.info(self.recipe.describe_lr(batch_size, self.ranks.world_size, trainer.accumulate))
         if state is not None:
             self._restore(state)
         self.take_step = make_step(self.optimization, trainer.capture, log.info)

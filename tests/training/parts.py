@@ -129,6 +129,7 @@ class TinyData:
 
     make_loader: Callable[..., TinyLoader]
     val_loader: list[Batch]
+    train_transforms: dict = field(default_factory=dict)
     eval_transforms: dict = field(default_factory=dict)
     eval_batch_size: int = 1
     max_bad_fraction: float = 0.1
