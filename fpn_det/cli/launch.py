@@ -149,5 +149,7 @@ class SweepResults(Callback):
         if runs := find_runs(folder):
             names, rows = compare_runs(runs, folder)
             write_results(folder, names, rows)
-            SafeConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(runs_table(names, rows))
+            console = SafeConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+            for line in runs_table(runs, folder, console.width):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
             print(f"{folder / 'results.md'} and results.csv")

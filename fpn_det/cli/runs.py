@@ -1,8 +1,9 @@
-"""List runs with their state, best metric and the settings in which they differ.
+"""List runs: state, step, best metric, when, how long, and what was typed and differs.
 
 Examples:
   fpn-det runs
-  fpn-det runs root=runs/sweeps
+  fpn-det runs runs/sweeps
+  fpn-det runs --json
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from fpn_det.cli.arguments import run_command
 from fpn_det.runs.log import PLAIN_WIDTH
-from fpn_det.runs.overview import compare_runs, find_runs, runs_table
+from fpn_det.runs.overview import as_json, find_runs, runs_table
 from fpn_det.terminal import SafeConsole
 
 
@@ -22,10 +23,12 @@ class RunsConfig:
     """Options of `fpn-det runs`."""
 
     root: str = "runs"  # folder that is searched for run folders
+    json: bool = False  # or --json: print all that is known of the runs as JSON
 
 
 def main() -> None:
     """List the runs of the folder that the command line names."""
+    sys.argv = ["json=true" if word == "--json" else word for word in sys.argv]
     run_command(list_runs, RunsConfig, positional="root")
 
 
@@ -39,8 +42,12 @@ def list_runs(config: RunsConfig) -> None:
     runs = find_runs(root)
     if not runs:
         raise ValueError(f"root: expected a folder with runs in it, got {root}, which has none.")
+    if config.json:
+        print(as_json(runs))
+        return
     console = SafeConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    console.print(runs_table(*compare_runs(runs, root)))
+    for line in runs_table(runs, root, console.width):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for run in runs:
         if run.error:
             console.print(f"unreadable: {run.error}", markup=False, soft_wrap=True)

@@ -1,27 +1,29 @@
-"""A table of runs: state, best metric, and the settings in which they differ."""
+"""Tables of runs: state, best metric, and what differs in them: the words typed on the screen, all settings in files."""
 
 from __future__ import annotations
 
 import csv
+import datetime
 import html
 import json
 import os
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
 from fpn_det.runs.best_metric import BestMetric
 from fpn_det.runs.folder import LOCK, NAN_DUMP, RunFolder
-from fpn_det.runs.settings_diff import ABSENT, Flat, affects_results, differing, read_settings
-from fpn_det.terminal import printable
+from fpn_det.runs.settings_diff import ABSENT, OF_A_START, Flat, affects_results, differing, read_settings
+from fpn_det.runs.step_lines import clock
+from fpn_det.terminal import printable, shorten_middle
 
-MAX_COLUMNS = 8  # of settings shown on the screen; files contain all
+STAMP = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ", re.MULTILINE)  # of a line of log.txt
+NAME_WIDTH = 29  # characters of a run's name on the screen, below which it is not shortened
+# Words of the command line that say how a run is started, in which all runs differ.
+NOT_TYPED = tuple(f"{name}=" for name in OF_A_START)
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class RunSummary:
     step: int  # of the last evaluation or checkpoint
     best: BestMetric
     settings: Flat
+    typed: tuple[str, ...] = ()  # words of its command line
+    started: datetime.datetime | None = None
+    seconds: float | None = None  # from the first to the last line of its log
     error: str | None = None  # of an unreadable run
 
 
@@ -48,7 +53,12 @@ def summarize(path: Path) -> RunSummary:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         return RunSummary(
-            path, "unreadable", 0, BestMetric("AP"), {}, f"{path}: {reason}".replace(f"{path}: {path}", str(path))
+            path,
+            "unreadable",
+            0,
+            BestMetric("AP"),
+            {},
+            error=f"{path}: {reason}".replace(f"{path}: {path}", str(path)),
         )
 
 
@@ -69,7 +79,20 @@ def _summarize(path: Path) -> RunSummary:
         status = "finished"
     else:
         status = "diverged" if (path / NAN_DUMP).is_dir() else "stopped"
-    return RunSummary(path, status, step, best, settings)
+    started, seconds = _read_times(path / "log.txt")
+    typed = path / "overrides.txt"
+    words = _read_text(typed).splitlines() if typed.is_file() else []
+    return RunSummary(path, status, step, best, settings, tuple(words), started, seconds)
+
+
+def _read_times(log: Path) -> tuple[datetime.datetime | None, float | None]:
+    """The time of the first line of a log, and the seconds from there to the last."""
+    stamps = STAMP.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
+    try:
+        first, last = (datetime.datetime.fromisoformat(stamps[at]) for at in (0, -1))
+    except (IndexError, ValueError):
+        return None, None
+    return first, (last - first).total_seconds()
 
 
 def _read_text(file: Path) -> str:
@@ -122,18 +145,68 @@ def compare_runs(runs: Sequence[RunSummary], root: Path) -> tuple[list[str], lis
     return ["run", "status", "step", *(f"best {metric}" for metric in metrics), "at step", *names], rows
 
 
-def runs_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Format the table for the screen, with at most MAX_COLUMNS settings."""
-    fixed = names.index("at step") + 1
-    shown = fixed + MAX_COLUMNS
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for name in names[:shown]:
-        table.add_column(Text(name), overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row[:shown]))
-    if len(names) > shown:
-        table.caption = f"and {len(names) - shown} more settings differ"
-    return table
+def typed_differences(runs: Sequence[RunSummary]) -> list[list[str]]:
+    """The words typed for each run that were not typed for all of them."""
+    words = [[word for word in run.typed if not word.startswith(NOT_TYPED)] for run in runs]
+    common = set.intersection(*map(set, words)) if len(words) > 1 else set()
+    return [[word for word in one if word not in common] for one in words]
+
+
+def runs_table(runs: Sequence[RunSummary], root: Path, width: int) -> list[str]:
+    """Lines for the screen: one for each run, and below it the typed words that not all runs have.
+
+    Args:
+        runs: to be listed, at least one.
+        root: folder that their names start from.
+        width: characters of a line.
+    """
+    metrics = {run.best.metric for run in runs}
+    title = f"best {metrics.pop()}" if len(metrics) == 1 else "best"
+    names = [str(run.path.relative_to(root)) for run in runs]
+    rows = [("run", "state", "step", title, "started", "took")]
+    for name, run in zip(names, runs, strict=True):
+        best = "n/a" if run.best.value is None else f"{run.best.value:.3f}"
+        rows.append(
+            (
+                name,
+                run.status,
+                str(run.step),
+                best if title != "best" else f"{best} {run.best.metric}",
+                f"{run.started:%Y-%m-%d %H:%M}" if run.started else "",
+                "" if run.seconds is None else clock(run.seconds),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths[0] = max(min(widths[0], width - sum(widths[1:]) - 2 * len(widths[1:])), min(widths[0], NAME_WIDTH))
+    lines = []
+    for row, words in zip(rows, [[], *typed_differences(runs)], strict=True):
+        left = [shorten_middle(row[0], widths[0]).ljust(widths[0]), row[1].ljust(widths[1])]
+        right = [text.rjust(width) for text, width in zip(row[2:], widths[2:], strict=True)]
+        lines.append("  ".join([*left, *right]).rstrip())
+        lines += textwrap.wrap(
+            "  ".join(words), width, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
+        )
+    return lines
+
+
+def as_json(runs: Sequence[RunSummary]) -> str:
+    """All that is known of the runs, as JSON; `typed` are all words of a command line."""
+    rows = [
+        {
+            "run": str(run.path),
+            "state": run.status,
+            "step": run.step,
+            "metric": run.best.metric,
+            "best": run.best.value,
+            "best_step": run.best.step,
+            "started": run.started.isoformat() if run.started else None,
+            "seconds": run.seconds,
+            "typed": list(run.typed),
+            "error": run.error,
+        }
+        for run in runs
+    ]
+    return json.dumps(rows, indent=1)
 
 
 def write_results(folder: Path, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -49,6 +49,13 @@ def read_settings(text: str, where: str = "config.yaml") -> Flat:
     return flatten(tree)
 
 
+def typed_settings(words: Sequence[str], settings: Flat) -> Flat:
+    """The settings that a command line states, with their values; a selected file, `data=yolo`, counts by its name."""
+    pairs = [word.lstrip("+~").partition("=") for word in words]
+    typed = {name: settings.get(name, value) for name, _, value in pairs}
+    return {name: value for name, value in typed.items() if name not in OF_A_START}
+
+
 def affects_results(name: str) -> bool:
     """Return whether a setting can change weights or metrics."""
     return not any(name == setting or name.startswith(f"{setting}.") for setting in IRRELEVANT_TO_RESULTS)

@@ -24,7 +24,7 @@ from fpn_det.runs.checkpoint import load_on_all_ranks
 from fpn_det.runs.folder import NAN_DUMP, RunFolder, versions, write_settings
 from fpn_det.runs.log import RunLog, watch_command
 from fpn_det.runs.meters import Meters, Pace, memory_mib
-from fpn_det.runs.settings_diff import changes_table, read_settings
+from fpn_det.runs.settings_diff import changes_table, read_settings, typed_settings
 from fpn_det.runtime import (
     Ranks,
     broadcast_buffers,
@@ -116,7 +116,7 @@ class Trainer:
         Raises:
             ValueError: the data cannot be used, or the checkpoint is of another model.
         """
-        self.folder, self.log = folder, log
+        self.folder, self.log, self.overrides = folder, log, overrides
         config = self.config
         data = config.data.read_train_and_val(config.seed)
         self.train_annotations, self.val_annotations = data.train, data.val
@@ -310,7 +310,8 @@ class Trainer:
             self.log.info(f"Stopped by {name} and saved. To continue: fpn-det train resume={path}")
             return 128 + received
         assert self.evaluation is not None, "the last step is evaluated"
-        self.log.hparams(read_settings(self.metadata["config"]), self.evaluation.metrics)
+        settings = typed_settings(self.overrides, read_settings(self.metadata["config"]))
+        self.log.hparams(settings, self.evaluation.metrics)
         commands = next_steps(self.folder.path, self.config.data) if self.ranks.is_main else []
         self.log.summary(self.best.metric, self.best.value, self.best.step, commands)
         return 0

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch.multiprocessing
-from rich.console import Console
 
 from fpn_det.runs.folder import RunFolder
-from fpn_det.runs.overview import compare_runs, find_runs, runs_table, write_results
-from fpn_det.runs.settings_diff import changes_table, differing, flatten, read_settings
+from fpn_det.runs.overview import as_json, compare_runs, find_runs, runs_table, write_results
+from fpn_det.runs.settings_diff import changes_table, differing, flatten, read_settings, typed_settings
 
 
 def test_flatten_gives_dotted_names():
@@ -81,9 +80,38 @@ def test_results_are_written_and_shown(root):
         "| run | status | step | best AP | at step | optimizer.lr |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    screen = Console(width=100, record=True, quiet=False, file=(root / "screen.txt").open("w"))
-    screen.print(runs_table(names + [f"s{k}" for k in range(9)], [row + ["x"] * 9 for row in rows]))
-    assert "and 2 more settings differ" in screen.export_text()
+
+
+def test_runs_are_listed_in_a_line_each_with_the_typed_words_that_differ(root):
+    for name, words in (("a", ["seed=0", "optimizer.lr=0.1"]), ("b", ["seed=0", "optimizer.lr=0.2", "run_dir=b"])):
+        (root / "demo" / name / "overrides.txt").write_text("".join(f"{word}\n" for word in words))
+    (root / "demo" / "a" / "log.txt").write_text("2026-01-02 10:00:00  one\ntable\n2026-01-02 10:04:51  two\n")
+    runs = find_runs(root)
+    header, first, typed, second, other, third = runs_table(runs, root, 80)
+    assert header.split() == ["run", "state", "step", "best", "AP", "started", "took"]
+    assert first.split() == ["demo/a", "finished", "30", "0.400", "2026-01-02", "10:00", "0:04:51"]
+    assert [typed.split(), other.split()] == [["seed=0", "optimizer.lr=0.1"], ["seed=0", "optimizer.lr=0.2"]]
+    assert second.split() == ["demo/b", "stopped", "30", "n/a"]
+    assert third.split() == ["demo/c", "diverged", "30", "n/a"]
+    assert runs_table(runs[:2], root, 80)[2].strip() == "optimizer.lr=0.1"  # both were told seed=0
+    described = json.loads(as_json(runs))
+    assert [run["best"] for run in described] == [0.4, None, None]
+    assert described[0]["seconds"] == 291 and described[0]["typed"] == ["seed=0", "optimizer.lr=0.1"]
+
+
+def test_long_names_of_runs_are_shortened_in_the_middle(tmp_path):
+    name = "a_rather_long_name_of_an_experiment/2026-01-02_10-00-00"
+    make_run(tmp_path / name, 0.1, [0.5])
+    (tmp_path / name / "log.txt").write_text("2026-01-02 10:00:00  one\n")
+    header, line = runs_table(find_runs(tmp_path), tmp_path, 80)
+    assert max(len(header), len(line)) <= 80 and line.startswith("a_rather") and "...26-01-02" not in line
+    assert "10-00-00  stopped" in line
+
+
+def test_typed_settings_are_those_of_the_command_line():
+    settings = {"optimizer.lr": 0.1, "seed": 0}
+    words = ["data=yolo", "optimizer.lr=0.1", "run_dir=x", "+trainer.extra=1"]
+    assert typed_settings(words, settings) == {"data": "yolo", "optimizer.lr": 0.1, "trainer.extra": "1"}
 
 
 def test_settings_of_older_versions_are_compared_by_their_present_names():
