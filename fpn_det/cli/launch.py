@@ -101,7 +101,8 @@ def _sweep(command: Command, schema: type[C], config_name: str, words: Sequence[
         job = HydraConfig.get()
         job_words = [word.removeprefix("++") for word in job.overrides.task]
         config = compose_as(schema, config_name, job_words, saved)
-        if isinstance(config, TrainConfig) and config.run_dir is None and config.resume in (None, "auto"):
+        names_folder = any(word.startswith("run_dir=") for word in job_words)  # one of an experiment is for single runs
+        if isinstance(config, TrainConfig) and not names_folder and config.resume in (None, "auto"):
             config = replace(config, run_dir=job.runtime.output_dir, set_aside=False)
         with translate_system_errors():
             command(config, job_words)

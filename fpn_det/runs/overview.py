@@ -21,7 +21,7 @@ from fpn_det.runs.step_lines import clock
 from fpn_det.terminal import printable, shorten_middle
 
 STAMP = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ", re.MULTILINE)  # of a line of log.txt
-NAME_WIDTH = 29  # characters of a run's name on the screen, below which it is not shortened
+NAME_WIDTH = 20  # characters of a run's name on the screen, below which it is not shortened
 # Words of the command line that say how a run is started, in which all runs differ.
 NOT_TYPED = tuple(f"{name}=" for name in OF_A_START)
 
