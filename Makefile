@@ -33,10 +33,10 @@ test: lint types tests ## lint, types and the tests without the slow ones, as in
 test-all: lint types $(READY) ## lint, types and all tests that need no GPU
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
-gpu: $(READY) ## the tests and the benchmark that need a GPU
+gpu: $(READY) ## the gpu tests, the benchmark and a short training; the figures go to docs/gpu.md
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: expected a CUDA device, torch sees none here.")'
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python tools/benchmark.py device=cuda
+	$(BIN)/python tools/gpu.py
 
 dist: $(READY) ## build sdist and wheel, install the wheel into an empty environment, train and predict with it
 	$(BIN)/python -m pytest -m "slow or not slow" tests/test_dist.py

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fpn_det.boxes import box_iou
+from fpn_det.models.caching import LastResults
 from fpn_det.schema import Count, CountOrZero, Fraction
 from fpn_det.structures import Match, Sample, Targets
 
@@ -118,6 +119,7 @@ class Sampler:
             raise ValueError(
                 f"sampler: expected num_samples >= 1 and positive_fraction in 0..1, got {self.num_samples} and {self.positive_fraction}."
             )
+        object.__setattr__(self, "_hashes", LastResults())  # no field, because it is no setting
 
     @torch.no_grad()
     def __call__(self, match: Match, indices: Tensor, step: int | Tensor) -> Sample:
@@ -126,7 +128,10 @@ class Sampler:
         Args:
             step: a number, or an i64 scalar on the device, with which a compiled graph serves all steps.
         """
-        keys = random_keys(self.seed, step, indices, match.positive.shape[1])
+        num_candidates = match.positive.shape[1]
+        key = (num_candidates, indices.device)
+        hashes: tuple[Tensor, Tensor] = self._hashes.get(key, lambda: candidate_hashes(*key))  # type: ignore[attr-defined]
+        keys = random_keys(self.seed, step, indices, *hashes)
         num_slots = min(self.num_samples, keys.shape[1])
         max_positives = min(int(self.num_samples * self.positive_fraction), keys.shape[1])
         positive_keys, positive_idxs = torch.where(match.positive, keys, -1).topk(max_positives)
@@ -150,11 +155,20 @@ class ProposalSampler(Sampler):
     add_gt: bool = True  # the ground-truth boxes join the proposals
 
 
-def random_keys(seed: int, step: int | Tensor, indices: Tensor, num_candidates: int) -> Tensor:
-    """Distinct non-negative random integers [B, M], i64: a hash of (seed, step, data set index, candidate)."""
+def candidate_hashes(num_candidates: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Numbers [M] of candidates and their hashes [M], i64."""
+    candidates = torch.arange(num_candidates, device=device)
+    return candidates, _mix(candidates)
+
+
+def random_keys(seed: int, step: int | Tensor, indices: Tensor, candidates: Tensor, hashes: Tensor) -> Tensor:
+    """Distinct non-negative random integers [B, M], i64: a hash of (seed, step, data set index, candidate).
+
+    Args:
+        candidates, hashes: see `candidate_hashes`.
+    """
     start = _mix((_mix((_mix(seed & 0xFFFFFFFF) + step) & 0xFFFFFFFF) + indices) & 0xFFFFFFFF)
-    candidates = torch.arange(num_candidates, device=indices.device)
-    return (_mix(start[:, None] ^ _mix(candidates)) << 30) | candidates  # the index in the low bits breaks ties
+    return (_mix(start[:, None] ^ hashes) << 30) | candidates  # the index in the low bits breaks ties
 
 
 def _mix(value: Any) -> Any:

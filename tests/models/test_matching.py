@@ -7,7 +7,7 @@ from torchvision.models.detection._utils import Matcher as TorchvisionMatcher
 from fpn_det.boxes import box_iou
 from fpn_det.interop.conventions import ReassigningMatcher, UntouchedMatcher
 from fpn_det.models import matching
-from fpn_det.models.matching import Matcher, Sampler, random_keys
+from fpn_det.models.matching import Matcher, Sampler, candidate_hashes, random_keys
 from fpn_det.structures import Match, Targets
 
 
@@ -132,7 +132,7 @@ def test_sampler_depends_on_step_and_image_and_not_on_the_batch():
 
 
 def test_random_keys_are_distinct_and_even():
-    keys = random_keys(0, 0, torch.arange(4), 50_000)
+    keys = random_keys(0, 0, torch.arange(4), *candidate_hashes(50_000, torch.device("cpu")))
     assert all(len(row.unique()) == 50_000 for row in keys) and (keys >= 0).all()
     uniform = (keys >> 30).double() / 2**32
     # the mean of 50,000 uniform numbers deviates by 1 / sqrt(12 * 50,000) = 0.0013; five of those
