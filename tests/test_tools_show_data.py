@@ -28,8 +28,8 @@ def test_sheets_and_curves_of_the_first_steps(run_tool, shapes_dataset, tmp_path
     pictures = sorted((tmp_path / "shown").glob("*.png"))
     assert [path.name for path in pictures] == [f"step_{step:06}_{number}.png" for step in (0, 1) for number in (0, 1)]
     assert Image.open(pictures[0]).size[0] > 4 * 480  # two images beside each other, each with its anchors
-    (events,) = (tmp_path / "shown" / "tensorboard").iterdir()
-    assert b"data/0" in events.read_bytes()
+    (events,) = (tmp_path / "shown").glob("events.out.tfevents.*")
+    assert b"images/batch_0" in events.read_bytes()
 
 
 @pytest.fixture

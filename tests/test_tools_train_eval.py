@@ -27,7 +27,7 @@ def test_train_then_eval_then_train_again_with_the_same_settings(run_tool, shape
         item.name for item in run.iterdir()
     }
     assert {"last.pt", "best.pt", "step_00000002.pt"} <= {item.name for item in (run / "checkpoints").iterdir()}
-    assert list((run / "tensorboard").iterdir())
+    assert list(run.glob("events.out.tfevents.*"))
     assert "\r" not in trained.stdout + (run / "log.txt").read_text()
     assert "runs/demo" in trained.stdout and "tensorboard" in trained.stdout
 
@@ -144,8 +144,8 @@ def test_a_bad_image_costs_that_image_and_no_more(run_tool, shapes_dataset, tmp_
     (line,) = (run / "bad_files.txt").read_text().splitlines()
     assert line.startswith(f"{bad}\t{bad}: expected a complete image")
     assert (run / "log.txt").read_text().count("skipped:") == 1
-    (events,) = (run / "tensorboard").iterdir()
-    assert b"data/bad_files" in events.read_bytes()
+    (events,) = run.glob("events.out.tfevents.*")
+    assert b"machine/bad_files" in events.read_bytes()
     (bad_val, *_) = sorted((data / "val2017").iterdir())
     bad_val.write_bytes(bad_val.read_bytes()[:100])
     evaluated = run_tool("eval.py", f"run={run}", "data.max_bad_fraction=0.2")

@@ -59,5 +59,5 @@ def show_data(config: ShowDataConfig, words: Sequence[str]) -> None:
             for number, sheet in enumerate(sheets):
                 file = log.folder / f"step_{step:06}_{number}.png"
                 Image.fromarray(sheet).save(file)
-                log.image(step, f"data/{number}", sheet)
+                log.image(step, f"batch_{number}", sheet)
                 log.info(f"written: {shown_path(file)}")

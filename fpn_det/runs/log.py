@@ -32,6 +32,7 @@ from fpn_det.evaluation.coco import Evaluation
 from fpn_det.runs.bad_files import read_bad_files
 from fpn_det.runs.meters import Pace
 from fpn_det.runs.step_lines import StepLines, clock, loss_text
+from fpn_det.runs.tags import tag_evaluation, tag_metrics, tag_steps
 from fpn_det.runtime import Ranks
 from fpn_det.terminal import SafeConsole, printable, replace_unencodable, shown_path
 
@@ -108,7 +109,7 @@ class RunLog:
         if self._screen is None:
             return
         purge_step = pace.first_step + 1 if pace.first_step else None
-        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge_step)
+        self._writer = SummaryWriter(str(event_folder(self.folder)), purge_step=purge_step)
         self._training = self._bar.add_task(
             "training", total=pace.total_steps, completed=pace.first_step, note="", ends_at=None
         )
@@ -142,8 +143,6 @@ class RunLog:
             pace: of the run.
         """
         values = {**values, **pace.read(step)}
-        if bad_files := read_bad_files(self.folder):
-            values["data/bad_files"] = len(bad_files)
         for line in self._lines.add(step, values, parts, pace):
             self.info(line)
         if pace.data_share > SLOW_DATA and not self._has_warned and pace.is_warm:
@@ -153,7 +152,8 @@ class RunLog:
                 "Raise data.num_workers, resize on the device (data.resize_on=device), or decode JPEG files at a reduced size "
                 "(data.reduced_decoding=train)."
             )
-        self.scalars(step, {name if "/" in name else f"train/{name}": value for name, value in values.items()})
+        bad_files = read_bad_files(self.folder)
+        self.scalars(step, tag_steps(values | ({"bad_files": len(bad_files)} if bad_files else {})))
         if self._training is not None:
             self._bar.update(self._training, note=f"loss {loss_text(values['loss'])}")
 
@@ -171,9 +171,7 @@ class RunLog:
             )
         for remark in evaluation.remarks():
             self.info(remark)
-        classes = {f"val_class_AP/{name}": row["AP"] for name, row in evaluation.per_class.items()}
-        metrics = {f"val/{name}": value for name, value in evaluation.metrics.items()}
-        self.scalars(step, metrics | classes | evaluation.statistics)
+        self.scalars(step, tag_evaluation(evaluation))
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Write scalars to TensorBoard and flush them. Undefined values (None) are skipped."""
@@ -192,15 +190,15 @@ class RunLog:
             name: value if isinstance(value, bool | int | float | str) else str(value)
             for name, value in settings.items()
         }
-        reached = {f"val/{name}": value for name, value in metrics.items() if value is not None}
+        reached = {tag: value for tag, value in tag_metrics(metrics).items() if value is not None}
         writer = self._writer._get_file_writer()
         for summary in hparams(plain, reached):
             writer.add_summary(summary)
 
     def image(self, step: int, name: str, image: NDArray[np.uint8]) -> None:
-        """Write an RGB image [h, w, 3] to TensorBoard."""
+        """Write an RGB image [h, w, 3] to TensorBoard, as `images/<name>`."""
         if self._writer is not None:
-            self._writer.add_image(name, image, step, dataformats="HWC")
+            self._writer.add_image(f"images/{name}", image, step, dataformats="HWC")
 
     def summary(self, metric: str, best: float | None, best_step: int, next_steps: Sequence[str]) -> None:
         """Log the result at the end of a run, below the tables of its last evaluation.
@@ -267,7 +265,16 @@ def classes_table(evaluation: Evaluation) -> Columns:
 
 def watch_command(folder: Path) -> str:
     """The command that shows the curves of the run in `folder`."""
-    return f"tensorboard --logdir {shlex.quote(str(shown_path(folder / 'tensorboard')))}"
+    return f"tensorboard --logdir {shlex.quote(str(shown_path(event_folder(folder))))}"
+
+
+def event_folder(folder: Path) -> Path:
+    """Return the folder of TensorBoard's event files: the run folder, so that its name is the name of the run in TensorBoard.
+
+    A run of an earlier version is continued in its subfolder `tensorboard`.
+    """
+    earlier = folder / "tensorboard"
+    return earlier if earlier.is_dir() else folder
 
 
 def _table(*names: str) -> Table:

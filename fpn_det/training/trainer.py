@@ -432,14 +432,14 @@ class Trainer:
         config, log = self.config, self.log
         shown = evaluation.detections, evaluation.score_thresholds
         for row in self.shown:
-            name = f"val/{self.val_annotations.path(row).name}"
+            name = self.val_annotations.path(row).name
             log.image(step, name, draw_comparison(self.val_annotations, *shown, row, config.evaluation))
         batch = self.train_loader.rebuild(step)[0]
-        log.image(step, "train/batch", draw_batch(batch, self.train_annotations.class_names))
+        log.image(step, "train_batch", draw_batch(batch, self.train_annotations.class_names))
         if self.model.rpn is None:
             return
         for batch in config.single_images(self.val_annotations, self.shown[:1], self.model.stride, self.device):
-            log.image(step, "val/levels", draw_pyramid(inspect_pyramid(self.model, batch), batch))
+            log.image(step, "pyramid", draw_pyramid(inspect_pyramid(self.model, batch), batch))
 
     def _save(self, step: int, is_best: bool = False) -> None:
         """Write a checkpoint of the state after `step`. Rank 0 writes, all ranks call."""

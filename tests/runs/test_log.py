@@ -24,7 +24,7 @@ def evaluation_of(ap: float | None, num_classes: int = 2) -> Evaluation:
 
 
 def points(folder) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(folder / "tensorboard"))
+    events = EventAccumulator(str(folder))
     events.Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
@@ -84,9 +84,9 @@ def test_log_shows_undefined_as_na_and_keeps_it_out_of_the_curves(tmp_path, caps
     assert "n/a" in shown and "0.250" in shown and "[class] 1" in shown and "-1" not in shown
     assert "evaluation at step 20: 40 images in 12.0 s" in shown
     assert "7 of 40 images reached the limit of 100 detections." in shown
-    assert points(tmp_path)["val/AP"] == [(20, 0.25)]
-    assert points(tmp_path)["detections/P2"] == [(10, 4.5), (20, 4.5)]
-    assert points(tmp_path)["val_class_AP/[class] 0"] == [(20, 0.25)]
+    assert points(tmp_path)["AP/AP"] == [(20, 0.25)]
+    assert points(tmp_path)["pyramid/detections/P2"] == [(10, 4.5), (20, 4.5)]
+    assert points(tmp_path)["per_class_AP/[class] 0"] == [(20, 0.25)]
 
 
 def test_log_table_holds_all_classes(tmp_path):
@@ -100,12 +100,21 @@ def test_log_curves_are_monotonic_after_a_resume(tmp_path):
     with RunLog(tmp_path, Ranks()) as log:
         log.begin(Pace(0, 10, 1, 0))
         for step in range(1, 7):
-            log.scalars(step, {"train/loss": 1.0})
+            log.scalars(step, {"loss/loss": 1.0})
     with RunLog(tmp_path, Ranks()) as log:
         log.begin(Pace(3, 10, 1, 0))
         for step in range(4, 7):
-            log.scalars(step, {"train/loss": 2.0})
-    assert points(tmp_path)["train/loss"] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
+            log.scalars(step, {"loss/loss": 2.0})
+    assert points(tmp_path)["loss/loss"] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
+
+
+def test_log_continues_the_curves_of_an_earlier_version_where_they_are(tmp_path):
+    (tmp_path / "tensorboard").mkdir()
+    with RunLog(tmp_path, Ranks()) as log:
+        log.begin(Pace(3, 10, 1, 0))
+        log.scalars(4, {"lr": 1.0})
+    assert points(tmp_path / "tensorboard")["lr"] == [(4, 1.0)]
+    assert not list(tmp_path.glob("events.*"))
 
 
 def test_log_writes_images(tmp_path):
@@ -113,9 +122,9 @@ def test_log_writes_images(tmp_path):
     with RunLog(tmp_path, Ranks()) as log:
         log.begin(Pace(0, 10, 1, 0))
         log.image(1, "batch", picture)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path))
     events.Reload()
-    (image,) = events.Images("batch")
+    (image,) = events.Images("images/batch")
     assert (image.width, image.height, image.step) == (12, 8, 1)
 
 
@@ -140,10 +149,10 @@ def test_log_writes_hparams(tmp_path):
         log.hparams(
             {"optimizer.lr": 0.1, "model.backbone.weights": None, "trainer.compile": False}, {"AP": 0.5, "APs": None}
         )
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert set(events.summary_metadata) >= {"_hparams_/experiment", "_hparams_/session_start_info"}
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    assert len(list(tmp_path.glob("events.*"))) == 1
 
 
 def test_log_summary_shows_the_result_and_the_next_commands(tmp_path, capsys, monkeypatch):
@@ -154,7 +163,7 @@ def test_log_summary_shows_the_result_and_the_next_commands(tmp_path, capsys, mo
     assert result.startswith("Done in 0:00:0") and result.endswith(" Best AP 0.700 at step 300.")
     assert lines == [
         "  run folder   runs/my demo",
-        "  TensorBoard  tensorboard --logdir 'runs/my demo/tensorboard'",
+        "  TensorBoard  tensorboard --logdir 'runs/my demo'",
         "Next:",
         "  fpn-det eval 'run=runs/my demo'",
     ]
