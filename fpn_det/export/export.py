@@ -15,17 +15,17 @@ from fpn_det.composition import from_saved
 from fpn_det.config import DetectorConfig
 from fpn_det.evaluation.evaluate import evaluate
 from fpn_det.export.exported import ExportedDetector, ExportedFile, is_exported
-from fpn_det.export.graph import INPUTS, Graph
+from fpn_det.export.graph import Graph
 from fpn_det.export.proof import NUM_IMAGES, cases, compare
-from fpn_det.export.writing import OPSET, SUFFIXES, Format, Metadata, imported, quantize, save_openvino, write
+from fpn_det.export.writing import OPSET, SUFFIXES, Format, Metadata, write
 from fpn_det.models.detector import Detector
 from fpn_det.runs.checkpoint import fill_model, find_checkpoint
 from fpn_det.runs.folder import versions
 from fpn_det.runtime import Ranks
-from fpn_det.schema import Count, CountOrZero
+from fpn_det.schema import Count
 from fpn_det.structures import Annotations
 
-AP_TOLERANCES = {"fp32": 0.001, "fp16": 0.003, "int8": 0.01}
+AP_TOLERANCES = {"fp32": 0.001, "fp16": 0.003}
 CPU = torch.device("cpu")
 
 
@@ -39,18 +39,11 @@ class ExportConfig(DetectorConfig):
     format: Format = "onnx"  # openvino, torch (torch.export)
     output: str | None = None  # file; null = beside the checkpoint
     size: Literal["batch"] | tuple[Count, Count] = "batch"  # any height and width, or (H, W) px of all batches
-    precision: Literal["fp32", "fp16", "int8"] = "fp32"  # type: ignore[assignment] # of the weights; int8 with openvino
-    verify: Literal["images", "ap"] = (
-        "images"  # ap: also the AP on the validation set beside torch's; always for fp16, int8
-    )
-    calibration_images: CountOrZero = 64  # of the training set, for int8
+    precision: Literal["fp32", "fp16"] = "fp32"  # type: ignore[assignment] # of the weights
+    verify: Literal["images", "ap"] = "images"  # ap: also the AP on the validation set beside torch's; always for fp16
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.precision == "int8" and self.format != "openvino":
-            raise ValueError(
-                f"precision: expected fp32 or fp16 for format={self.format}, got int8. Set format=openvino."
-            )
         if self.model.get("rpn", "") is None:
             raise ValueError(
                 "export: expected a detector that proposes its own boxes, got one without an RPN. It needs proposals."
@@ -98,8 +91,6 @@ def export(config: ExportConfig, say: Callable[[str], None] = print) -> Path:
         unfinished = Path(folder) / path.name
         program = Graph(detector, half and config.format != "openvino").trace(size, getattr(torch, dtype))
         write(program, config.format, unfinished, metadata, half)
-        if config.precision == "int8":
-            _quantize(unfinished, config, state["class_names"], detector, metadata)
         exported = open_exported(unfinished)
         _prove(detector, exported, annotations, config, say)
         for file in Path(folder).iterdir():
@@ -141,13 +132,14 @@ def _prove(
     loader = config.single_images(annotations, rows, detector.stride, CPU)
     found = compare(detector, exported, cases(loader))
     say(
-        f"{found.images} images, {found.detections} detections: boxes differ by at most {found.box:.2g} px, scores by "
-        f"{found.score:.2g}, {len(found.unmatched)} detections on one side only"
+        f"{found.images} images ({found.empty or 'none'} without detections), {found.detections} detections: boxes differ by at "
+        f"most {found.box:.2g} px of the picture files, scores by {found.score:.2g}, {len(found.unmatched)} detections on one "
+        "side only"
     )
     if config.precision == "fp32" and not found.is_within_tolerance:
         reasons = "; ".join(found.unmatched[:3]) or "see the differences above"
         raise ValueError(f"export: expected the detections of torch, got others: {reasons}. No file was left.")
-    if config.verify == "ap" or config.precision != "fp32":
+    if config.verify == "ap" or config.precision == "fp16":
         aps = []
         for model in (detector, exported):
             batches = config.eval_loader(annotations, detector.stride, Ranks(), CPU, "val")
@@ -158,18 +150,3 @@ def _prove(
             raise ValueError(
                 f"export: expected an AP within {limit} of torch's {aps[0]:.4f}, got {aps[1]:.4f}. No file was left."
             )
-
-
-def _quantize(path: Path, config: ExportConfig, names: list[str], detector: Detector, metadata: Metadata) -> None:
-    annotations = config.data.read_split("train", names, config.seed)
-    rows = list(range(0, len(annotations), max(1, len(annotations) // max(config.calibration_images, 1))))
-    loader = config.single_images(annotations, rows[: config.calibration_images], detector.stride, CPU)
-    batches = (
-        dict(zip(INPUTS, (b.pixels.permute(0, 2, 3, 1).contiguous().numpy(), b.sizes.numpy()), strict=True))
-        for b in loader
-    )
-    model = quantize(imported("openvino").Core().read_model(path), batches)
-    quantized = path.with_name("int8.xml")
-    save_openvino(model, quantized, metadata, half=False)
-    for suffix in (".xml", ".bin"):
-        quantized.with_suffix(suffix).replace(path.with_suffix(suffix))

@@ -13,7 +13,7 @@ from fpn_det.export.exported import ExportedDetector
 from fpn_det.models.detector import Detector
 from fpn_det.structures import Batch
 
-BOX_TOLERANCE, SCORE_TOLERANCE = 0.05, 1e-4  # px, and of a score in [0, 1]
+BOX_TOLERANCE, SCORE_TOLERANCE = 0.05, 1e-4  # px of the picture file, and of a score in [0, 1]
 NUM_IMAGES = 8
 
 
@@ -22,8 +22,9 @@ class Difference:
     """The largest differences over some images."""
 
     images: int
+    empty: int  # images on which torch has no detection
     detections: int
-    box: float  # px of the input frame
+    box: float  # px of the original frame
     score: float
     unmatched: tuple[str, ...] = ()  # detections that only one side has
 
@@ -33,32 +34,35 @@ class Difference:
 
 
 def cases(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches of the proof: images one by one, a part of the first, one without content, and three of mixed sizes."""
+    """The batches of the proof: images one by one, a part of the first, one of grey, and three of mixed sizes."""
     singles = list(batches)
     yield from singles
     first = singles[0]
     half = torch.stack([(first.sizes[:, 0] * 3 + 3) // 4, (first.sizes[:, 1] + 1) // 2], dim=1)
-    yield replace(first, pixels=first.pixels[:, :, : int(half[0, 0]), : int(half[0, 1])], sizes=half)
+    part = replace(first, sizes=half, original_sizes=first.original_sizes * half // first.sizes)  # at the same scale
+    yield replace(part, pixels=first.pixels[:, :, : int(half[0, 0]), : int(half[0, 1])])
     yield replace(first, pixels=torch.full_like(first.pixels, 114))
-    three = [first, replace(first, sizes=half), singles[-1]]
+    three = [first, part, singles[-1]]
     height, width = (max(batch.pixels.shape[side] for batch in three) for side in (2, 3))
     padded = [F.pad(b.pixels, (0, width - b.pixels.shape[3], 0, height - b.pixels.shape[2])) for b in three]
     sizes = torch.cat([batch.sizes for batch in three])
-    yield replace(first, pixels=torch.cat(padded), sizes=sizes, original_sizes=sizes, indices=torch.arange(3))
+    originals = torch.cat([batch.original_sizes for batch in three])
+    indices = torch.cat([batch.indices for batch in three])
+    yield replace(first, pixels=torch.cat(padded), sizes=sizes, original_sizes=originals, indices=indices)
 
 
 def compare(detector: Detector, exported: ExportedDetector, batches: Iterable[Batch]) -> Difference:
-    """Detect with both on the batches, and match the detections of each label by box."""
-    images, number, box, score, unmatched = 0, 0, 0.0, 0.0, []
+    """Detect with both on the batches, and match the detections of each label by box, in the original frame."""
+    images, empty, number, box, score, unmatched = 0, 0, 0, 0.0, 0.0, []
     for batch in batches:
-        theirs = exported.detect(batch)
-        ours = detector.detect(_on_canvas(batch, detector.stride))
+        theirs = exported.detect(batch).to_original(batch)
+        ours = detector.detect(_on_canvas(batch, detector.stride)).to_original(batch)
         for row, (mine, other) in enumerate(zip(ours.images(), theirs.images(), strict=True)):
-            images, number = images + 1, number + len(mine[1])
+            images, empty, number = images + 1, empty + (not len(mine[1])), number + len(mine[1])
             boxes, scores, left = _match(mine, other, detector)
             box, score = max(box, boxes), max(score, scores)
             unmatched += [f"image {batch.indices[row]}: {text}" for text in left]
-    return Difference(images, number, box, score, tuple(unmatched))
+    return Difference(images, empty, number, box, score, tuple(unmatched))
 
 
 def _on_canvas(batch: Batch, stride: int) -> Batch:

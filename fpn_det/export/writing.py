@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -82,40 +82,6 @@ def save_openvino(model: Any, path: Path, metadata: Metadata, half: bool) -> Non
     imported("openvino").save_model(model, str(path), compress_to_fp16=half)
 
 
-def quantize(model: Any, batches: Iterable[Mapping[str, Any]]) -> Any:
-    """Quantize an OpenVINO model to int8 with NNCF: convolutions and matrix products.
-
-    The layers that give logits and deltas stay in float, because their errors are errors of scores and boxes.
-
-    Args:
-        model: of float weights.
-        batches: inputs by name, of training images.
-    """
-    nncf = imported("nncf")
-    last = [op.get_friendly_name() for op in model.get_ordered_ops() if _gives_an_output(op)]
-    return nncf.quantize(
-        model,
-        nncf.Dataset(list(batches)),
-        subset_size=300,
-        ignored_scope=nncf.IgnoredScope(names=last),
-    )
-
-
-def _gives_an_output(op: Any) -> bool:
-    """True for the last convolutions of the RPN and the predictor's products: no convolution or product follows soon."""
-    if op.get_type_name() not in ("Convolution", "MatMul"):
-        return False
-    width = op.output(0).get_partial_shape()[1 if op.get_type_name() == "Convolution" else -1]
-    return (width.is_static and width.get_length() % 5 == 0) or (
-        op.get_type_name() == "MatMul" and _reaches(op, "Softmax")
-    )
-
-
-def _reaches(op: Any, type_name: str, steps: int = 4) -> bool:
-    users = [target.get_node() for target in op.output(0).get_target_inputs()]
-    return any(user.get_type_name() == type_name or (steps and _reaches(user, type_name, steps - 1)) for user in users)
-
-
 def _translations() -> dict[Any, Callable]:
     """Operators that the exporter does not know, in ONNX."""
     from onnxscript import opset18 as op
@@ -146,7 +112,7 @@ def imported(name: str) -> Any:
     """
     import importlib
 
-    extra = "openvino" if name in ("openvino", "nncf") else "onnx"
+    extra = "openvino" if name == "openvino" else "onnx"
     try:
         return importlib.import_module(name)
     except ImportError as error:
