@@ -17,7 +17,7 @@ from fpn_det.evaluation.evaluate import evaluate
 from fpn_det.export.exported import ExportedDetector, ExportedFile, is_exported
 from fpn_det.export.graph import Graph
 from fpn_det.export.proof import NUM_IMAGES, cases, compare
-from fpn_det.export.writing import OPSET, SUFFIXES, Format, Metadata, write
+from fpn_det.export.writing import OPSET, SUFFIXES, Format, Metadata, refuse_unsupported, write
 from fpn_det.models.detector import Detector
 from fpn_det.runs.checkpoint import fill_model, find_checkpoint
 from fpn_det.runs.folder import versions
@@ -66,6 +66,7 @@ def export(config: ExportConfig, say: Callable[[str], None] = print) -> Path:
         raise ValueError(f"output: expected a name that ends in {SUFFIXES[config.format]}, got {path}.")
     detector = config.build_model(len(state["class_names"])).eval()
     fill_model(detector, state, str(source), config.weights)
+    refuse_unsupported(detector, config.format)
     annotations = config.data.read_split("val", state["class_names"], config.seed)
     size = None if config.size == "batch" else config.size
     dtype = config.data.transforms(train=False).dtype.name

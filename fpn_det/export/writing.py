@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 
 from fpn_det.export.graph import INPUTS, OUTPUTS, suppress_with_torchvision
+from fpn_det.models.layers import DeformableConv2d
 
 Format = Literal["onnx", "openvino", "torch"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
@@ -18,6 +20,19 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 OPSET = 18  # of ONNX
 METADATA_FILE = "fpn_det.json"  # within a .pt2
 Metadata = dict[str, Any]
+
+
+def refuse_unsupported(detector: nn.Module, format: Format) -> None:
+    """Refuse a detector before it is traced, which takes a minute.
+
+    Raises:
+        ValueError: a part of the detector has no operator in the format.
+    """
+    if format != "torch" and any(isinstance(module, DeformableConv2d) for module in detector.modules()):
+        raise ValueError(
+            f"format: expected a detector of operators that ONNX opset {OPSET} has, got deformable convolutions and "
+            f"format={format}. Train with model.backbone.deformable=[]."
+        )
 
 
 def write(program: ExportedProgram, format: Format, path: Path, metadata: Metadata, half: bool = False) -> None:
