@@ -36,7 +36,7 @@ class ExportConfig(DetectorConfig):
     run: str | None = None  # run folder, whose best checkpoint is exported; or
     checkpoint: str | None = None  # checkpoint file
     weights: Literal["auto", "ema", "raw"] = "auto"  # auto = the moving average if the checkpoint has one
-    format: Format = "onnx"  # openvino, torch (torch.export)
+    format: Format = "onnx"  # or openvino
     output: str | None = None  # file; null = beside the checkpoint
     size: Literal["batch"] | tuple[Count, Count] = "batch"  # any height and width, or (H, W) px of all batches
     precision: Literal["fp32", "fp16"] = "fp32"  # type: ignore[assignment] # of the weights

@@ -1,4 +1,4 @@
-"""An exported file as a detector: `detect(batch)` through onnxruntime, OpenVINO or torch."""
+"""An exported file as a detector: `detect(batch)` through onnxruntime or OpenVINO."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision  # noqa: F401  its operators are in torch programs
 from torch import Tensor, nn
 
 from fpn_det.export.graph import INPUTS, LEAST_SIDE
-from fpn_det.export.writing import METADATA_FILE, SUFFIXES, Metadata, imported
+from fpn_det.export.writing import SUFFIXES, Metadata, imported
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
 from fpn_det.structures import Batch, Detections
@@ -44,9 +43,9 @@ class ExportedFile:
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(f"{path}: expected an exported model, got no such file.")
-        openers = {".onnx": _open_onnx, ".xml": _open_openvino, ".pt2": _open_torch}
+        openers = {".onnx": _open_onnx, ".xml": _open_openvino}
         opener = openers[self.path.suffix.lower()]
-        imported({".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch"}[self.path.suffix.lower()])
+        imported({".onnx": "onnxruntime", ".xml": "openvino"}[self.path.suffix.lower()])
         try:
             self._run, texts = opener(self.path, threads)
             self.metadata: Metadata = {name: json.loads(text) for name, text in texts.items() if name in _NAMES}
@@ -161,16 +160,3 @@ def _open_openvino(path: Path, threads: int | None) -> tuple[Run, dict[str, str]
         settings["INFERENCE_NUM_THREADS"] = threads
     compiled = openvino.Core().compile_model(model, "CPU", settings)
     return lambda images, sizes: [np.array(value) for value in compiled([images, sizes]).values()], texts
-
-
-def _open_torch(path: Path, threads: int | None) -> tuple[Run, dict[str, str]]:
-    extra = {METADATA_FILE: ""}
-    program = torch.export.load(path, extra_files=extra)
-    texts = {name: json.dumps(value) for name, value in json.loads(extra[METADATA_FILE]).items()}
-    module = program.module()
-
-    def run(images: np.ndarray, sizes: np.ndarray) -> list[Any]:
-        with torch.no_grad():
-            return list(module(torch.from_numpy(images), torch.from_numpy(sizes)))
-
-    return run, texts

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -20,7 +19,7 @@ from fpn_det.structures import Batch, Targets
 
 INPUTS = ("images", "sizes")
 OUTPUTS = ("boxes", "scores", "labels", "valid", "count")
-LEAST_SIDE, MOST_SIDE = 97, 8192  # px of a canvas while the graph is traced; ONNX and OpenVINO accept smaller ones too
+LEAST_SIDE, MOST_SIDE = 97, 8192  # px of a canvas while the graph is traced; smaller ones are padded
 MOST_IMAGES = 1024
 EXAMPLE = (3, 229, 325)  # images and sides while the graph is traced; any values that are not special
 
@@ -115,20 +114,3 @@ def _cast_to(dtype: torch.dtype) -> Any:
         return [cast(item) for item in value] if isinstance(value, list | tuple) else value
 
     return lambda module, inputs: tuple(cast(value) for value in inputs)
-
-
-def suppress_with_torchvision(
-    boxes: Tensor, scores: Tensor, valid: Tensor, labels: Tensor | None, iou_threshold: float, batched: bool
-) -> Tensor:
-    """Suppression of all groups by one call of torchvision's operator, which a program without fpn_det contains.
-
-    Groups are shifted apart in float64, where that costs no precision. See `models.nms`.
-    """
-    assert labels is None, "groups are images and classes"
-    group = torch.arange(valid.shape[0], device=valid.device)[:, None].expand_as(valid)
-    (chosen,) = torch.where(valid.flatten())
-    apart = boxes.double().flatten(0, 1)[chosen]
-    apart = apart + (group.flatten()[chosen] * (boxes.double().abs().amax() + 1))[:, None]
-    kept = chosen[torchvision.ops.nms(apart, scores.flatten()[chosen].double(), iou_threshold)]
-    keep = torch.zeros_like(valid).flatten()
-    return keep.index_put((kept,), torch.ones_like(kept, dtype=torch.bool)).view_as(valid)

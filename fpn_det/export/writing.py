@@ -1,4 +1,4 @@
-"""Write a traced graph as ONNX, OpenVINO or torch.export, with its metadata in the file."""
+"""Write a traced graph as ONNX or OpenVINO, with its metadata in the file."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from fpn_det.export.graph import INPUTS, OUTPUTS, suppress_with_torchvision
+from fpn_det.export.graph import INPUTS, OUTPUTS
 from fpn_det.models.layers import DeformableConv2d
 
-Format = Literal["onnx", "openvino", "torch"]
-SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
+Format = Literal["onnx", "openvino"]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml"}
 FORMATS: tuple[Format, ...] = get_args(Format)
 OPSET = 18  # of ONNX
-METADATA_FILE = "fpn_det.json"  # within a .pt2
 Metadata = dict[str, Any]
 
 
@@ -28,7 +27,7 @@ def refuse_unsupported(detector: nn.Module, format: Format) -> None:
     Raises:
         ValueError: a part of the detector has no operator in the format.
     """
-    if format != "torch" and any(isinstance(module, DeformableConv2d) for module in detector.modules()):
+    if any(isinstance(module, DeformableConv2d) for module in detector.modules()):
         raise ValueError(
             f"format: expected a detector of operators that ONNX opset {OPSET} has, got deformable convolutions and "
             f"format={format}. Train with model.backbone.deformable=[]."
@@ -41,14 +40,11 @@ def write(program: ExportedProgram, format: Format, path: Path, metadata: Metada
     Args:
         program: see `Graph.trace`.
         metadata: plain values by name.
-        half: store the weights of OpenVINO in float16; in the others the program says it.
+        half: store the weights of OpenVINO in float16; in ONNX the program says it.
 
     Raises:
         ValueError: a library is missing, or the program has an operator that the format lacks.
     """
-    if format == "torch":
-        write_torch(program, path, metadata)
-        return
     onnx_file = path.with_suffix(".unfinished.onnx") if format == "openvino" else path
     write_onnx(program, onnx_file, metadata)
     if format == "openvino":
@@ -57,13 +53,6 @@ def write(program: ExportedProgram, format: Format, path: Path, metadata: Metada
             save_openvino(openvino.convert_model(str(onnx_file)), path, metadata, half)
         finally:
             onnx_file.unlink(missing_ok=True)
-
-
-def write_torch(program: ExportedProgram, path: Path, metadata: Metadata) -> None:
-    """Write a .pt2 whose operators are those of torch and torchvision."""
-    table = {torch.ops.fpn_det.suppress.default: suppress_with_torchvision}
-    plain = program.run_decompositions(table)
-    torch.export.save(plain, path, extra_files={METADATA_FILE: json.dumps(metadata)})
 
 
 def write_onnx(program: ExportedProgram, path: Path, metadata: Metadata) -> None:
@@ -82,9 +71,7 @@ def write_onnx(program: ExportedProgram, path: Path, metadata: Metadata) -> None
         )
     except Exception as error:  # of any kind: the exporter's errors have no common class
         reason = str(error.__cause__ or error).strip().splitlines()[0][:200]
-        raise ValueError(
-            f"export: expected operators that ONNX has, got another: {reason}. Set format=torch."
-        ) from error
+        raise ValueError(f"export: expected operators that ONNX opset {OPSET} has, got another: {reason}.") from error
     assert exported is not None
     exported.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
     exported.save(str(path))

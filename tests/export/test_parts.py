@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 from test_detector import make_batch
 
 METADATA = {"class_names": ["a", "b", "c"], "category_ids": [1, 2, 3], "config": "", "dtype": "uint8", "size": None}
-LIBRARIES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "torch": ()}
+LIBRARIES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
 
 
 def make(
