@@ -31,11 +31,10 @@ from fpn_det.inference.predictor import build_predictor
 from fpn_det.models.weights import refuse_nonfinite_weights
 from fpn_det.runs.checkpoint import fill_model, find_checkpoint, remark_on
 from fpn_det.runs.log import PLAIN_WIDTH
-from fpn_det.terminal import shown_path
 from fpn_det.runtime import Ranks, pick_device
 from fpn_det.schema import Count, Fraction
 from fpn_det.structures import ScoreThresholds
-from fpn_det.terminal import SafeConsole
+from fpn_det.terminal import SafeConsole, shown_path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,9 @@ from fpn_det.report.analysis import Analysis, analyze, compare
 from fpn_det.report.page import write_report
 from fpn_det.runs.checkpoint import find_checkpoint, run_folder_of
 from fpn_det.runs.folder import versions
-from fpn_det.terminal import shown_path
 from fpn_det.runs.overview import read_records
 from fpn_det.runs.settings_diff import ABSENT, affects_results, differing, read_settings
+from fpn_det.terminal import shown_path
 
 
 @dataclass(frozen=True, kw_only=True)
