@@ -75,7 +75,7 @@ def test_torchrun_restarts_a_killed_run_and_it_resumes(shapes_dataset, tmp_path)
     rank = int((tmp_path / "run/.lock").read_text().split()[1])
     os.kill(rank, signal.SIGKILL)
     assert launcher.wait(timeout=300) == 0
-    assert "Going on after step" in (tmp_path / "run/log.txt").read_text()
+    assert "Resuming after step" in (tmp_path / "run/log.txt").read_text()
     assert metrics(tmp_path / "run")["step"] == 6
 
 
