@@ -9,6 +9,7 @@ Examples:
   fpn-det predict run=runs/demo source=photos
   fpn-det predict run=runs/demo source='photos/*.jpg' out=found score=0.5
   fpn-det predict checkpoint=model.pt source=list.txt draw=false score=0 batch_size=8
+  fpn-det predict checkpoint=model.onnx source=photos
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fpn_det.cli.eval import saved_settings
@@ -25,9 +28,12 @@ from fpn_det.cli.launch import launch
 from fpn_det.composition import literal
 from fpn_det.config import EvalConfig
 from fpn_det.data.sampling import evaluation_batches
+from fpn_det.export.export import open_exported
+from fpn_det.export.exported import ExportedDetector, is_exported
 from fpn_det.inference.folder import UNREADABLE, Entry, PredictionFolder, as_error, draw_all, picture_names, sizes_of
 from fpn_det.inference.images import find_files, is_video
 from fpn_det.inference.predictor import build_predictor
+from fpn_det.models.detector import Detector
 from fpn_det.models.weights import refuse_nonfinite_weights
 from fpn_det.runs.checkpoint import fill_model, find_checkpoint, remark_on
 from fpn_det.runs.log import PLAIN_WIDTH
@@ -75,19 +81,16 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
         raise ValueError(f"source: expected images, got the video {videos[0]}. Extract its frames first.")
     if config.batch_size is not None:
         config = replace(config, data=replace(config.data, eval_batch_size=config.batch_size))
-    path, state = find_checkpoint(config.run, config.checkpoint)
+    path, state, model, device = _open(config)
     if remark := remark_on(path):
         console.print(remark, markup=False)
     names = state["class_names"]
-    model = config.build_model(len(names))
-    fill_model(model, state, str(path), config.weights)
-    refuse_nonfinite_weights(model.state_dict(), str(path))
     ids = state.get("category_ids") or list(range(1, len(names) + 1))
     predictor = build_predictor(
         config,
         model,
         names,
-        pick_device(config.device),
+        device,
         config.tta,
         ids,
         ScoreThresholds.read(state.get("score_thresholds"), str(path)),
@@ -97,7 +100,7 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
     selection = predictor.selection(config.score, config.classes, config.max_detections)
     console.print(f"{len(files)} images, {path}. Kept: {thresholds.origin}.", markup=False, soft_wrap=True)
 
-    settings = asdict(config) | {"checkpoint": str(path), "step": state["progress"]["step"], "device": None}
+    settings = asdict(config) | {"checkpoint": str(path), "step": state["step"], "device": None}
     settings["data"] = {"eval_batch_size": config.data.eval_batch_size, "eval_transforms": config.data.eval_transforms}
     folder = PredictionFolder(Path(config.out), files, settings)
     batches = evaluation_batches(sizes_of(files), config.data.eval_batch_size, Ranks())
@@ -128,3 +131,15 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
             f"{len(errors)} of {len(files)} files could not be read: {shown_path(folder.folder / UNREADABLE)}"
         )
     console.print(f"{count} detections: {shown_path(folder.folder)}", markup=False, soft_wrap=True)
+
+
+def _open(config: PredictConfig) -> tuple[Path, dict[str, Any], Detector | ExportedDetector, torch.device]:
+    """The file that is asked for, what it says about itself, and its detector with the device to run it on."""
+    if is_exported(config.checkpoint):
+        exported = open_exported(config.checkpoint)
+        return exported.file.path, exported.file.metadata, exported, pick_device("cpu")
+    path, state = find_checkpoint(config.run, config.checkpoint)
+    model = config.build_model(len(state["class_names"]))
+    fill_model(model, state, str(path), config.weights)
+    refuse_nonfinite_weights(model.state_dict(), str(path))
+    return path, state | {"step": state["progress"]["step"]}, model, pick_device(config.device)
