@@ -26,6 +26,8 @@ from fpn_det.composition import compose
 from fpn_det.data.flip_resize import FlipResize
 from fpn_det.models import losses as losses_module
 from fpn_det.models import rpn as rpn_module
+from fpn_det.models.detector import Detector
+from fpn_det.models.timm_backbone import TimmBackbone
 from fpn_det.structures import Proposals, _map_tensors
 from fpn_det.training import ema
 from fpn_det.training.optimization import Optimization
@@ -105,6 +107,20 @@ def test_a_model_without_an_rpn_stays_on_the_device():
             model(with_proposals, 0)
             model.detect(with_proposals)
         assert not watch.between_devices
+
+
+def test_a_model_with_a_backbone_of_timm_stays_on_the_device(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("timm", reason="needs the extra timm")
+    model = Detector(3, TimmBackbone("convnext_atto", drop_path=0.1)).train()  # timm reads values when it builds one
+    monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
+    with FakeTensorMode() as mode:
+        model._apply(lambda tensor: mode.from_tensor(tensor).to("cuda"))
+        batch = make_batch((2, 0)).to("cuda")
+        with DeviceCounter() as watch:
+            losses = model(batch, 0)
+            detections = model.eval().detect(batch)
+        assert not watch.between_devices
+        assert losses.total().device.type == detections.boxes.device.type == "cuda"
 
 
 @pytest.mark.parametrize("flip", [False, True])
