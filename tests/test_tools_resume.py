@@ -30,6 +30,16 @@ def weights_after(run: Path, step: int) -> dict:
     return state["model"] | {f"ema.{name}": tensor for name, tensor in state["ema"].items()} | optimizer
 
 
+def check_resume(run_tool, tmp_path: Path, words: list[str]) -> None:
+    straight = run_tool("train.py", *words, "run_dir=straight", "trainer.save_every=1 steps", "trainer.keep_last=0")
+    assert straight.returncode == 0, straight.stderr
+    resumed = run_tool("train.py", *words, "run_dir=resumed", "resume=straight/checkpoints/step_00000003.pt")
+    assert resumed.returncode == 0, resumed.stderr
+    one, other = weights_after(tmp_path / "straight", 4), weights_after(tmp_path / "resumed", 4)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert metrics(tmp_path / "straight") == metrics(tmp_path / "resumed")
+
+
 @pytest.mark.parametrize(
     ("workers", "settings"),
     [
@@ -47,13 +57,26 @@ def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(run_tool, shapes_da
         f"data.num_workers={workers}",
         *settings,
     ]
-    straight = run_tool("train.py", *words, "run_dir=straight", "trainer.save_every=1 steps", "trainer.keep_last=0")
-    assert straight.returncode == 0, straight.stderr
-    resumed = run_tool("train.py", *words, "run_dir=resumed", "resume=straight/checkpoints/step_00000003.pt")
-    assert resumed.returncode == 0, resumed.stderr
-    one, other = weights_after(tmp_path / "straight", 4), weights_after(tmp_path / "resumed", 4)
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    assert metrics(tmp_path / "straight") == metrics(tmp_path / "resumed")
+    check_resume(run_tool, tmp_path, words)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_backbone_of_timm_resumes_to_the_bit(run_tool, shapes_dataset, tmp_path):
+    """Its stochastic depth draws from torch's generator."""
+    pytest.importorskip("timm", reason="needs the extra timm")
+    backbone = ("name=convnext_atto", "weights=null", "weights_by=name", "frozen_stages=0", "drop_path=0.5")
+    words = [
+        "experiment=finetune_small",
+        *(f"model.backbone.{word}" for word in backbone),
+        *(word for word in TINY if not word.startswith("experiment")),
+        f"data.root={shapes_dataset}",
+        "data.train_transforms.resize.sides=[96]",
+        "data.eval_transforms.resize.sides=[96]",
+        "schedule.warmup_steps=1",
+        "trainer.max_steps=4",
+        "trainer.ema=0.9",
+    ]
+    check_resume(run_tool, tmp_path, words)
 
 
 @pytest.mark.slow
