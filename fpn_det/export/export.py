@@ -39,7 +39,7 @@ class ExportConfig(DetectorConfig):
     format: Format = "onnx"  # or openvino
     output: str | None = None  # file; null = beside the checkpoint
     size: Literal["batch"] | tuple[Count, Count] = "batch"  # any height and width, or (H, W) px of all batches
-    precision: Literal["fp32", "fp16"] = "fp32"  # type: ignore[assignment] # of the weights
+    precision: Literal["fp32", "fp16"] = "fp32"  # of the weights
     verify: Literal["images", "ap"] = "images"  # ap: also the AP on the validation set beside torch's; always for fp16
 
     def __post_init__(self) -> None:

@@ -61,6 +61,10 @@ class ExportedFile:
         self.dtype: torch.dtype = getattr(torch, self.metadata["dtype"])
         self.size: tuple[int, int] | None = tuple(self.metadata["size"]) if self.metadata["size"] else None
 
+    def canvas(self, height: int, width: int) -> tuple[int, int]:
+        """(H, W) to which images of a size are padded before the file gets them."""
+        return self.size or (max(height, LEAST_SIDE), max(width, LEAST_SIDE))
+
     def __call__(self, images: Tensor, sizes: Tensor) -> Detections:
         """Detect objects; see `Graph.forward`.
 
@@ -75,15 +79,12 @@ class ExportedFile:
             )
         if images.dtype != self.dtype:
             raise ValueError(f"{where}: expected images of {self.dtype}, got {images.dtype}.")
-        if self.size is not None:
-            height, width = self.size
-            if images.shape[1] > height or images.shape[2] > width:
-                raise ValueError(
-                    f"{where}: expected images of at most {height} x {width} px (h x w), got {images.shape[1]} x "
-                    f"{images.shape[2]}. Export with a larger size, or with size=batch."
-                )
-        else:
-            height, width = (max(side, LEAST_SIDE) for side in images.shape[1:3])
+        height, width = self.canvas(images.shape[1], images.shape[2])
+        if images.shape[1] > height or images.shape[2] > width:
+            raise ValueError(
+                f"{where}: expected images of at most {height} x {width} px (h x w), got {images.shape[1]} x "
+                f"{images.shape[2]}. Export with a larger size, or with size=batch."
+            )
         padded = F.pad(images, (0, 0, 0, width - images.shape[2], 0, height - images.shape[1]))
         outputs = self._run(padded.contiguous().numpy(), sizes.contiguous().numpy())
         boxes, scores, labels, valid, _ = (torch.as_tensor(np.asarray(output)) for output in outputs)

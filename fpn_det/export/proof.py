@@ -56,7 +56,7 @@ def compare(detector: Detector, exported: ExportedDetector, batches: Iterable[Ba
     images, empty, number, box, score, unmatched = 0, 0, 0, 0.0, 0.0, []
     for batch in batches:
         theirs = exported.detect(batch).to_original(batch)
-        ours = detector.detect(_on_canvas(batch, detector.stride)).to_original(batch)
+        ours = detector.detect(_on_canvas(batch, exported, detector.stride)).to_original(batch)
         for row, (mine, other) in enumerate(zip(ours.images(), theirs.images(), strict=True)):
             images, empty, number = images + 1, empty + (not len(mine[1])), number + len(mine[1])
             boxes, scores, left = _match(mine, other, detector)
@@ -65,9 +65,12 @@ def compare(detector: Detector, exported: ExportedDetector, batches: Iterable[Ba
     return Difference(images, empty, number, box, score, tuple(unmatched))
 
 
-def _on_canvas(batch: Batch, stride: int) -> Batch:
+def _on_canvas(batch: Batch, exported: ExportedDetector, stride: int) -> Batch:
+    """Pad as the file does: near the border of an image, detections depend on the size of its canvas."""
     height, width = batch.pixels.shape[2:]
-    return replace(batch, pixels=F.pad(batch.pixels, (0, -width % stride, 0, -height % stride)))
+    canvas_height, canvas_width = exported.file.canvas(height, width)
+    bottom, right = (side + -side % stride for side in (canvas_height, canvas_width))
+    return replace(batch, pixels=F.pad(batch.pixels, (0, right - width, 0, bottom - height)))
 
 
 Found = tuple[Tensor, Tensor, Tensor]  # boxes, scores, labels of an image
