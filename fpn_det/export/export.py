@@ -39,11 +39,13 @@ class ExportConfig(DetectorConfig):
     format: Format = "onnx"  # or openvino
     output: str | None = None  # file; null = beside the checkpoint
     size: Literal["batch"] | tuple[Count, Count] = "batch"  # any height and width, or (H, W) px of all batches
-    precision: Literal["fp32", "fp16"] = "fp32"  # of the weights
+    precision: Literal["fp32", "fp16"] = "fp32"  # of weights and features; fp16 with onnx
     verify: Literal["images", "ap"] = "images"  # ap: also the AP on the validation set beside torch's; always for fp16
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.precision == "fp16" and self.format != "onnx":
+            raise ValueError(f"precision: expected fp32 for format={self.format}, got fp16. Set format=onnx.")
         if self.model.get("rpn", "") is None:
             raise ValueError(
                 "export: expected a detector that proposes its own boxes, got one without an RPN. It needs proposals."
@@ -70,7 +72,6 @@ def export(config: ExportConfig, say: Callable[[str], None] = print) -> Path:
     annotations = config.data.read_split("val", state["class_names"], config.seed)
     size = None if config.size == "batch" else config.size
     dtype = config.data.transforms(train=False).dtype.name
-    half = config.precision == "fp16"
     metadata: Metadata = {
         "class_names": list(state["class_names"]),
         "category_ids": list(state.get("category_ids") or range(1, len(state["class_names"]) + 1)),
@@ -90,8 +91,8 @@ def export(config: ExportConfig, say: Callable[[str], None] = print) -> Path:
     # the proof reads the files under another name, in a folder beside, so that a failed one leaves nothing
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export_") as folder:
         unfinished = Path(folder) / path.name
-        program = Graph(detector, half and config.format != "openvino").trace(size, getattr(torch, dtype))
-        write(program, config.format, unfinished, metadata, half)
+        program = Graph(detector, config.precision == "fp16").trace(size, getattr(torch, dtype))
+        write(program, config.format, unfinished, metadata)
         exported = open_exported(unfinished)
         _prove(detector, exported, annotations, config, say)
         for file in Path(folder).iterdir():

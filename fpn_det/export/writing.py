@@ -34,13 +34,12 @@ def refuse_unsupported(detector: nn.Module, format: Format) -> None:
         )
 
 
-def write(program: ExportedProgram, format: Format, path: Path, metadata: Metadata, half: bool = False) -> None:
+def write(program: ExportedProgram, format: Format, path: Path, metadata: Metadata) -> None:
     """Write a program to a file, or for OpenVINO to a pair of files.
 
     Args:
         program: see `Graph.trace`.
         metadata: plain values by name.
-        half: store the weights of OpenVINO in float16; in ONNX the program says it.
 
     Raises:
         ValueError: a library is missing, or the program has an operator that the format lacks.
@@ -50,7 +49,7 @@ def write(program: ExportedProgram, format: Format, path: Path, metadata: Metada
     if format == "openvino":
         try:
             openvino = imported("openvino")
-            save_openvino(openvino.convert_model(str(onnx_file)), path, metadata, half)
+            save_openvino(openvino.convert_model(str(onnx_file)), path, metadata)
         finally:
             onnx_file.unlink(missing_ok=True)
 
@@ -77,11 +76,11 @@ def write_onnx(program: ExportedProgram, path: Path, metadata: Metadata) -> None
     exported.save(str(path))
 
 
-def save_openvino(model: Any, path: Path, metadata: Metadata, half: bool) -> None:
+def save_openvino(model: Any, path: Path, metadata: Metadata) -> None:
     """Write an OpenVINO model: <name>.xml, and its weights beside it in <name>.bin."""
     for name, value in metadata.items():
         model.set_rt_info(json.dumps(value), ["fpn_det", name])
-    imported("openvino").save_model(model, str(path), compress_to_fp16=half)
+    imported("openvino").save_model(model, str(path), compress_to_fp16=False)
 
 
 def _translations() -> dict[Any, Callable]:
