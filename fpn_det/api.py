@@ -30,6 +30,7 @@ from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
 from fpn_det.models.weights import refuse_nonfinite_weights
 from fpn_det.pretrained import settings_for
+from fpn_det.run_report import report_after_training
 from fpn_det.runs import bad_files
 from fpn_det.runs.checkpoint import checkpoint_of, fill_model, find_checkpoint, remark_on, run_folder_of
 from fpn_det.runs.folder import choose_folder
@@ -85,6 +86,8 @@ def train(config: TrainConfig | str | Sequence[str], overrides: Sequence[str] = 
                 trainer.prepare(folder, log, overrides)
             with profiled(config.profile, log):
                 exit_code = trainer.train()
+            if ranks.is_main and not exit_code:
+                report_after_training(trainer)
     if exit_code:
         raise SystemExit(exit_code)
     return folder.path

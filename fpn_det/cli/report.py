@@ -18,14 +18,12 @@ from pathlib import Path
 from fpn_det import api
 from fpn_det.cli.eval import saved_settings
 from fpn_det.cli.launch import launch
-from fpn_det.composition import compose, compose_as, read_saved
+from fpn_det.composition import compose_as, read_saved
 from fpn_det.config import EvalConfig
 from fpn_det.report.analysis import Analysis, analyze, compare
-from fpn_det.report.page import write_report
+from fpn_det.run_report import write_run_report
 from fpn_det.runs.checkpoint import find_checkpoint, run_folder_of
-from fpn_det.runs.folder import versions
-from fpn_det.runs.overview import read_records
-from fpn_det.runs.settings_diff import ABSENT, affects_results, differing, read_settings
+from fpn_det.runs.settings_diff import affects_results, differing, read_settings
 from fpn_det.terminal import shown_path
 
 
@@ -63,22 +61,10 @@ def report(config: ReportConfig, words: Sequence[str]) -> None:
         same_settings = all(setting.split(".")[-1] == "seed" for setting in changed if affects_results(setting))
         against = name, other, compare(analysis, other, same_settings)
         print(against[2].verdict(run.name, name))
-    history = run / "metrics.jsonl"
     suffix = "" if config.split == "val" else f"_{config.split}"
-    page = write_report(
-        run / f"report{suffix}",
-        run.name,
-        analysis,
-        read_records(history.read_text(encoding="utf-8")) if history.is_file() else [],
-        {
-            **{name: str(version) for name, version in versions().items()},
-            "checkpoint": path.name,
-            "step": str(state["progress"]["step"]),
-            "seconds of the evaluation": f"{analysis.evaluation.seconds:.1f}",
-        },
-        _changed_settings(state["config"]),
-        against,
-    )
+    checkpoint = {"checkpoint": path.name, "step": str(state["progress"]["step"])}
+    splits = {str(config.split): analysis.annotations}
+    page = write_run_report(run, run / f"report{suffix}", analysis, splits, state["config"], checkpoint, against)
     print(f"written: {shown_path(page)}")
 
 
@@ -86,21 +72,5 @@ def _analyze(config: EvalConfig) -> Analysis:
     evaluation = api.evaluate(config)
     _, state = find_checkpoint(config.run, config.checkpoint)
     annotations = config.data.read_split(config.split, state["class_names"], config.seed)
-    if evaluation.num_images != len(annotations):
-        raise ValueError(
-            f"report: expected {len(annotations)} evaluated images, got {evaluation.num_images}, because others cannot be read. "
-            "Repair those in bad_files.txt."
-        )
     model = config.build_model(annotations.num_classes)
     return analyze(annotations, evaluation, config.evaluation, model, config.data.transforms(train=False))
-
-
-def _changed_settings(text: str) -> list[list[str]]:
-    """Name, value of the experiment and value of the run, for the settings in which they differ."""
-    run = read_settings(text)
-    try:
-        experiment = read_settings(compose([f"experiment={run['experiment']}"]).to_yaml())
-    except (KeyError, ValueError):  # the experiment has no file here
-        return []
-    names = [name for name in differing([experiment, run]) if affects_results(name)]
-    return [[name, *(str(one.get(name, ABSENT)) for one in (experiment, run))] for name in names]

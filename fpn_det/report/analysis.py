@@ -76,7 +76,15 @@ def analyze(
         config: of the evaluation, whose target is detections.
         model: whose level assigner is used; its weights are not.
         transform: of the evaluation.
+
+    Raises:
+        ValueError: images were left out, because they cannot be read.
     """
+    if evaluation.num_images != len(annotations):
+        raise ValueError(
+            f"report: expected {len(annotations)} evaluated images, got {evaluation.num_images}, because others cannot be read. "
+            "Repair those in bad_files.txt."
+        )
     images, detections = np.arange(len(annotations)), evaluation.detections
     matches = match_detections(annotations, detections, images, config, np.array([config.match_iou]))
     outcomes = find_outcomes(matches, detections, evaluation.score_thresholds)

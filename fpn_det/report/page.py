@@ -6,7 +6,9 @@ import base64
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ PICTURES = 12  # of a gallery
 LISTED = 100  # suspects on the page; the files have all
 MAX_CLASSES = 20  # with a row and column of their own in the confusion matrix on the page
 POINTS = 150  # of a drawn curve
+LOSS_TAGS = ("train/loss", "train/rpn_", "train/roi_", "val/loss")  # beginnings of TensorBoard's tags of losses
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1c2430; --soft: #5a6577; --line: #d5dae2; --back: #fff; --accent: #2f74b5; }
@@ -40,6 +43,8 @@ th { color: var(--soft) } table.sortable th { cursor: pointer; text-decoration: 
 figure { display: inline-block; margin: .4rem .6rem .4rem 0; width: 320px; max-width: 100%; vertical-align: top }
 figure img, svg { max-width: 100%; height: auto } figcaption { font-size: 13px } svg text { font: 11px system-ui; fill: var(--soft) }
 .verdict { font-size: 1.1rem; font-weight: 600 } .key { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 .8rem }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); gap: 0 1.5rem }
+.charts svg { width: 100% } .charts p { margin: 0; font-size: 13px }
 """
 SCRIPT = """
 for (const table of document.querySelectorAll('table.sortable')) table.querySelectorAll('th').forEach((head, column) => {
@@ -58,13 +63,23 @@ for (const table of document.querySelectorAll('table.sortable')) table.querySele
 """
 
 
+@dataclass(frozen=True)
+class RunFacts:
+    """Everything that the report shows of a run beside its detections."""
+
+    scalars: Mapping[str, Sequence[tuple[int, float]]]  # steps and values by TensorBoard's tag
+    splits: Mapping[str, Mapping[str, str]]  # summary by split
+    findings: Mapping[str, int]  # faults of the data that were found before training, by kind
+    settings: Sequence[Sequence[str]]  # name, value of the experiment, value of the run, for those that differ
+    versions: Sequence[Sequence[str]]  # name, version of the training, version of the evaluation
+    others: Mapping[str, str]  # checkpoint, speed and the like, by name
+
+
 def write_report(
     folder: Path,
     title: str,
     analysis: Analysis,
-    history: Sequence[Mapping[str, Any]] = (),
-    facts: Mapping[str, str] | None = None,
-    settings: Sequence[Sequence[str]] = (),
+    facts: RunFacts,
     against: tuple[str, Analysis, Comparison] | None = None,
 ) -> Path:
     """Write index.html, per_class.csv, errors.csv, suspects.csv and suspects.json. Returns the page.
@@ -73,9 +88,7 @@ def write_report(
         folder: created if it does not exist.
         title: name of the run.
         analysis: of its detections.
-        history: records of `metrics.jsonl`.
-        facts: versions, speed and the like, by name.
-        settings: name, value of the experiment, value of the run, for those that differ.
+        facts: of the run.
         against: name, analysis and comparison of another run.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,14 +107,14 @@ def write_report(
         _errors(errors),
         _levels(analysis),
     ]
-    parts += [_galleries(analysis), _suspects(analysis), _history(history)]
-    if settings:
+    parts += [_galleries(analysis), _suspects(analysis), _history(facts.scalars), _data_sets(facts)]
+    if facts.settings:
         parts.append(
             "<h2>Settings that differ from the experiment's file</h2>"
-            + _table(("setting", "experiment", "run"), settings)
+            + _table(("setting", "experiment", "run"), [map(escape, row) for row in facts.settings])
         )
-    if facts:
-        parts.append("<h2>Versions and speed</h2>" + _table(("", ""), facts.items()))
+    parts.append("<h2>Versions and speed</h2>" + _table(("", ""), [map(escape, row) for row in facts.others.items()]))
+    parts.append(_table(("", "training", "evaluation"), [map(escape, row) for row in facts.versions]))
     head = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{STYLE}</style></head>'
@@ -166,11 +179,11 @@ def _curves(analysis: Analysis) -> str:
     ]
     error = calibration.expected_error
     return (
-        "<h2>Curves</h2>"
+        "<h2>Curves</h2><div class=charts>"
         + _chart("Precision over recall", lines("recall", "precision"))
         + _chart("F1 over the score threshold", lines("scores", "f1"))
-        + _chart("Calibration: share of hits over the score", reliability)
-        + f"<p class=hint>Expected calibration error: {_cell(error)}.</p>"
+        + _chart("Share of hits over the score", reliability)
+        + f"</div><p class=hint>Expected calibration error: {_cell(error)}.</p>"
     )
 
 
@@ -276,20 +289,33 @@ def _galleries(analysis: Analysis) -> str:
     parts += [_figure(analysis, row, f"{count[row]} mistakes") for row in worst]
     false = np.flatnonzero(outcomes.shown & ~outcomes.is_hit)
     false = false[np.argsort(-matches.scores[false], kind="stable")][:PICTURES]
-    parts.append("<h2>False detections by score</h2>")
+    parts.append("<h2>False detections by score, with the objects that they overlap</h2>")
+    found_boxes = analysis.evaluation.detections.boxes[matches.detections]
+    boxes = analysis.annotations.boxes.numpy()[matches.objects]
     for index in false.tolist():
+        image = matches.detection_images[index]
+        near = np.flatnonzero((matches.object_images == image) & _overlaps(boxes, found_boxes[index])).tolist()
         name = analysis.annotations.class_names[matches.detection_labels[index]]
-        caption = f"{escape(name)} {matches.scores[index]:.2f}"
-        parts.append(_figure(analysis, int(matches.images[matches.detection_images[index]]), caption, [index], []))
+        ids = analysis.annotations.annotation_ids[matches.objects[near]].tolist()
+        caption = f"{escape(name)} {matches.scores[index]:.2f}" + (f", over annotation {str(ids)[1:-1]}" if ids else "")
+        parts.append(_figure(analysis, int(matches.images[image]), caption, [index], near))
     missed = np.flatnonzero(~outcomes.is_found)
     area = analysis.annotations.area.numpy()[matches.objects[missed]]
-    parts.append("<h2>Missed objects, the largest first</h2>")
+    parts.append("<h2>Missed objects, the largest first, with the detections that overlap them</h2>")
     for index in missed[np.argsort(-area, kind="stable")][:PICTURES].tolist():
         row = int(matches.objects[index])
         name = analysis.annotations.class_names[matches.object_labels[index]]
+        image = matches.object_images[index]
+        is_near = (matches.detection_images == image) & outcomes.shown & _overlaps(found_boxes, boxes[index])
         caption = f"{escape(name)}, annotation {int(analysis.annotations.annotation_ids[row])}"
-        parts.append(_figure(analysis, int(matches.images[matches.object_images[index]]), caption, [], [index]))
+        parts.append(_figure(analysis, int(matches.images[image]), caption, np.flatnonzero(is_near).tolist(), [index]))
     return "".join(parts)
+
+
+def _overlaps(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Compare boxes [N, 4] with one [4]: bool [N], a common area."""
+    inside = np.concatenate([boxes[:, :2] < box[2:], boxes[:, 2:] > box[:2]], axis=1)
+    return np.logical_and.reduce(inside, axis=1)
 
 
 def _legend() -> str:
@@ -327,8 +353,11 @@ def _figure(
         "" if kind == HIT else f"{names[matches.detection_labels[i]]} {matches.scores[i]:.2f}"
         for i, kind in zip(detections, kinds, strict=True)
     ]
-    texts += [names[matches.object_labels[index]] for index in objects]
-    kinds += outcomes.object_kinds[objects].tolist() if len(objects) else []
+    of_objects = outcomes.object_kinds[objects].tolist() if len(objects) else []
+    texts += [
+        "" if kind == HIT else names[matches.object_labels[i]] for i, kind in zip(objects, of_objects, strict=True)
+    ]
+    kinds += of_objects
     picture = draw_boxes(pixels, np.array(boxes, np.float64).reshape(-1, 4), kinds, texts, SIDE, OUTCOME_COLORS)
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=80)
@@ -386,17 +415,35 @@ def _suspects(analysis: Analysis) -> str:
     )
     if not rows:
         return f"<h2>Annotations that look wrong</h2><p>None.</p><p class=hint>{hint}</p>"
-    cells = [[_cell(value) for value in row.values()] for row in rows[:LISTED]]
+    cells = [[escape(str(value)) for value in row.values()] for row in rows[:LISTED]]
     return f"<h2>Annotations that look wrong</h2>{_table(rows[0], cells, 'sortable')}<p class=hint>{hint}</p>"
 
 
-def _history(history: Sequence[Mapping[str, Any]]) -> str:
-    lines = []
-    for name in ("AP", "AP50", "AR100"):
-        points = [(float(record["step"]), record[name]) for record in history if isinstance(record.get(name), float)]
-        if points:
-            lines.append((name, [x for x, _ in points], [y for _, y in points]))
-    return "<h2>Curves of the run</h2>" + _chart("Metrics over the step", lines) if lines else ""
+def _history(scalars: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+    terms = [tag for tag in scalars if tag.startswith(LOSS_TAGS)]
+    charts = {"Losses": terms, "Learning rate": ["train/lr"], "AP": ["val/AP", "val/AP50", "val/AP75"]}
+    parts = []
+    for title, tags in charts.items():
+        lines = [
+            (
+                tag if tag == "val/loss" else tag.split("/")[1],
+                [float(step) for step, _ in scalars[tag]],
+                [value for _, value in scalars[tag]],
+            )
+            for tag in tags
+            if scalars.get(tag)
+        ]
+        if lines:
+            parts.append(_chart(f"{title} over the step", lines, None if title != "AP" else 1.0))
+    return f"<h2>Curves of the run</h2><div class=charts>{''.join(parts)}</div>" if parts else ""
+
+
+def _data_sets(facts: RunFacts) -> str:
+    names = dict.fromkeys(name for summary in facts.splits.values() for name in summary)
+    rows = [[escape(name), *(escape(one.get(name, "")) for one in facts.splits.values())] for name in names]
+    text = ", ".join(f"{escape(name)} {count}" for name, count in facts.findings.items())
+    findings = f"<p class=hint>Found by the check of the data before training: {text}.</p>" if text else ""
+    return f"<h2>Data</h2>{_table(('', *facts.splits), rows)}{findings}"
 
 
 def _comparison(title: str, analysis: Analysis, name: str, other: Analysis, comparison: Comparison) -> str:
@@ -405,35 +452,47 @@ def _comparison(title: str, analysis: Analysis, name: str, other: Analysis, comp
     parts = [f"<h2>Against {escape(name)}</h2><p class=verdict>{escape(comparison.verdict(title, name))}</p>"]
     parts.append(_table(("difference", "value", "from", "to"), rows))
     parts.append("<h3>AP of the classes</h3>" + _table(("class", "difference", "from", "to"), classes, "sortable"))
-    for text, images in (("better", comparison.gained), ("worse", comparison.lost)):
-        parts.append(f"<h3>Pictures that became {text}: {len(images)}</h3>")
+    parts.append(_legend())
+    for better, images in ((title, comparison.gained), (name, comparison.lost)):
+        parts.append(f"<h3>Pictures on which {escape(better)} makes fewer mistakes: {len(images)}</h3>")
         for row in images[: PICTURES // 3]:
-            parts += [_figure(analysis, row, escape(title)), _figure(other, row, escape(name))]
+            pair = _figure(analysis, row, escape(title)) + _figure(other, row, escape(name))
+            parts.append(f"<div>{pair}</div>")
     return "".join(parts)
 
 
-def _chart(title: str, lines: Sequence[tuple[str, list[float], list[float]]]) -> str:
-    """An SVG chart. The y axis is from 0 to 1, the x axis from 0 to the largest value."""
-    width, height, most = 400, 240, max([1e-9, *(x for _, xs, _ in lines for x in xs)])
-    most = 1.0 if most <= 1 else most
-    shapes = []
+def _chart(title: str, lines: Sequence[tuple[str, list[float], list[float]]], top: float | None = 1.0) -> str:
+    """Draw an SVG chart with its legend below.
+
+    Args:
+        title: above the chart.
+        lines: name, x and y of each. A line of one point is drawn as a dot.
+        top: of the y axis, which starts at 0; None is the largest value.
+    """
+    width, height, right = 400, 240, max([1e-9, *(x for _, xs, _ in lines for x in xs)])
+    right = 1.0 if right <= 1 else right
+    top = top or max([1e-9, *(y for _, _, ys in lines for y in ys if math.isfinite(y))])
+    shapes, keys = [], []
     for number, (name, xs, ys) in enumerate(lines):
         color = f"hsl({number * 137.5 % 360:.0f} 60% 50%)"
-        points = " ".join(
-            f"{40 + x / most * width:.1f},{10 + (1 - y) * height:.1f}" for x, y in zip(xs, ys, strict=True)
-        )
+        places = [
+            (40 + x / right * width, 10 + (1 - y / top) * height)
+            for x, y in zip(xs, ys, strict=True)
+            if math.isfinite(y)
+        ]
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         shapes.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.6"/>')
-        shapes.append(f'<text x="{width + 50}" y="{20 + 15 * number}" style="fill:{color}">{escape(name[:16])}</text>')
+        if len(places) == 1:
+            shapes.append(f'<circle cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3" fill="{color}"/>')
+        keys.append(f'<span class=key style="background:{color}"></span>{escape(name)}')
     ticks = "".join(
-        f'<text x="{40 + width * part / 4:.0f}" y="{height + 26}" text-anchor="middle">{most * part / 4:.4g}</text>'
-        f'<text x="34" y="{14 + height * (1 - part / 4):.0f}" text-anchor="end">{part / 4:g}</text>'
+        f'<text x="{40 + width * part / 4:.0f}" y="{height + 26}" text-anchor="middle">{right * part / 4:.4g}</text>'
+        f'<text x="34" y="{14 + height * (1 - part / 4):.0f}" text-anchor="end">{top * part / 4:.2g}</text>'
         for part in range(5)
     )
     frame = f'<rect x="40" y="10" width="{width}" height="{height}" fill="none" stroke="var(--line)"/>'
-    svg = (
-        f'<svg viewBox="0 0 {width + 170} {height + 36}" width="{width + 170}" role="img" aria-label="{escape(title)}">'
-    )
-    return f"<div><h3>{escape(title)}</h3>{svg}{frame}{''.join(shapes)}{ticks}</svg></div>"
+    svg = f'<svg viewBox="0 0 {width + 60} {height + 36}" role="img" aria-label="{escape(title)}">'
+    return f"<div><h3>{escape(title)}</h3>{svg}{frame}{''.join(shapes)}{ticks}</svg><p>{' '.join(keys)}</p></div>"
 
 
 def _interval(interval: Interval, signed: bool = False) -> list[str]:
@@ -445,7 +504,7 @@ def _cell(value: Any) -> str:
     return "n/a" if value is None else f"{value:.3f}" if isinstance(value, float) else escape(str(value))
 
 
-def _table(names: Iterable[str], rows: Iterable[Sequence[object]], kind: str = "") -> str:
+def _table(names: Iterable[str], rows: Iterable[Iterable[object]], kind: str = "") -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class=scroll><table class="{kind}"><tr>{head}</tr>{body}</table></div>'

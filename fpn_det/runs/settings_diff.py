@@ -14,7 +14,7 @@ from fpn_det.safe_yaml import load_yaml
 # Settings, or groups of settings, that change neither weights nor metrics.
 IRRELEVANT_TO_RESULTS = (
     "allow_targets", "data.check", "data.num_workers", "data.start_method", "experiment", "profile", "resume", "run", "run_dir",
-    "set_aside", "trainer.eval_every", "trainer.keep_last", "trainer.log_every", "trainer.probe", "trainer.save_every",
+    "set_aside", "trainer.eval_every", "trainer.keep_last", "trainer.log_every", "trainer.probe", "trainer.report", "trainer.save_every",
     "trainer.timeout_minutes", "trainer.val_loss",
 )  # fmt: skip
 # Settings that say how a run is started, which a resumed run does not take over.

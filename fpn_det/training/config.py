@@ -58,6 +58,7 @@ class TrainerConfig:
     best_metric: str = "AP"  # decides which checkpoint becomes best.pt
     early_stop: EarlyStopping | None = None  # end the run when the metric stops improving
     val_loss: bool = False  # also measure the losses on the validation images, with every evaluation
+    report: bool = True  # write the report of the last evaluation, as `fpn-det report` does
     probe: bool = False  # first rehearse a step of the largest images and most objects, to report the peak of memory
     timeout_minutes: Positive = 30.0  # how long one rank waits for another within a step
 
