@@ -10,9 +10,11 @@ from tiny import TINY
 def test_report_of_a_run_and_against_itself(run_tool, shapes_dataset, tmp_path):
     trained = run_tool("train.py", *TINY, f"data.root={shapes_dataset}", "trainer.max_steps=1", "run_dir=run")
     assert trained.returncode == 0, trained.stderr
+    folder = tmp_path / "run" / "report"
+    page = (folder / "index.html").read_text()  # of the last evaluation
+    assert all(title in page for title in ("Losses over the step", "Learning rate over the step", "Versions and speed"))
     done = run_tool("report.py", "run=run", "against=run")
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "run" / "report"
     page = (folder / "index.html").read_text()
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "http" not in page.replace("http-equiv", "")
     assert "not distinguishable" in page and "Confusion matrix" in page
@@ -24,6 +26,16 @@ def test_report_of_a_run_and_against_itself(run_tool, shapes_dataset, tmp_path):
     assert {row["by"] for row in errors} == {"all", "size", "level", "class"}
     suspects = json.loads((folder / "suspects.json").read_text())
     assert len(suspects["annotations"]) == len(list(csv.DictReader((folder / "suspects.csv").open())))
+
+
+def test_a_report_that_fails_does_not_end_the_run(run_tool, shapes_dataset, tmp_path, monkeypatch):
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("fpn_det.run_report.write_run_report", fail)
+    trained = run_tool("train.py", *TINY, f"data.root={shapes_dataset}", "trainer.max_steps=1", "run_dir=run")
+    assert trained.returncode == 0, trained.stderr
+    assert "The report could not be written: RuntimeError: no room" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_a_mistake_ends_in_one_sentence(run_tool):
