@@ -12,10 +12,10 @@ from fpn_det.composition import compose
 from fpn_det.report.analysis import Analysis, Comparison, analyze
 from fpn_det.report.page import RunFacts, write_report
 from fpn_det.runs.folder import versions
-from fpn_det.runs.log import shown_path
 from fpn_det.runs.scalars import read_scalars
 from fpn_det.runs.settings_diff import ABSENT, affects_results, differing, read_settings
 from fpn_det.structures import Annotations
+from fpn_det.terminal import shown_path
 from fpn_det.training.trainer import Trainer
 
 
