@@ -40,6 +40,7 @@ IMPORTERS = {
     "hotcoco": {"fpn_det/evaluation/engines.py"},
     "torch.utils.tensorboard": {"fpn_det/runs/log.py"},
     "tensorboard": {"fpn_det/runs/log.py", "fpn_det/runs/scalars.py"},
+    **{name: {"fpn_det/runs/trackers.py"} for name in ("mlflow", "wandb", "trackio")},
     "albumentations": {"fpn_det/data/transforms.py"},
     "torch.distributed": {"fpn_det/runtime.py"},
     "timm": {"fpn_det/models/timm_backbone.py", "fpn_det/weight_files.py"},

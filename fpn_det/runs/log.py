@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +33,7 @@ from fpn_det.runs.bad_files import read_bad_files
 from fpn_det.runs.meters import Pace
 from fpn_det.runs.step_lines import StepLines, clock, loss_text
 from fpn_det.runs.tags import tag_evaluation, tag_metrics, tag_steps
+from fpn_det.runs.trackers import LoggerName, Tracker, start_trackers
 from fpn_det.runtime import Ranks
 from fpn_det.terminal import SafeConsole, printable, replace_unencodable, shown_path
 
@@ -64,6 +65,7 @@ class RunLog:
         if self._screen is not None:
             replace_unencodable(self._screen.file)
         self._writer: SummaryWriter | None = None
+        self._trackers: dict[str, Tracker] = {}
         columns = (
             TextColumn("{task.description}"),
             BarColumn(None),
@@ -92,6 +94,7 @@ class RunLog:
                 self._file.write(printable("".join(traceback.format_exception(kind, error, trace))))
             if self._writer is not None:
                 self._writer.close()
+            self._track(lambda tracker: tracker.close())
             self._file.close()
 
     def info(self, text: str) -> None:
@@ -101,15 +104,19 @@ class RunLog:
         if self._screen is not None:
             self._screen.print(text, markup=False, soft_wrap=True)
 
-    def begin(self, pace: Pace) -> None:
-        """Open TensorBoard and the progress bar, at the start of training or after `pace.first_step` of a resumed run.
+    def begin(
+        self, pace: Pace, loggers: Sequence[LoggerName] = ("tensorboard",), settings: Mapping[str, Any] | None = None
+    ) -> None:
+        """Open TensorBoard, trackers and the progress bar, at the start of training or after `pace.first_step` of a resumed run.
 
         Points of later steps, which an interrupted run may have written, are purged from the curves.
         """
         if self._screen is None:
             return
         purge_step = pace.first_step + 1 if pace.first_step else None
-        self._writer = SummaryWriter(str(event_folder(self.folder)), purge_step=purge_step)
+        if "tensorboard" in loggers:
+            self._writer = SummaryWriter(str(event_folder(self.folder)), purge_step=purge_step)
+        self._trackers = start_trackers(loggers, self.folder, settings or {})
         self._training = self._bar.add_task(
             "training", total=pace.total_steps, completed=pace.first_step, note="", ends_at=None
         )
@@ -174,12 +181,13 @@ class RunLog:
         self.scalars(step, tag_evaluation(evaluation))
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Write scalars to TensorBoard and flush them. Undefined values (None) are skipped."""
+        """Write scalars to TensorBoard, flushed, and to trackers. Undefined values (None) are skipped."""
+        defined = {name: value for name, value in values.items() if value is not None}
+        self._track(lambda tracker: tracker.scalars(step, defined))
         if self._writer is None:
             return
-        for name, value in values.items():
-            if value is not None:
-                self._writer.add_scalar(name, value, step)
+        for name, value in defined.items():
+            self._writer.add_scalar(name, value, step)
         self._writer.flush()  # a resumed run continues the curves of a killed one
 
     def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float | None]) -> None:
@@ -196,7 +204,8 @@ class RunLog:
             writer.add_summary(summary)
 
     def image(self, step: int, name: str, image: NDArray[np.uint8]) -> None:
-        """Write an RGB image [h, w, 3] to TensorBoard, as `images/<name>`."""
+        """Write an RGB image [h, w, 3] to TensorBoard and trackers, as `images/<name>`."""
+        self._track(lambda tracker: tracker.image(step, f"images/{name}", image))
         if self._writer is not None:
             self._writer.add_image(f"images/{name}", image, step, dataformats="HWC")
 
@@ -218,6 +227,15 @@ class RunLog:
             *(f"  {command}" for command in next_steps),
         ]
         self.info("\n".join(lines))
+
+    def _track(self, write: Callable[[Tracker], None]) -> None:
+        """Write to each tracker. One that fails is left out from then on; it is not worth a run."""
+        for name, tracker in list(self._trackers.items()):
+            try:
+                write(tracker)
+            except Exception as error:
+                del self._trackers[name]
+                self.info(f"logger: {name} failed and gets nothing more: {type(error).__name__}: {error}")
 
     def show(self, table: RenderableType) -> None:
         """Log a table."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from fpn_det.config import DetectorConfig
 from fpn_det.data.bad_images import OnBadImage
 from fpn_det.data.loaders import TrainLoader
+from fpn_det.runs.trackers import LoggerName
 from fpn_det.runtime import Ranks
 from fpn_det.schema import (
     Amount,
@@ -106,6 +107,9 @@ class TrainConfig(DetectorConfig):
     run: str | None = None  # run folder whose settings a new run takes
     run_dir: str | None = None  # folder of the run; null = runs/<experiment>/<date>_<time>
     set_aside: bool = False  # rename an existing run_dir instead of refusing it
+    logger: list[LoggerName] = field(
+        default_factory=lambda: ["tensorboard"]
+    )  # where curves, images and settings go, besides metrics.jsonl; mlflow, wandb and trackio are extras
     profile: bool = False  # record every operator of the run
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ from fpn_det.runs.folder import NAN_DUMP, RunFolder, versions, write_settings
 from fpn_det.runs.log import RunLog, watch_command
 from fpn_det.runs.meters import Meters, Pace, memory_mib
 from fpn_det.runs.settings_diff import changes_table, read_settings, typed_settings
+from fpn_det.runs.trackers import check_installed
 from fpn_det.runtime import (
     Ranks,
     broadcast_buffers,
@@ -93,6 +94,7 @@ class Trainer:
             raise ValueError(
                 f"trainer.batch_size: expected a number on {device.type}, got auto, which measures a GPU's memory. Try 4."
             )
+        check_installed(config.logger)
         self.recipe = config.build_recipe()
         self.make_schedule = config.build_schedule()
         self.make_schedule(steps=trainer.max_steps or sys.maxsize)
@@ -325,7 +327,7 @@ class Trainer:
         trainer, step = self.config.trainer, self.first_step
         loader = self.train_loader
         pace = Pace(step, self.total_steps, loader.batch_size, self.eval_every, steps_per_epoch=loader.steps_per_epoch)
-        self.log.begin(pace)
+        self.log.begin(pace, self.config.logger, read_settings(self.metadata["config"]))
         meters = Meters()
         batches = loader.iterate(step)
         self.optimization.model.train()
