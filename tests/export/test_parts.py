@@ -16,7 +16,9 @@ from fpn_det.export.proof import cases, compare
 from fpn_det.export.writing import Format, refuse_unsupported, write
 from fpn_det.models.anchors import AnchorGenerator
 from fpn_det.models.box_heads import TwoLayerHead
+from fpn_det.models.cascade import CascadeROIHead
 from fpn_det.models.detector import Detector
+from fpn_det.models.necks.bifpn import BiFPN
 from fpn_det.models.necks.fpn import FPN
 from fpn_det.models.resnet import ResNet
 from fpn_det.models.roi_head import BoxPredictor, ROIHead
@@ -29,31 +31,35 @@ from test_detector import make_batch
 METADATA = {"class_names": ["a", "b", "c"], "category_ids": [1, 2, 3], "config": "", "dtype": "uint8", "size": None}
 
 
-def make(deformable: tuple[int, ...] = (), **options) -> Detector:
+def make(neck: type = FPN, head: Callable = ROIHead, deformable: tuple[int, ...] = (), **options) -> Detector:
     """A small detector whose scores and boxes differ, as after training."""
     torch.manual_seed(0)
     proposals = ProposalFilter(100, 50)
     model = Detector(
         3,
         ResNet(18, deformable=deformable),
-        partial(FPN, channels=32),
+        partial(neck, channels=32),
         partial(
             RPN,
             anchors=partial(AnchorGenerator, sizes=[16, 32, 64, 128, 256]),
             train_filter=proposals,
             test_filter=proposals,
         ),
-        partial(ROIHead, box_head=partial(TwoLayerHead, width=64), **options),
+        partial(head, box_head=partial(TwoLayerHead, width=64), **options),
     ).eval()
     with torch.no_grad():
         model.rpn.head.objectness.weight.mul_(30)
         model.rpn.head.deltas.weight.mul_(5)
-        model.roi_head.predictor.class_logits.weight.mul_(60)
+        for name, layer in model.roi_head.named_modules():
+            if name.endswith("class_logits"):
+                layer.weight.mul_(60)
     return model
 
 
 PARTS: dict[str, Callable[[], Detector]] = {
     "fpn": make,
+    "bifpn": partial(make, BiFPN),
+    "cascade": partial(make, head=CascadeROIHead),
     "class-agnostic": partial(make, predictor=partial(BoxPredictor, class_agnostic=True)),
 }
 
