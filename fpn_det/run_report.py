@@ -12,6 +12,7 @@ from fpn_det.composition import compose
 from fpn_det.report.analysis import Analysis, Comparison, analyze
 from fpn_det.report.page import RunFacts, write_report
 from fpn_det.runs.folder import versions
+from fpn_det.runs.log import event_folder
 from fpn_det.runs.scalars import read_scalars
 from fpn_det.runs.settings_diff import ABSENT, affects_results, differing, read_settings
 from fpn_det.structures import Annotations
@@ -39,13 +40,13 @@ def write_run_report(
         checkpoint: file and step of the weights, by name.
         against: name, analysis and comparison of another run.
     """
-    scalars = read_scalars(run / "tensorboard")
+    scalars = read_scalars(event_folder(run))
     then, now = _read_json(run / "versions.json"), versions()
     evaluation = analysis.evaluation
     speed = {"evaluation, images per second": f"{evaluation.num_images / max(evaluation.seconds, 1e-9):.1f}"}
-    if points := scalars.get("train/images_per_s"):
+    if points := scalars.get("machine/images_per_s"):
         speed["training, images per second (median)"] = f"{statistics.median(value for _, value in points):.1f}"
-    if points := scalars.get("train/memory_mib"):
+    if points := scalars.get("machine/memory_mib"):
         speed["training, peak of memory"] = f"{max(value for _, value in points):.0f} MiB"
     facts = RunFacts(
         scalars,

@@ -29,7 +29,6 @@ PICTURES = 12  # of a gallery
 LISTED = 100  # suspects on the page; the files have all
 MAX_CLASSES = 20  # with a row and column of their own in the confusion matrix on the page
 POINTS = 150  # of a drawn curve
-LOSS_TAGS = ("train/loss", "train/rpn_", "train/roi_", "val/loss")  # beginnings of TensorBoard's tags of losses
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1c2430; --soft: #5a6577; --line: #d5dae2; --back: #fff; --accent: #2f74b5; }
@@ -67,7 +66,7 @@ for (const table of document.querySelectorAll('table.sortable')) table.querySele
 class RunFacts:
     """Everything that the report shows of a run beside its detections."""
 
-    scalars: Mapping[str, Sequence[tuple[int, float]]]  # steps and values by TensorBoard's tag
+    scalars: Mapping[str, Sequence[tuple[int, float]]]  # steps and values by the names of `runs.tags`
     splits: Mapping[str, Mapping[str, str]]  # summary by split
     findings: Mapping[str, int]  # faults of the data that were found before training, by kind
     settings: Sequence[Sequence[str]]  # name, value of the experiment, value of the run, for those that differ
@@ -420,13 +419,13 @@ def _suspects(analysis: Analysis) -> str:
 
 
 def _history(scalars: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    terms = [tag for tag in scalars if tag.startswith(LOSS_TAGS)]
-    charts = {"Losses": terms, "Learning rate": ["train/lr"], "AP": ["val/AP", "val/AP50", "val/AP75"]}
+    terms = [tag for tag in scalars if tag.startswith("loss/")]
+    charts = {"Losses": terms, "Learning rate": ["lr"], "AP": ["AP/AP", "AP/AP50", "AP/AP75"]}
     parts = []
     for title, tags in charts.items():
         lines = [
             (
-                tag if tag == "val/loss" else tag.split("/")[1],
+                tag.rpartition("/")[2],
                 [float(step) for step, _ in scalars[tag]],
                 [value for _, value in scalars[tag]],
             )

@@ -46,3 +46,11 @@ def tag_evaluation(evaluation: Evaluation) -> dict[str, float | None]:
         for name, value in evaluation.statistics.items()
     }
     return tag_metrics(evaluation.metrics) | classes | statistics
+
+
+def present_tag(tag: str) -> str:
+    """Return the name that a curve of an earlier version, such as `train/loss` or `val/AP`, has today."""
+    group, _, name = tag.partition("/")
+    if group == "train":
+        return next(iter(tag_steps({name: 0.0})))
+    return next(iter(tag_metrics({name: None}))) if group == "val" else tag

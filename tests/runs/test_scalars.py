@@ -14,7 +14,7 @@ def test_scalars_of_a_resumed_run_are_there_once(tmp_path: Path):
         for step in range(first, 5 if purge is None else 6):
             writer.add_scalar("train/loss", step / first, step)
         writer.close()
-    points = read_scalars(tmp_path)["train/loss"]
+    points = read_scalars(tmp_path)["loss/loss"]
     assert [step for step, _ in points] == [1, 2, 3, 4, 5]
     assert [value for _, value in points] == pytest.approx([1, 2, 1, 4 / 3, 5 / 3])
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from fpn_det.evaluation.coco import Evaluation
 from fpn_det.evaluation.detection_table import DetectionTable
-from fpn_det.runs.tags import tag_evaluation, tag_steps
+from fpn_det.runs.tags import present_tag, tag_evaluation, tag_steps
 
 
 def test_tags_put_ap_loss_lr_and_speed_first_and_levels_last():
@@ -37,3 +37,10 @@ def test_tags_put_ap_loss_lr_and_speed_first_and_levels_last():
     }
     assert tagged["pyramid/rois/P2"] == 17.0 and tagged["pyramid/detections/P2"] == 4.5
     assert len(tagged) == len(steps) + 6
+
+
+def test_curves_of_earlier_versions_have_the_present_names():
+    earlier = ["train/loss", "train/rpn_box", "train/lr", "train/images_per_s", "val/AP50", "val/loss", "rois/P2"]
+    present = ["loss/loss", "loss/rpn_box", "lr", "machine/images_per_s", "AP/AP50", "loss/val_loss", "rois/P2"]
+    assert [present_tag(tag) for tag in earlier] == present
+    assert present_tag("loss/loss") == "loss/loss"
