@@ -33,14 +33,6 @@ def printable(text: str) -> str:
     return "".join(char if char in LAYOUT or not _is_harmful(char) else _escaped(char) for char in text)
 
 
-def shorten_middle(text: str, width: int) -> str:
-    """`text` in at most `width` characters, at least 3, with dots in place of its middle: `runs/sma...12-30-00`."""
-    if len(text) <= width:
-        return text
-    tail = (width - 3 + 1) // 2
-    return f"{text[: width - 3 - tail]}...{text[len(text) - tail :]}"
-
-
 def _is_harmful(char: str) -> bool:
     code = ord(char)
     return code < 0x20 or 0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000 or code in INVISIBLE

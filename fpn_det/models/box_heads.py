@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from fpn_det.models.layers import ConvBlock, Linear, Norm
+from fpn_det.models.layers import ConvBlock, Norm
 from fpn_det.models.resnet import ResNet, load_state, pretrained_state
 from fpn_det.schema import Count
 
@@ -42,8 +42,8 @@ class TwoLayerHead(BoxHead):
     def __init__(self, channels: int, bins: int, width: Count = 1024) -> None:
         super().__init__()
         self.width = width
-        self.fc1 = Linear(channels * bins * bins, width)
-        self.fc2 = Linear(width, width)
+        self.fc1 = nn.Linear(channels * bins * bins, width)
+        self.fc2 = nn.Linear(width, width)
         for layer in (self.fc1, self.fc2):
             nn.init.kaiming_uniform_(layer.weight, a=1)
             nn.init.zeros_(layer.bias)
@@ -80,7 +80,7 @@ class ConvHead(BoxHead):
         self.mixes_boxes = norm in ("batch", "sync")
         widths = [channels] + [conv_channels] * num_convs
         self.convs = nn.Sequential(*(ConvBlock(*pair, 3, norm, relu=True) for pair in pairwise(widths)))
-        self.fc1 = Linear(conv_channels * bins * bins, width)
+        self.fc1 = nn.Linear(conv_channels * bins * bins, width)
         for conv in (module for module in self.convs.modules() if isinstance(module, nn.Conv2d)):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
             if conv.bias is not None:

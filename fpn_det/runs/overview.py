@@ -18,7 +18,7 @@ from fpn_det.runs.best_metric import BestMetric
 from fpn_det.runs.folder import LOCK, NAN_DUMP, RunFolder
 from fpn_det.runs.settings_diff import ABSENT, OF_A_START, Flat, affects_results, differing, read_settings
 from fpn_det.runs.step_lines import clock
-from fpn_det.terminal import printable, shorten_middle
+from fpn_det.terminal import printable, shorten
 
 STAMP = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ", re.MULTILINE)  # of a line of log.txt
 NAME_WIDTH = 20  # characters of a run's name on the screen, below which it is not shortened
@@ -180,7 +180,7 @@ def runs_table(runs: Sequence[RunSummary], root: Path, width: int) -> list[str]:
     widths[0] = max(min(widths[0], width - sum(widths[1:]) - 2 * len(widths[1:])), min(widths[0], NAME_WIDTH))
     lines = []
     for row, words in zip(rows, [[], *typed_differences(runs)], strict=True):
-        left = [shorten_middle(row[0], widths[0]).ljust(widths[0]), row[1].ljust(widths[1])]
+        left = [shorten(row[0], widths[0]).ljust(widths[0]), row[1].ljust(widths[1])]
         right = [text.rjust(width) for text, width in zip(row[2:], widths[2:], strict=True)]
         lines.append("  ".join([*left, *right]).rstrip())
         lines += textwrap.wrap(

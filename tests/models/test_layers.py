@@ -8,7 +8,7 @@ import torch
 from compare import assert_close
 from torch import nn
 
-from fpn_det.models.layers import NORMS, ConvBlock, Linear, conv_norm, folded, make_norm
+from fpn_det.models.layers import NORMS, ConvBlock, conv_norm, folded, make_norm
 
 
 def lively(norm: nn.Module) -> nn.Module:
@@ -97,26 +97,3 @@ def test_batch_norm_refuses_a_single_value_per_channel(name: str):
     ):
         norm(torch.randn(1, 4, 1, 1))
     assert norm.eval()(torch.randn(1, 4, 1, 1)).shape == (1, 4, 1, 1)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [0, 1, 7])
-def test_linear_equals_torchs(rows: int, bias: bool):
-    layer, plain = Linear(40, 24, bias=bias), nn.Linear(40, 24, bias=bias)
-    plain.load_state_dict(layer.state_dict())
-    input = torch.randn(rows, 40)
-    results = []
-    for each in (layer, plain):
-        given = input.clone().requires_grad_()
-        output = each(given)
-        output.square().sum().backward()
-        results.append([output, given.grad, *(weight.grad for weight in each.parameters())])
-    for value, expected in zip(*results, strict=True):
-        assert_close(value, expected, 1e-5)
-
-
-def test_linear_of_another_precision_is_torchs():
-    layer = Linear(8, 4)
-    assert layer.double()(torch.ones(2, 8).double()).dtype == torch.float64
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer.float()(torch.ones(2, 8)).dtype == torch.bfloat16
