@@ -61,6 +61,9 @@ class TopDown(nn.Module):
         return upsample(coarser, finer, self.upsampling)
 
 
+MOST_EXTRA_LEVELS = 16  # the last has one cell in any image
+
+
 class ExtraLevels(nn.Module):
     """Adds coarser levels on top of a pyramid, each with half the sides of the one before.
 
@@ -73,8 +76,8 @@ class ExtraLevels(nn.Module):
 
     def __init__(self, channels: int, count: int = 1, method: str = "subsample") -> None:
         super().__init__()
-        if count < 0:
-            raise ValueError(f"neck.extra_levels: expected at least 0, got {count}.")
+        if not 0 <= count <= MOST_EXTRA_LEVELS:
+            raise ValueError(f"neck.extra_levels: expected 0 to {MOST_EXTRA_LEVELS}, got {count}.")
         if method not in EXTRA_METHODS:
             raise ValueError(f"neck.extra_method: expected {', '.join(EXTRA_METHODS)}, got '{method}'.")
         self.count = count
