@@ -137,7 +137,7 @@ def test_a_convolution_for_the_second_extra_level_sees_the_first_through_relu():
     [
         (lambda: TopDown(merge="max"), "neck.merge: expected sum or average, got 'max'"),
         (lambda: TopDown(upsampling="cubic"), "neck.upsampling: expected nearest or bilinear"),
-        (lambda: ExtraLevels(4, -1), "neck.extra_levels: expected at least 0, got -1"),
+        (lambda: ExtraLevels(4, -1), "neck.extra_levels: expected 0 to 16, got -1"),
         (lambda: ExtraLevels(4, 1, "pool"), "neck.extra_method: expected subsample, max_pool, conv, got 'pool'"),
         (lambda: SingleMap(*ALL, "C6"), "neck.level: expected one of C2, C3, C4, C5, got 'C6'"),
         (lambda: FeatureHierarchy(*ALL, "P3"), "neck.first: expected one of C2"),
