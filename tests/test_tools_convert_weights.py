@@ -97,7 +97,10 @@ def test_load_names_what_is_missing(torchvision_file, tmp_path):
             ["target=caffe", "input=a.pth", "output=a.pt"],
             "target: expected one of fpn_det, torchvision, detectron2 or mmdet, got 'caffe'",
         ),
-        (["target=fpn_det", "input=a.pth", "output=a.pt"], "weights: expected a file of weights, got a.pth, which does not exist"),
+        (
+            ["target=fpn_det", "input=a.pth", "output=a.pt"],
+            "weights: expected a file of weights, got a.pth, which does not exist",
+        ),
         (
             ["target=fpn_det", "input=a.pth", "ouput=a.pt"],
             "ouput: there is no setting of that name. Did you mean output?",
