@@ -68,7 +68,23 @@ class MLflow:
         self._client.set_terminated(self.run_id)
 
 
-class Wandb:
+class _WandbInterface:
+    """What Weights & Biases and Trackio, which follows its interface, have in common."""
+
+    _run: Any
+    _image: Any
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def image(self, step: int, name: str, image: NDArray[np.uint8]) -> None:
+        self._run.log({name: self._image(image)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Wandb(_WandbInterface):
     """A run of the project `fpn_det` of Weights & Biases. Points of steps that it has already are dropped by it."""
 
     def __init__(self, run_id: str | None, name: str, settings: Mapping[str, Any]) -> None:
@@ -78,17 +94,8 @@ class Wandb:
         self._run = wandb.init(project=PROJECT, id=self.run_id, name=name, config=dict(settings), resume="allow")
         self._image = wandb.Image
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
 
-    def image(self, step: int, name: str, image: NDArray[np.uint8]) -> None:
-        self._run.log({name: self._image(image)}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class Trackio:
+class Trackio(_WandbInterface):
     """A run of Trackio's local project `fpn_det`, which continues runs by their names."""
 
     def __init__(self, run_id: str | None, name: str, settings: Mapping[str, Any]) -> None:
@@ -97,15 +104,6 @@ class Trackio:
         self.run_id = run_id or f"{name}_{uuid.uuid4().hex[:8]}"
         self._run = trackio.init(project=PROJECT, name=self.run_id, config=dict(settings), resume="allow")
         self._image = trackio.Image
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def image(self, step: int, name: str, image: NDArray[np.uint8]) -> None:
-        self._run.log({name: self._image(image)}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 TRACKERS: dict[str, Callable[[str | None, str, Mapping[str, Any]], Tracker]] = {
