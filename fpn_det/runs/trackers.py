@@ -69,7 +69,7 @@ class MLflow:
 
 
 class _WandbInterface:
-    """What Weights & Biases and Trackio, which follows its interface, have in common."""
+    """Methods of Weights & Biases and of Trackio, which has the same interface."""
 
     _run: Any
     _image: Any
