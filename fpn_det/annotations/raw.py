@@ -98,7 +98,7 @@ class RawObjects:
         return self._convert(key, lambda array: array, parse, np.int64)
 
     def look_up(self, key: str, table: Mapping[int | str | None, int], default: int) -> np.ndarray:
-        """What `table` has for the id in a field of each record, i64 [T]."""
+        """Values of `table` for the id in a field of each record, i64 [T]."""
 
         def look_up(value: Any) -> int:
             return table.get(parse_id(value), default)

@@ -162,7 +162,7 @@ class SoftDetectionFilter(DetectionFilter):
         return Detections(boxes, scores, labels[idxs], valid)
 
     def factor(self, iou: Tensor) -> Tensor:
-        """What a score is multiplied by, given the IoU with a better box."""
+        """Factor of a score, given the IoU with a better box."""
         if self.decay == "gaussian":
             return torch.exp(-iou.square() / self.sigma)
         return torch.where(iou > self.nms_iou, 1 - iou, 1.0)

@@ -126,7 +126,7 @@ class TimmBackbone(Backbone):
         raise ValueError(f"backbone.name: timm cannot build {self.name}: {refusals[-1]}.")
 
     def _probe(self, input_side: int) -> tuple[int, list[Tensor]]:
-        """What canvases must divide by, and the maps of a canvas of zeros, whose graph shows what they depend on.
+        """Find the divisor of canvases, and the maps of a canvas of zeros, whose graph shows what they depend on.
 
         Raises:
             ValueError: the model takes no canvas but its own, or its maps are not as timm declares them.

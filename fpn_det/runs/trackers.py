@@ -28,7 +28,7 @@ OFFLINE = {
 
 
 class Tracker(Protocol):
-    """What a run writes to a tracker. Rank 0 only."""
+    """Interface by which a run writes to a tracker. Rank 0 only."""
 
     run_id: str
 
