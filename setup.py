@@ -46,6 +46,7 @@ setup(
             "pytest-xdist==3.8.0",
             "hotcoco>=1.3",
             "mlflow-skinny>=3.17",
+            "av>=14",
             *TIMM,
             *ONNX_EXPORT,
             ONNX_RUNTIME,
@@ -59,5 +60,6 @@ setup(
         "slurm": ["hydra-submitit-launcher>=1.2"],
         "sweep": ["hydra-joblib-launcher>=1.2"],
         "timm": TIMM,
+        "video": ["av>=14"],
     },
 )

@@ -220,7 +220,8 @@ def predict(
 
     Args:
         source: see `load`.
-        images: a path, folder, pattern, list of paths, URL, PIL image or array, or a list of these.
+        images: a path, folder, pattern, list of paths, URL, PIL image or array, or a list of these. For a video, use
+            `load(source).predict_video(file)`.
         device: see `load`.
         options: of `Predictor.predict`: score, classes, max_detections, size, download.
 

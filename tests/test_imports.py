@@ -43,6 +43,7 @@ IMPORTERS = {
     **{name: {"fpn_det/runs/trackers.py"} for name in ("mlflow", "wandb", "trackio")},
     "albumentations": {"fpn_det/data/transforms.py"},
     "torch.distributed": {"fpn_det/runtime.py"},
+    "av": {"fpn_det/inference/video.py"},
     "timm": {"fpn_det/models/timm_backbone.py", "fpn_det/weight_files.py"},
     "huggingface_hub": {"fpn_det/weight_files.py"},
 }

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny import TINY
+from videos import RATE, write_sound, write_video
 
 from fpn_det import api
 from fpn_det.cli.main import INTERRUPTED
@@ -16,7 +17,9 @@ from fpn_det.composition import literal, parse_words
 from fpn_det.evaluation.coco import score
 from fpn_det.evaluation.detection_table import DetectionTable
 from fpn_det.inference import folder as folders
-from fpn_det.inference.folder import JOURNAL, picture_names
+from fpn_det.inference import video
+from fpn_det.inference.folder import JOURNAL, drawing_names
+from fpn_det.inference.video import read_frames, read_header
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +101,7 @@ def test_an_interrupted_command_continues_with_the_same_results(run, run_tool, s
 
     def interrupted(self, entries):
         add(self, entries)
-        if len(self.entries) == 4:  # within the second batch
+        if len(self.done) == 4:  # within the second batch
             raise KeyboardInterrupt
 
     monkeypatch.setattr(folders.PredictionFolder, "add", interrupted)
@@ -109,9 +112,92 @@ def test_an_interrupted_command_continues_with_the_same_results(run, run_tool, s
     other = predict(run_tool, run, *words[:2], "draw=false", "out=storm", "max_detections=3")
     assert other.returncode == 2 and "unfinished predictions of others" in other.stderr
     result = predict(run_tool, run, *words, "out=storm")
-    assert result.returncode == 0 and "3 images are done already" in result.stdout, result.stderr
+    assert result.returncode == 0 and "3 files are done already" in result.stdout, result.stderr
     for name in ("predictions.json", "predictions.csv", "images.json"):
         assert (tmp_path / "calm" / name).read_bytes() == (tmp_path / "storm" / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory, shapes_dataset) -> Path:
+    """A folder of two images, a video of 7 frames of 3 images, and three broken videos, one of them truncated."""
+    pytest.importorskip("av")
+    folder = tmp_path_factory.mktemp("mixed")
+    files = sorted((shapes_dataset / "val2017").glob("*"))[:3]
+    for file in files[:2]:
+        shutil.copy(file, folder)
+    frames = [np.asarray(Image.open(files[number % 3]).convert("RGB").resize((128, 96))) for number in range(7)]
+    write_video(folder / "clip.mp4", frames)
+    random = np.random.default_rng(0)
+    noise = [random.integers(0, 256, (96, 128, 3), dtype=np.uint8) for _ in range(40)]
+    cut = write_video(folder / "cut.mov", noise)
+    cut.write_bytes(cut.read_bytes()[:100_000])
+    (folder / "empty.mp4").touch()
+    write_sound(folder / "sound.mp4")
+    return folder
+
+
+def test_a_folder_mixes_images_and_videos(run, run_tool, mixed, tmp_path):
+    result = predict(run_tool, run, f"source={mixed}", "score=0", "max_detections=3", "data.eval_batch_size=4")
+    assert result.returncode == 0, result.stderr
+    assert "2 images, 4 videos" in result.stdout and "3 of 6 files could not be read" in result.stdout
+    out = tmp_path / "predictions"
+    reasons = (out / "unreadable.txt").read_text().splitlines()
+    assert [Path(line.split("\t")[0]).name for line in reasons] == ["cut.mov", "empty.mp4", "sound.mp4"]
+    assert "expected a complete video, got" in reasons[0] and "without pictures" in reasons[2]
+    described = json.loads((out / "images.json").read_text())["images"]
+    frames = [image for image in described if Path(image["file_name"]).name == "clip.mp4"]
+    assert [image["frame_id"] for image in frames] == list(range(7))
+    assert len({image["id"] for image in described}) == len(described)
+    name_of = {image["id"]: Path(image["file_name"]).name for image in described}
+    rows = json.loads((out / "predictions.json").read_text())
+    assert {name_of[row["image_id"]] for row in rows} == set(name_of.values()) and len(rows) == 3 * len(described)
+    with (out / "predictions.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0]) == ["file", "frame", "class", "score", "x1", "y1", "x2", "y2"] and len(table) == len(rows)
+    assert {row["frame"] for row in table if row["file"].endswith("clip.mp4")} == set("0123456")
+    assert {row["frame"] for row in table if row["file"].endswith((".jpg", ".png"))} == {""}
+    assert len(list((out / "pictures").iterdir())) == 2
+    drawn = list(read_frames(out / "videos" / "clip.mp4"))
+    assert [pixels.shape for pixels in drawn] == [(96, 128, 3)] * 7
+    assert read_header(out / "videos" / "clip.mp4").rate == RATE
+    plain = list(read_frames(mixed / "clip.mp4"))
+    assert all(abs(one.astype(int) - other).max() > 60 for one, other in zip(drawn, plain, strict=True))
+    assert sorted(file.name for file in (out / "videos").iterdir()) == ["clip.mp4", "cut.mp4"]
+
+
+def test_an_interrupted_video_starts_again_with_the_same_results(run, run_tool, mixed, tmp_path, monkeypatch):
+    words = f"source={mixed}", "score=0", "max_detections=3", "data.eval_batch_size=2"
+    assert predict(run_tool, run, *words, "out=calm").returncode == 0
+    add = folders.PredictionFolder.add
+
+    def interrupted(self, entries):
+        add(self, entries)
+        if entries[0].frame == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(folders.PredictionFolder, "add", interrupted)
+    assert predict(run_tool, run, *words, "out=storm").returncode == INTERRUPTED
+    monkeypatch.setattr(folders.PredictionFolder, "add", add)
+    result = predict(run_tool, run, *words, "out=storm")
+    assert result.returncode == 0 and "clip.mp4 was interrupted, and starts again" in result.stdout, result.stderr
+    assert "4 files are done already" in result.stdout  # two images, and two videos that cannot be opened
+    files = [file.relative_to(tmp_path / "calm") for file in (tmp_path / "calm").rglob("*") if file.is_file()]
+    assert len(files) == 8
+    for name in files:
+        assert (tmp_path / "calm" / name).read_bytes() == (tmp_path / "storm" / name).read_bytes(), name
+
+
+def test_only_broken_videos_end_in_one_sentence(run, run_tool, mixed):
+    result = predict(run_tool, run, f"source={mixed / 'sound.mp4'}")
+    assert result.returncode == 2 and "got a file without pictures: audio" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_videos_without_their_library_end_in_one_sentence(run, run_tool, tmp_path, monkeypatch):
+    monkeypatch.setattr(video, "av", None)
+    (tmp_path / "clip.mp4").touch()
+    result = predict(run_tool, run, "source=clip.mp4")
+    assert result.returncode == 2 and "pip install 'fpn_det[video]'" in result.stderr
 
 
 def test_the_console_says_which_score_applies(run, run_tool, shapes_dataset):
@@ -137,8 +223,8 @@ def test_wrong_input_ends_in_one_sentence(run, run_tool, words, message):
 
 def test_pictures_of_all_files_have_names_of_their_own():
     files = [Path("in/a.png"), Path("in/a.jpg"), Path("in/deep/a.jpg")]
-    assert picture_names(files) == [Path("a.jpg"), Path("a_jpg.jpg"), Path("deep/a.jpg")]
-    assert picture_names(files[:1]) == [Path("a.jpg")]
+    assert drawing_names(files) == [Path("a.jpg"), Path("a_jpg.jpg"), Path("deep/a.jpg")]
+    assert drawing_names(files[:1]) == [Path("a.jpg")]
 
 
 @pytest.mark.parametrize("text", ["a b", "it's", "[x]*", "back\\", "q\\'", "${a}", "x=y,z"])

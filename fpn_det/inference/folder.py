@@ -1,23 +1,33 @@
-"""Predictions of many image files in a folder, which an interrupted command continues.
+"""Predictions of many files in a folder, which an interrupted command continues.
 
-Every finished batch is appended to a journal. The batches follow from the list of files alone, so what remains after an
-interruption is predicted in the batches, and with the results, of an uninterrupted command.
+Every finished image or frame is appended to a journal, which `finish` turns into the results line by line, so memory does not grow
+with their number. The batches of images follow from the list of files alone, so what remains after an interruption is predicted in
+the batches, and with the results, of an uninterrupted command. Videos follow the images, one after the other; one that was
+interrupted is predicted from its beginning, as its drawn copy is incomplete.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
-from fpn_det.image_io import BadImage, image_size
+from fpn_det.image_io import image_size
+from fpn_det.inference.images import is_video
 from fpn_det.inference.prediction import Prediction
+from fpn_det.inference.video import VideoWriter
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 JOURNAL = ".unfinished.jsonl"
 UNREADABLE = "unreadable.txt"
@@ -26,12 +36,29 @@ DRAWING_THREADS = 2
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the journal: the detections of an image, or the reason why it could not be read."""
+    """One line of the journal: the detections of an image or frame, or the end of a file.
+
+    A video has an entry for each frame and then one without a size, which ends it. An image that cannot be read has only that.
+    """
 
     number: int  # of the file, from 0
     size: tuple[int, int] | None = None  # (h, w)
     rows: list[dict[str, Any]] | None = None  # COCO results
-    error: str | None = None
+    error: str | None = None  # the reason why the file could not be read, or not to its end
+    frame: int | None = None  # of a video, from 0
+
+    @property
+    def ends_file(self) -> bool:
+        return self.frame is None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts of what a folder of predictions holds."""
+
+    images: int  # and frames, that were predicted
+    detections: int
+    errors: list[str]  # a line for each file that could not be read, or not to its end
 
 
 class PredictionFolder:
@@ -39,11 +66,12 @@ class PredictionFolder:
 
     Args:
         folder: created if it does not exist.
-        files: images to predict.
+        files: images and videos to predict.
         settings: everything else that the predictions depend on; an unfinished folder of other settings is refused.
 
     Attributes:
-        entries: what is done, by number of the file.
+        done: finished files: where in the journal their lines begin, by the number of the file.
+        interrupted: number of the video that was begun before an interruption, and is to be predicted again.
 
     Raises:
         ValueError: the folder holds unfinished predictions of other files or settings.
@@ -51,79 +79,121 @@ class PredictionFolder:
 
     def __init__(self, folder: Path, files: Sequence[Path], settings: dict[str, Any]) -> None:
         self.folder, self.files = folder, list(files)
-        self.entries: dict[int, Entry] = {}
+        self.done: dict[int, int] = {}
+        self.interrupted: int | None = None
+        self._begun: dict[int, int] = {}  # where the lines of unfinished videos begin
         self._journal = folder / JOURNAL
-        header = json.dumps({"files": [str(file) for file in files], "settings": settings}, sort_keys=True)
+        header = json.dumps({"files": [str(file) for file in files], "settings": settings}, sort_keys=True) + "\n"
         folder.mkdir(parents=True, exist_ok=True)
         if self._journal.is_file():
-            first, *lines = self._journal.read_text(encoding="utf-8").split("\n")
-            if first != header:
+            self._continue(header)
+        else:
+            self._journal.write_text(header, encoding="utf-8")
+
+    def _continue(self, header: str) -> None:
+        """Read what is done from the journal, and cut off what is incomplete."""
+        with self._journal.open("r+b") as journal:
+            if journal.readline() != header.encode():
                 raise ValueError(
-                    f"out: expected a folder of the same files and settings, got unfinished predictions of others in {folder}. "
+                    f"out: expected a folder of the same files and settings, got unfinished predictions of others in {self.folder}. "
                     f"Choose another folder, or delete {self._journal}."
                 )
-            for line in lines[:-1]:  # the last one is empty, or was cut off
-                entry = Entry(**json.loads(line))
-                self.entries[entry.number] = entry
-            self._journal.write_text("\n".join([first, *lines[:-1]]) + "\n", encoding="utf-8")
-        else:
-            self._journal.write_text(header + "\n", encoding="utf-8")
+            place = journal.tell()
+            for line in journal:
+                if not line.endswith(b"\n"):  # cut off by the interruption
+                    break
+                self._note(_entry(line), place)
+                place += len(line)
+            if self._begun:  # one video at most, and nothing follows it
+                self.interrupted, place = self._begun.popitem()
+            journal.truncate(place)
 
-    def remaining(self, batches: Sequence[torch.Tensor]) -> list[int]:
-        """Return the numbers of the files that are left, in their order: whole batches."""
-        rows = [
-            row for batch in batches if any(row not in self.entries for row in batch.tolist()) for row in batch.tolist()
-        ]
-        return sorted(rows)
+    def _note(self, entry: Entry, place: int) -> None:
+        begin = self._begun.setdefault(entry.number, place)
+        if entry.ends_file:
+            self.done[entry.number] = begin
+            del self._begun[entry.number]
+
+    def remaining(self, batches: Iterable[Sequence[int]]) -> list[int]:
+        """Return the numbers of the images that are left, in their order: whole batches."""
+        return sorted(row for batch in batches if any(row not in self.done for row in batch) for row in batch)
 
     def add(self, entries: Sequence[Entry]) -> None:
-        """Append finished images to the journal, in one write."""
-        lines = [json.dumps(entry.__dict__) + "\n" for entry in entries if entry.number not in self.entries]
-        with self._journal.open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
-        self.entries |= {entry.number: entry for entry in entries}
+        """Append finished images, or frames of a video, to the journal."""
+        with self._journal.open("ab") as journal:
+            for entry in entries:
+                if entry.number not in self.done:
+                    place = journal.tell()
+                    journal.write(json.dumps(entry.__dict__).encode() + b"\n")
+                    self._note(entry, place)
 
-    def finish(self, class_names: Sequence[str], category_ids: Sequence[int]) -> tuple[int, list[str]]:
-        """Write the results of all images, and delete the journal. Returns the number of detections, and the unreadable files.
+    def finish(self, class_names: Sequence[str], category_ids: Sequence[int]) -> Summary:
+        """Write the results of all files, and delete the journal.
 
         `predictions.json` is in the COCO results format, and `images.json` holds the images and categories that its ids
-        refer to. `predictions.csv` has a row for each detection.
+        refer to; frames of videos are images with a `frame_id`, from 0 on. `predictions.csv` has a row for each detection.
         """
-        entries = [self.entries[number] for number in sorted(self.entries)]
-        found = [(self.files[entry.number], row) for entry in entries for row in entry.rows or ()]
-        images = [
-            {
-                "id": entry.number + 1,
-                "file_name": str(self.files[entry.number]),
-                "height": entry.size[0],
-                "width": entry.size[1],
-            }
-            for entry in entries
-            if entry.size is not None
-        ]
-        categories = [{"id": number, "name": name} for number, name in zip(category_ids, class_names, strict=True)]
-        dataset = {"images": images, "categories": categories, "annotations": []}
-        (self.folder / "predictions.json").write_text(json.dumps([row for _, row in found]), encoding="utf-8")
-        (self.folder / "images.json").write_text(json.dumps(dataset), encoding="utf-8")
         name_of = dict(zip(category_ids, class_names, strict=True))
-        with (self.folder / "predictions.csv").open(
-            "w", encoding="utf-8", errors="surrogateescape", newline=""
-        ) as file:
-            table = csv.writer(file)
-            table.writerow(["file", "class", "score", "x1", "y1", "x2", "y2"])
-            for path, row in found:
-                x, y, width, height = row["bbox"]
-                corners = (f"{value:.2f}" for value in (x, y, x + width, y + height))
-                table.writerow([path, name_of[row["category_id"]], f"{row['score']:.4f}", *corners])
-        errors = [f"{self.files[entry.number]}\t{entry.error}" for entry in entries if entry.error]
+        categories = [{"id": number, "name": name} for number, name in name_of.items()]
+        with_videos = any(is_video(file) for file in self.files)
+        images, detections, errors = 0, 0, []
+        with (
+            (self.folder / "predictions.json").open("w", encoding="utf-8") as results,
+            (self.folder / "images.json").open("w", encoding="utf-8") as described,
+            (self.folder / "predictions.csv").open(
+                "w", encoding="utf-8", errors="surrogateescape", newline=""
+            ) as spreadsheet,
+        ):
+            table = csv.writer(spreadsheet)
+            table.writerow(["file", *(["frame"] if with_videos else []), "class", "score", "x1", "y1", "x2", "y2"])
+            results.write("[")
+            described.write('{"images": [')
+            next_id = len(self.files) + 1  # of frames; that of an image is the number of its file
+            for entry in self._entries():
+                file = str(self.files[entry.number])
+                if entry.error:
+                    errors.append(f"{file}\t{entry.error}")
+                if entry.size is None or entry.rows is None:
+                    continue
+                image = {"id": entry.number + 1, "file_name": file, "height": entry.size[0], "width": entry.size[1]}
+                if entry.frame is not None:
+                    image |= {"id": next_id, "frame_id": entry.frame}
+                    next_id += 1
+                described.write((", " if images else "") + json.dumps(image))
+                images += 1
+                for row in entry.rows:
+                    results.write((", " if detections else "") + json.dumps(row | {"image_id": image["id"]}))
+                    detections += 1
+                    x, y, width, height = row["bbox"]
+                    corners = (f"{value:.2f}" for value in (x, y, x + width, y + height))
+                    frame = [entry.frame] if with_videos else []
+                    table.writerow([file, *frame, name_of[row["category_id"]], f"{row['score']:.4f}", *corners])
+            results.write("]")
+            described.write(f'], "categories": {json.dumps(categories)}, "annotations": []}}')
         (self.folder / UNREADABLE).unlink(missing_ok=True)
         if errors:
-            (self.folder / UNREADABLE).write_text("".join(f"{line}\n" for line in errors), encoding="utf-8")
+            lines = "".join(f"{line}\n" for line in errors)
+            (self.folder / UNREADABLE).write_text(lines, encoding="utf-8", errors="surrogateescape")
         self._journal.unlink()
-        return len(found), errors
+        return Summary(images, detections, errors)
+
+    def _entries(self) -> Iterator[Entry]:
+        """Read the journal in the order of the files."""
+        with self._journal.open("rb") as journal:
+            for number in sorted(self.done):
+                journal.seek(self.done[number])
+                entry = _entry(journal.readline())
+                yield entry
+                while not entry.ends_file:
+                    entry = _entry(journal.readline())
+                    yield entry
 
 
-def picture_names(files: Sequence[Path]) -> list[Path]:
+def _entry(line: bytes) -> Entry:
+    return Entry(**json.loads(line))
+
+
+def drawing_names(files: Sequence[Path]) -> list[Path]:
     """Return a distinct relative path for the drawing of each file: that below the common folder of all files."""
     parents = [file.absolute().parent for file in files]
     common = parents[0]
@@ -131,36 +201,54 @@ def picture_names(files: Sequence[Path]) -> list[Path]:
         common = common.parent
     names: dict[Path, None] = {}
     for file in files:
-        name = file.absolute().relative_to(common).with_suffix(".jpg")
+        suffix = ".mp4" if is_video(file) else ".jpg"
+        name = file.absolute().relative_to(common).with_suffix(suffix)
         while name in names:  # a.png beside a.jpg
-            name = name.with_name(f"{name.stem}_{file.suffix.lstrip('.')}.jpg")
+            name = name.with_name(f"{name.stem}_{file.suffix.lstrip('.')}{suffix}")
         names[name] = None
     return list(names)
 
 
-def draw_all(predictions: Iterator[Prediction], place: Callable[[Prediction], Path]) -> Iterator[Prediction]:
-    """Pass predictions on, and meanwhile draw each of them to the file that `place` names."""
-    with ThreadPoolExecutor(DRAWING_THREADS) as pool:
-        pending = []
-        for prediction in predictions:
-            pending.append(pool.submit(_draw, prediction, place(prediction)))
-            while len(pending) > 4 * DRAWING_THREADS:
-                pending.pop(0).result()
-            yield prediction
-        for task in pending:
-            task.result()
+def draw_pictures(predictions: Iterable[Prediction], place: Callable[[Prediction], Path]) -> Iterator[Prediction]:
+    """Draw each prediction to the file that `place` names, and pass it on when that is written."""
+
+    def draw(prediction: Prediction) -> None:
+        file = place(prediction)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        prediction.plot().save(file, quality=90)
+
+    for prediction, _ in _in_threads(draw, predictions):
+        yield prediction
 
 
-def _draw(prediction: Prediction, file: Path) -> None:
+def draw_video(found: Iterable[tuple[np.ndarray, Prediction]], file: Path, rate: Fraction) -> Iterator[Prediction]:
+    """Draw the predictions of a video's frames to a video file of that many frames per second, and pass them on."""
+
+    def draw(pair: tuple[np.ndarray, Prediction]) -> np.ndarray:
+        pixels, prediction = pair
+        return np.asarray(prediction.draw(pixels))
+
     file.parent.mkdir(parents=True, exist_ok=True)
-    prediction.plot().save(file, quality=90)
+    writer = VideoWriter(file, rate)
+    for (_, prediction), drawn in _in_threads(draw, found):
+        writer.add(drawn)
+        yield prediction
+    writer.close()
+
+
+def _in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+    """Yield the items with the results of `work`, which is done in threads, in their order."""
+    with ThreadPoolExecutor(DRAWING_THREADS) as pool:
+        pending: deque[tuple[T, Future[R]]] = deque()
+        for item in items:
+            pending.append((item, pool.submit(work, item)))
+            if len(pending) > 2 * DRAWING_THREADS:
+                first, task = pending.popleft()
+                yield first, task.result()
+        for first, task in pending:
+            yield first, task.result()
 
 
 def sizes_of(files: Sequence[Path]) -> torch.Tensor:
     """Return the (h, w) of the files, i64 [n, 2]; 1 x 1 of those that cannot be read."""
     return torch.tensor([image_size(file) or (1, 1) for file in files]).view(-1, 2)
-
-
-def as_error(bad: BadImage, numbers: dict[Path, int]) -> Entry:
-    """Return the journal's entry of an unreadable image."""
-    return Entry(numbers[bad.path], error=str(bad))

@@ -31,7 +31,8 @@ class Prediction:
     labels: Tensor  # i64 [D] in [0, K)
     class_names: tuple[str, ...]  # [K]
     size: tuple[int, int]  # (h, w) in the original frame
-    path: Path | None = None  # of the image file; None for an array or a PIL image
+    path: Path | None = None  # of the image or video file; None for an array or a PIL image
+    frame: int | None = None  # of the video, from 0 on; None for an image
     image_id: int = 1  # in `to_coco`; images are numbered from 1 on, unless their ids are known
     category_ids: tuple[int, ...] = ()  # [K], in `to_coco`; empty = label + 1
     _read: Callable[[], np.ndarray] | None = None  # decodes the image
@@ -43,6 +44,7 @@ class Prediction:
         counts = Counter(self.names).most_common()
         found = ", ".join(f"{count} {name}" for name, count in counts) or "nothing"
         where = f"{self.path}, " if self.path else ""
+        where += "" if self.frame is None else f"frame {self.frame}, "
         return f"Prediction({where}{self.size[1]} x {self.size[0]} px: {found})"
 
     @property
@@ -61,7 +63,7 @@ class Prediction:
         ]
 
     def to_pandas(self) -> Any:
-        """A `pandas.DataFrame` with the columns file, class, score, x1, y1, x2, y2.
+        """A `pandas.DataFrame` with the columns file, class, score, x1, y1, x2, y2; for a video, frame follows file.
 
         Raises:
             ImportError: pandas is not installed.
@@ -71,6 +73,8 @@ class Prediction:
         table.insert(0, "file", str(self.path or ""))
         table.insert(1, "class", self.names)
         table.insert(2, "score", self.scores.numpy())
+        if self.frame is not None:
+            table.insert(1, "frame", self.frame)
         return table
 
     def to_supervision(self) -> Any:

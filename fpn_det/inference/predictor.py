@@ -19,10 +19,11 @@ from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.loaders import EvalLoader
 from fpn_det.data.transforms import Pipeline
 from fpn_det.data.workers import Workers
-from fpn_det.image_io import MAX_PIXELS, image_size
+from fpn_det.image_io import MAX_PIXELS, BadImage, image_size
 from fpn_det.inference.images import ImageInput, find_images, is_video, read_pixels
 from fpn_det.inference.prediction import Prediction
 from fpn_det.inference.selection import Selection, Thresholds
+from fpn_det.inference.video import read_batches, read_frame
 from fpn_det.models.views import Views
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Annotations, Batch, Detections, ScoreThresholds
@@ -66,8 +67,9 @@ class Preprocessing:
             return pixels[path] if path in pixels else read_pixels(path, reduction, self.max_pixels)
 
         reduced = self.reduced_decoding and not pixels
+        workers = Workers() if pixels else self.workers  # their start takes longer than the resizing of a few images
         dataset = DetectionDataset(images, self.transform, 0, reduced_decoding=reduced, read=read)
-        return EvalLoader(dataset, self.batch_size, Ranks(), self.collator, self.workers, device, on_bad_image)
+        return EvalLoader(dataset, self.batch_size, Ranks(), self.collator, workers, device, on_bad_image)
 
 
 class Predictor:
@@ -138,11 +140,34 @@ class Predictor:
         for image in images:
             if isinstance(image, Path) and is_video(image):
                 raise ValueError(
-                    f"predict: expected images, got the video {image}. Use fpn-det predict source={image}."
+                    f"predict: expected images, got the video {image}. Use predict_video, which yields a prediction for each "
+                    f"frame, or fpn-det predict source={image}."
                 )
         selection = self.selection(score, classes, max_detections)
         found = {one.image_id: one for one in self.stream(images, selection, size)}
         return [found[number] for number in sorted(found)]
+
+    def predict_video(
+        self,
+        source: str | Path,
+        *,
+        score: float | None = None,
+        classes: Sequence[str] | None = None,
+        max_detections: int | None = None,
+        size: int | None = None,
+    ) -> Iterator[Prediction]:
+        """Detect objects in a video, and yield a prediction for each frame in their order. Memory does not grow with its length.
+
+        Args:
+            source: the file.
+            score: see `predict`, as the next ones.
+
+        Raises:
+            BadImage: the file cannot be read, or is damaged or truncated; this is raised after the last good frame.
+            ValueError: PyAV is not installed, or an option is impossible.
+        """
+        selection = self.selection(score, classes, max_detections)
+        return (prediction for _, prediction in self.stream_video(Path(source), selection, size))
 
     def selection(
         self, score: float | None = None, classes: Sequence[str] | None = None, max_detections: int | None = None
@@ -188,6 +213,30 @@ class Predictor:
                     category_ids=self.category_ids,
                     _read=partial(read_pixels, image, max_pixels=preprocessing.max_pixels),
                 )
+
+    def stream_video(
+        self, path: Path, selection: Selection, size: int | None = None, on_bad_video: OnBadImage | None = None
+    ) -> Iterator[tuple[np.ndarray, Prediction]]:
+        """Yield the frames of a video, u8 [h, w, 3] RGB, with their predictions.
+
+        Args:
+            path: of the file.
+            selection: of detections.
+            size: see `predict`.
+            on_bad_video: called after the last good frame if the file cannot be read to its end; None makes it an error.
+        """
+        limit, number = self.preprocessing.max_pixels, 0
+        try:
+            for frames in read_batches(path, self.preprocessing.batch_size, limit):
+                found = sorted(self.stream(frames, selection, size), key=lambda one: one.image_id)
+                for pixels, prediction in zip(frames, found, strict=True):
+                    read = partial(read_frame, path, number, limit)
+                    yield pixels, replace(prediction, path=path, frame=number, image_id=number + 1, _read=read)
+                    number += 1
+        except BadImage as error:
+            if on_bad_video is None:
+                raise
+            on_bad_video(error)
 
     def batch_of(self, images: Sequence[ImageInput]) -> Batch:
         """Preprocess images to one batch without objects."""

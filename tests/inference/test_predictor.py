@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import http.server
 import threading
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from tiny import TINY
+from videos import write_video
 
 from fpn_det.composition import compose
 from fpn_det.evaluation.evaluate import evaluate
-from fpn_det.image_io import read_image
+from fpn_det.image_io import BadImage, read_image
 from fpn_det.inference.predictor import Predictor, build_predictor
+from fpn_det.inference.video import read_frames
 from fpn_det.models.views import Views
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Annotations, Batch, Detections, ScoreThresholds
@@ -95,7 +98,7 @@ def test_predict_refuses_other_types(predictor, tmp_path):
     with pytest.raises(ValueError, match=r"empty.jpg: expected an image, got an empty file"):
         predictor.predict(tmp_path / "empty.jpg")
     (tmp_path / "clip.mp4").touch()
-    with pytest.raises(ValueError, match=r"expected images, got the video .*clip.mp4. Use fpn-det predict"):
+    with pytest.raises(ValueError, match=r"expected images, got the video .*clip.mp4. Use predict_video, which"):
         predictor.predict(tmp_path / "clip.mp4")
 
 
@@ -113,6 +116,28 @@ def test_one_path_a_folder_a_pattern_and_a_list_name_the_same_images(annotations
             assert torch.equal(one.boxes, other.boxes) and torch.equal(one.scores, other.scores)
     (single,) = predictor.predict(files[1], score=0.02)
     assert single.path == files[1] and single.image_id == 1
+
+
+def test_a_prediction_of_a_video_is_that_of_its_frames(annotations, predictor, tmp_path):
+    pytest.importorskip("av")
+    frames = [read_image(annotations.path(row))[:96, :96] for row in (0, 1, 2, 3, 4)]
+    file = write_video(tmp_path / "clip.mp4", frames, rate=Fraction(5))
+    decoded = list(read_frames(file))
+    expected = predictor.predict(decoded, score=0.02)
+    found = list(predictor.predict_video(file, score=0.02))
+    assert sum(map(len, expected)) > 20
+    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(one.boxes, other.boxes) and torch.equal(one.scores, other.scores)
+        assert (one.path, one.frame, one.image_id) == (file, number, number + 1)
+        assert one.plot().tobytes() == other.plot().tobytes()
+    assert f"{file}, frame 4, 96 x 96 px" in repr(found[4])
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    stream = predictor.predict_video(file)
+    assert next(stream).frame == 0
+    with pytest.raises(BadImage, match="expected a complete video"):
+        list(stream)
+    with pytest.raises(ValueError, match="score: expected a number"):
+        predictor.predict_video(file, score=2)
 
 
 def test_a_source_without_images_is_refused(predictor, tmp_path):
