@@ -1,4 +1,4 @@
-"""What the tests share. Each worker computes on one core, so that two of them fill two cores and no more."""
+"""Fixtures and settings of all tests. Each worker computes on one core, so that two of them fill two cores and no more."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytest_plugins = ["pictures"]
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory) -> None:
-    """What is remembered from run to run stays in the folder of the tests."""
+    """Files that are remembered from run to run stay in the folder of the tests."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
@@ -37,7 +37,7 @@ def shapes_dataset(tmp_path_factory) -> Path:
 
 @dataclass
 class Result:
-    """What a program printed, and its exit code."""
+    """The output of a program, and its exit code."""
 
     returncode: int
     stdout: str

@@ -43,7 +43,7 @@ SMALL = partial(TwoLayerHead, width=32)
 
 
 def spawn(work, folder: Path, timeout_minutes: float = 1) -> list[dict]:
-    """What `work(ranks, folder)` returns on two ranks."""
+    """The results of `work(ranks, folder)` on two ranks."""
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
