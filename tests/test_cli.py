@@ -44,7 +44,7 @@ def test_tools_show_the_same_help():
 
 def test_help_of_train_shows_experiments_groups_and_twenty_settings_with_meanings():
     text = help_texts.command_help("train")
-    assert "experiment=small" in text and re.search(r"data= +coco, voc, yolo", text)
+    assert "experiment=small" in text and re.search(r"data= +coco, csv, voc, yolo", text)
     assert len(help_texts.FIRST_SETTINGS) >= 20
     for name in help_texts.FIRST_SETTINGS:
         item = describe_setting(name)

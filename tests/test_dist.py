@@ -82,17 +82,15 @@ def test_sdist_has_everything_that_the_wheel_is_built_from(dist):
 
 @pytest.mark.slow
 def test_installed_wheel_trains_evaluates_and_predicts_without_the_checkout(environment, shapes_dataset, tmp_path):
-    annotations = shapes_dataset / "annotations"
     data = tmp_path / "data set"
-    for split in ("train", "val"):
-        words = ["coco", "yolo", "--input", annotations / f"instances_{split}2017.json", "--split", split]
-        call([sys.executable, ROOT / "datasets" / "convert.py", *words, "--output", data], ROOT)
-        shutil.copytree(shapes_dataset / f"{split}2017", data / "images" / split)
     work = tmp_path / "work"
     work.mkdir()
     program = environment / "fpn-det"
     settings = ["experiment=small", "data=yolo", f"data.root={data}", "device=cpu", "data.num_workers=0"]
     assert "fpn-det train" in call([program, "--help"], work)
+    assert "data=yolo" in call(
+        [program, "convert-data", "source=coco", "target=yolo", f"input={shapes_dataset}", f"output={data}"], work
+    )
     assert "Sound." in call([program, "check-data", *settings], work)
     call([program, "train", *settings, "trainer.max_steps=1", "trainer.batch_size=2"], work)
     (run,) = (work / "runs" / "small").iterdir()

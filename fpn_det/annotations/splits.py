@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,7 +32,7 @@ def find_overlap(one: CheckedDataset, other: CheckedDataset, name: str) -> dict[
     Args:
         one: a split.
         other: another split.
-        name: of the other split, for messages.
+        name: of the other split as messages call it, such as `data.val`.
 
     Returns:
         A finding for each row of `one` that is in both.
@@ -47,11 +47,11 @@ def find_overlap(one: CheckedDataset, other: CheckedDataset, name: str) -> dict[
             continue
         image_id, other_id = int(one.annotations.image_ids[row]), int(other.annotations.image_ids[twin])
         if path in row_of_path:
-            kind, message = "image_in_two_splits", f"this image is also in data.{name}, as image {other_id}"
+            kind, message = "image_in_two_splits", f"this image is also in {name}, as image {other_id}"
         else:
             kind = "image_copied_to_two_splits"
             copy = other.annotations.path(twin)
-            message = f"data.{name} has a copy with the same bytes: image {other_id}, {copy}"
+            message = f"{name} has a copy with the same bytes: image {other_id}, {copy}"
         found[row] = Finding(kind, message, "error", image_id, str(one.annotations.path(row)))
     are_copies = all(finding.kind == "image_copied_to_two_splits" for finding in found.values())
     if are_copies and len(found) <= TOLERATED_COPIES * len(paths):
@@ -64,12 +64,16 @@ def are_same_images(one: CheckedDataset, other: CheckedDataset) -> bool:
     return one.image_lists == other.image_lists and None not in one.image_lists
 
 
+def select_rows(dataset: CheckedDataset, rows: Sequence[int]) -> CheckedDataset:
+    """Return the data set with the images of `rows` only, in that order."""
+    annotations = select_images(dataset.annotations, torch.tensor(rows, dtype=torch.int64))
+    return replace(dataset, annotations=annotations, digests=[dataset.digests[row] for row in rows])
+
+
 def drop_images(dataset: CheckedDataset, rows: Iterable[int]) -> CheckedDataset:
     """Return the data set without the images of `rows`."""
     dropped = set(rows)
-    kept = [row for row in range(len(dataset.annotations)) if row not in dropped]
-    annotations = select_images(dataset.annotations, torch.tensor(kept, dtype=torch.int64))
-    return replace(dataset, annotations=annotations, digests=[dataset.digests[row] for row in kept])
+    return select_rows(dataset, [row for row in range(len(dataset.annotations)) if row not in dropped])
 
 
 def _paths(dataset: CheckedDataset) -> list[str]:

@@ -1,19 +1,24 @@
-"""Convert annotations between COCO JSON, Pascal VOC, YOLO text files and CSV.
+"""Convert a data set between COCO JSON, Pascal VOC, YOLO text files and CSV.
 
-The source is read and checked as for training, and stays as it is. Images stay where they are: their names are relative
-to the folder that holds them. Only COCO has crowd regions: VOC keeps them as `difficult`, YOLO and CSV leave them out.
+Makes a new folder with annotations and images (links to those of the source) that can be trained on at once. The source
+is read and checked as for training, and stays as it is. Splits stay as they are, or `val` and `test` take a share or a list
+of the training images; equal files never come into two splits. Only COCO has crowd regions: VOC keeps them as `difficult`,
+YOLO and CSV leave them out.
 
 Examples:
-  fpn-det convert-data source=voc target=coco input=VOC2007 split=train output=VOC2007/train.json
-  fpn-det convert-data source=coco target=yolo input=instances_train.json split=train output=yolo
-  fpn-det convert-data source=csv target=coco input=boxes.csv output=boxes.json on_error=fix
+  fpn-det convert-data source=voc target=yolo input=VOC2007 output=datasets/voc_yolo
+  fpn-det convert-data source=coco target=yolo input=boxes.json images=photos output=boxes_yolo val=0.1 test=0.1
+  fpn-det convert-data source=csv target=coco input=boxes.csv output=boxes_coco val=val.txt pictures=copy
 """
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 from fpn_det.annotations.conversion import ConversionConfig, convert
 from fpn_det.cli.arguments import run_command
-from fpn_det.terminal import printable
+from fpn_det.terminal import printable, shown_path
 
 
 def main() -> None:
@@ -22,17 +27,22 @@ def main() -> None:
 
 
 def convert_data(config: ConversionConfig) -> None:
-    """Convert, and print the counts.
+    """Convert, and print the counts and the command that trains on the result.
 
     Raises:
         ValueError: an option has no effect on these formats.
     """
-    formats = {config.source, config.target}
-    if config.split != "train" and not formats & {"voc", "yolo"}:
-        raise ValueError("split: has no effect here: only voc and yolo have splits. Leave it out.")
-    if config.pixel_offset != 1 and "voc" not in formats:
+    if config.pixel_offset != 1 and "voc" not in (config.source, config.target):
         raise ValueError("pixel_offset: has no effect here: only voc counts pixels. Leave it out.")
     try:
-        print(printable(convert(config).describe(config.output)))
+        result = convert(config)
     except ValueError as error:
         raise ValueError(str(error).replace("data.on_error=", "on_error=")) from None
+    print(printable(result.describe()))
+    folder = shown_path(Path(config.output).expanduser())
+    if config.pictures == "none":
+        print(f"Written: {folder}, without images.")
+        return
+    words = [f"data.root={folder}"] if config.target == "coco" else [f"data={config.target}", f"data.root={folder}"]
+    words += [] if "val" in result.splits else ["data.val_fraction=0.1"]
+    print(f"Written: {folder}. To train on it:\n  fpn-det train experiment=small {shlex.join(words)}")

@@ -239,7 +239,7 @@ class DataConfig:
             message = "the images are those of data.train; the metrics say nothing about other images"
             findings["val"].append(Finding("val_is_train", message, "warning"))
             return train
-        overlap = find_overlap(train, val, "val")
+        overlap = find_overlap(train, val, "data.val")
         findings["train"] += overlap.values()
         return train if self.on_error == "fail" else drop_images(train, overlap)
 

@@ -93,7 +93,7 @@ def inspect_data(data: DataConfig, seed: int = 0) -> Report:
     if test is not None:
         for name, part in together.items():
             if not are_same_images(part, test):
-                overlap = find_overlap(part, test, "test").values()
+                overlap = find_overlap(part, test, "data.test").values()
                 report.findings[name] += [replace(finding, severity="warning") for finding in overlap]
     for name, part in report.parts.items():
         report.findings[name] += find_notes(part.annotations)

@@ -154,7 +154,7 @@ def test_the_same_folder_in_two_splits_is_named_and_the_same_file_is_accepted(ro
     data = data_of(root, defaults)
     data = replace(data, val=replace(data.val, images=data.train.images))
     train, val = (data.check_split(split, None) for split in ("train", "val"))
-    assert {finding.kind for finding in find_overlap(train, val, "val").values()} == {"image_in_two_splits"}
+    assert {finding.kind for finding in find_overlap(train, val, "data.val").values()} == {"image_in_two_splits"}
     with pytest.raises(ValueError, match=r"image_in_two_splits \(6\)(?s:.*)also in data.val"):
         both_parts(data, 0)
     assert len(both_parts(replace(data, val=data.train), 0)[1]) == 6

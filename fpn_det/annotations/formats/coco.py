@@ -21,7 +21,7 @@ import msgspec
 from fpn_det.annotations.files import describe_foreign, open_file, read_file
 from fpn_det.annotations.findings import Finding, one_line
 from fpn_det.annotations.masks import mask_extent
-from fpn_det.annotations.raw import RawDataset, RawImage, RawObject, RawObjects, Record
+from fpn_det.annotations.raw import SPLIT_ALIASES, RawDataset, RawImage, RawObject, RawObjects, Record, split_aliases
 
 TABLES = ("images", "annotations", "categories")
 MAX_JSON_BYTES = 64 << 30
@@ -62,6 +62,26 @@ def load(source: Path, folder: Path | None) -> RawDataset:
         raw = _read_any(source, folder)
     _add_file_names(raw)
     return raw
+
+
+def find_splits(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """Return the JSON file and the folder of the images of each split of a folder.
+
+    The layouts are COCO's (`annotations/instances_train2017.json` and `train2017`, the year is optional) and
+    `train/_annotations.coco.json` beside the images.
+    """
+    found = {}
+    for split in SPLIT_ALIASES:
+        for name in split_aliases(split):
+            files = [
+                *sorted(folder.glob(f"annotations/instances_{name}*.json")),
+                folder / name / "_annotations.coco.json",
+            ]
+            for file in (path for path in files if path.is_file() and split not in found):
+                inner = file.stem.removeprefix("instances_") if file.parent.name == "annotations" else name
+                images = [folder / inner, folder / "images" / inner, folder / name, folder / "images"]
+                found[split] = file, next((path for path in images if path.is_dir()), images[0])
+    return found
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from fpn_det.annotations.files import read_text
 from fpn_det.annotations.findings import Finding
 from fpn_det.annotations.parsing import parse_number
-from fpn_det.annotations.raw import RawDataset, RawImage
+from fpn_det.annotations.raw import SPLIT_ALIASES, RawDataset, RawImage, split_aliases
 from fpn_det.image_io import image_size
 
 # Names of the columns in the files of other tools; the first is ours.
@@ -62,6 +62,12 @@ def load(source: Path, folder: Path | None) -> RawDataset:
             corners = [parse_number(row[side]) for side in CORNERS]
             raw.add_box(image, category_of.get(row["class"]), corners, where)
     return raw
+
+
+def find_splits(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """Return the table of each split of a folder, `train.csv`, and the folder that its file names start from."""
+    files = {split: [folder / f"{name}.csv" for name in split_aliases(split)] for split in SPLIT_ALIASES}
+    return {split: (file, folder) for split, some in files.items() for file in reversed(some) if file.is_file()}
 
 
 def _read_rows(source: Path, raw: RawDataset) -> list[tuple[int, dict[str, str]]]:

@@ -97,6 +97,21 @@ def is_voc(folder: Path) -> bool:
     return any(name in names and _has_xml(folder / name) for name in (*ANNOTATION_FOLDERS, *split_folders))
 
 
+def find_splits(source: Path) -> list[str]:
+    """Return the splits that `load` finds in a folder, by their lists or folders; empty if all XML files are one set."""
+    if source.is_file():
+        return []
+    lists = [source / name for name in LIST_FOLDERS if (source / name).is_dir()]
+
+    def exists(split: str) -> bool:
+        names = split_aliases(split)
+        if lists:
+            return any((folder / f"{name}.txt").is_file() for folder in lists for name in names)
+        return any(_has_xml(source / name / inner) for name in names for inner in ("", *ANNOTATION_FOLDERS))
+
+    return [split for split in SPLIT_ALIASES if exists(split)]
+
+
 def _has_xml(folder: Path) -> bool:
     return folder.is_dir() and any(path.suffix.lower() == ".xml" for path in walk_files(folder))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
 
 from fpn_det.annotations.files import (
     FolderListings,
@@ -21,7 +21,10 @@ from fpn_det.annotations.raw import RawDataset, RawImage, split_aliases
 from fpn_det.image_io import IMAGE_SUFFIXES, image_size
 from fpn_det.safe_yaml import load_yaml
 
+PathT = TypeVar("PathT", bound=PurePath)
+
 SPLITS = ("train", "val", "test")
+LAYOUTS = ("images/{}", "{}/images", "{}")  # folders of the images of a split
 EMPTY_VALUES = ("", "null", "~")  # of a key without a value
 QUAD_COLUMNS = 9  # class and four corners: oriented boxes and quadrangles
 
@@ -88,6 +91,23 @@ def load(source: Path, folder: Path | None, split: str) -> RawDataset:
     _add_objects(labeled, description, raw)
     _report_labels_without_image(label_file_of, listings, raw)
     return raw
+
+
+def find_splits(source: Path) -> list[str]:
+    """Return the splits that `load` finds in a folder or data.yaml; empty if all images are one set."""
+    file = find_description(source) if source.is_dir() else source
+    if file is None:
+        return []
+    stated = _read_description(file).splits
+    folder = file.parent
+
+    def exists(split: str) -> bool:
+        names = split_aliases(split)
+        if stated:
+            return any(name in stated for name in names)
+        return any((folder / layout.format(name)).is_dir() for name in names for layout in LAYOUTS)
+
+    return [split for split in SPLITS if exists(split)]
 
 
 def find_description(folder: Path) -> Path | None:
@@ -171,14 +191,13 @@ def _find_images(description: Description, folder: Path | None, split: str) -> t
             f"{file}: expected {' or '.join(aliases)} with the images of the split, got {', '.join(description.splits)}. "
             f"Add it, or set data.{split}.images."
         )
-    layouts = ("images/{}", "{}/images", "{}")
-    tried = [layout.format(name) for name in aliases for layout in layouts]
+    tried = [layout.format(name) for name in aliases for layout in LAYOUTS]
     found = next((inner for inner in tried if (file.parent / inner).is_dir()), None)
     if found is not None:
         return _images_below(file.parent / found), str(file.parent / found)
     all_aliases = [alias for other in SPLITS for alias in split_aliases(other)]
     others = [
-        inner.format(name) for name in all_aliases for inner in layouts if (file.parent / inner.format(name)).is_dir()
+        inner.format(name) for name in all_aliases for inner in LAYOUTS if (file.parent / inner.format(name)).is_dir()
     ]
     if others:
         raise ValueError(
@@ -235,14 +254,23 @@ def _images_below(folder: Path) -> list[Path]:
 
 def _label_file(image: Path, listings: FolderListings) -> Path:
     """The label file of an image: in the path with `labels` in the place of `images`, or beside it."""
-    beside, parts = _with_text_suffix(image.parent, image.stem, listings), list(image.parts)
-    positions = [i for i, part in enumerate(parts[:-1]) if part.lower() == "images"]
-    if not positions:
+    beside = _with_text_suffix(image.parent, image.stem, listings)
+    folder = label_folder(image.parent)
+    if folder == image.parent:
         return beside
+    other = _with_text_suffix(folder, image.stem, listings)
+    return beside if listings.has(str(beside)) and not listings.has(str(other)) else other
+
+
+def label_folder(folder: PathT) -> PathT:
+    """The folder of the label files of the images in `folder`: `labels` in the place of its last part `images`."""
+    parts = list(folder.parts)
+    positions = [i for i, part in enumerate(parts) if part.lower() == "images"]
+    if not positions:
+        return folder
     spelling = parts[positions[-1]]
     parts[positions[-1]] = {"images": "labels", "IMAGES": "LABELS"}.get(spelling, "Labels")
-    other = _with_text_suffix(Path(*parts[:-1]), image.stem, listings)
-    return beside if listings.has(str(beside)) and not listings.has(str(other)) else other
+    return type(folder)(*parts)
 
 
 def _with_text_suffix(folder: Path, stem: str, listings: FolderListings) -> Path:
