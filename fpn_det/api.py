@@ -27,6 +27,7 @@ from fpn_det.interop.catalog import PUBLISHED, check_detector
 from fpn_det.interop.naming import PROJECTS
 from fpn_det.locations import CONFIGS
 from fpn_det.models.detector import Detector
+from fpn_det.models.tiles import check_tiles
 from fpn_det.models.views import Views
 from fpn_det.models.weights import refuse_nonfinite_weights
 from fpn_det.pretrained import settings_for
@@ -107,12 +108,15 @@ def evaluate(config: EvalConfig | str | Path, overrides: str | Sequence[str] = (
         config = _eval_config(Path(config), [overrides] if isinstance(overrides, str) else overrides)
     exported = open_exported(config.checkpoint) if is_exported(config.checkpoint) else None
     if exported:
+        if config.tiling is not None:
+            check_tiles(exported)
         path = exported.file.path
         state = exported.file.metadata | {"progress": {"step": exported.file.metadata["step"]}}
     else:
         path, state = find_checkpoint(config.run, config.checkpoint)
     suffix = "" if config.split == "val" else f"_{config.split}"
     suffix += "" if config.tta == Views() else "_tta"
+    suffix += f"_tile{config.tile.size}" if config.tile.size else ""
     suffix += "_proposals" if config.evaluation.target == "proposals" else ""
     folder = run_folder_of(path) / "eval" / f"{path.name if exported else path.stem}{suffix}"
     with process_group(config.device, config.timeout_minutes) as (ranks, device):
@@ -134,7 +138,8 @@ def evaluate(config: EvalConfig | str | Path, overrides: str | Sequence[str] = (
                 log.info(remark)
             skipped = bad_files.BadFiles(folder, len(annotations), config.data.max_bad_fraction, log.info)
             on_bad_image = skipped if config.data.on_error == "skip" else None
-            loader = config.eval_loader(annotations, model.stride, ranks, device, config.split, on_bad_image)
+            place = annotations, model.stride, ranks, device, config.split
+            loader = config.eval_loader(*place, on_bad_image, config.tiling)
             dtype = PRECISIONS[config.precision]
             evaluation = evaluate_model(model, loader, annotations, config.evaluation, dtype, config.tta)  # type: ignore[arg-type]
             step = state["progress"]["step"]
@@ -223,7 +228,7 @@ def predict(
         images: a path, folder, pattern, list of paths, URL, PIL image or array, or a list of these. For a video, use
             `load(source).predict_video(file)`.
         device: see `load`.
-        options: of `Predictor.predict`: score, classes, max_detections, size, download.
+        options: of `Predictor.predict`: score, classes, max_detections, size, tile, overlap, download.
 
     Returns:
         A prediction for each image, in their order.

@@ -16,11 +16,12 @@ import yaml  # type: ignore[import-untyped]
 from fpn_det.data.bad_images import OnBadImage
 from fpn_det.data.config import DataConfig, SplitName
 from fpn_det.data.loaders import EvalLoader
+from fpn_det.data.tiles import Tiling
 from fpn_det.evaluation.config import EvaluationConfig
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
 from fpn_det.runtime import Ranks, set_float32_precision
-from fpn_det.schema import CountOrZero, Node, Positive, build
+from fpn_det.schema import Count, CountOrZero, Decay, Node, Positive, build
 from fpn_det.structures import Annotations
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -33,6 +34,14 @@ PRECISIONS: dict[Precision, torch.dtype | None] = {
 }
 
 
+@dataclass(frozen=True)
+class TileConfig:
+    """Tiles of large images on which a detector also detects. What it finds is merged with that of the whole image."""
+
+    size: Count | None = None  # side of a tile, px of the image; null = whole images only
+    overlap: Decay = 0.2  # of two neighbours, at least; fraction of the side
+
+
 @dataclass(frozen=True, kw_only=True)
 class DetectorConfig:
     """A detector, the data it is for, and how it is evaluated."""
@@ -40,6 +49,7 @@ class DetectorConfig:
     model: Node  # class and arguments of the detector
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tile: TileConfig = field(default_factory=TileConfig)  # of evaluation and prediction
     seed: CountOrZero = 0  # of all random draws
     device: str = "auto"  # cpu, cuda, cuda:<number>, mps; auto = the best one available
     precision: Precision = "fp32"  # fp32 in full; tf32 for convolutions and matmuls of a GPU; bf16 and fp16 by autocast
@@ -60,6 +70,11 @@ class DetectorConfig:
             raise ValueError(
                 "data.proposals: expected with model.rpn=null only, and then always. See experiment=fast_rcnn_r50_fpn."
             )
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """Tiles of evaluation and prediction; None for whole images only."""
+        return None if self.tile.size is None else Tiling(self.tile.size, self.tile.overlap)
 
     def build_model(self, num_classes: int | None) -> Detector:
         """The detector with random weights; no file is read.
@@ -87,12 +102,14 @@ class DetectorConfig:
         device: torch.device,
         split: SplitName = "val",
         on_bad_image: OnBadImage | None = None,
+        tiling: Tiling | None = None,
     ) -> EvalLoader:
         """This rank's images of a split.
 
         Args:
             stride: of the model, which the sides of a batch must divide by.
             on_bad_image: called for each image that cannot be used and is left out; None makes it an error.
+            tiling: of each image; None for whole images only.
         """
         return self.data.eval_loader(
             annotations,
@@ -102,6 +119,7 @@ class DetectorConfig:
             device=device,
             on_bad_image=on_bad_image,
             split=split,
+            tiling=tiling,
         )
 
     def single_images(

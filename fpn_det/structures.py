@@ -216,6 +216,9 @@ class Batch:
     targets: Targets
     indices: Tensor  # i64 [B], rows of Annotations
     proposals: Proposals | None = None  # precomputed, for a model without RPN
+    windows: Tensor | None = (
+        None  # i64 [B, 4], xyxy, original frame, if these are tiles; their sizes are `original_sizes`
+    )
 
     def __len__(self) -> int:
         return len(self.pixels)

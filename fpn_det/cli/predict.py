@@ -9,6 +9,7 @@ as AP needs it.
 Examples:
   fpn-det predict run=runs/demo source=photos
   fpn-det predict run=runs/demo source='photos/*.jpg' out=found score=0.5
+  fpn-det predict run=runs/demo source=aerial tile.size=640 tile.overlap=0.25
   fpn-det predict checkpoint=model.pt source=list.txt draw=false score=0 batch_size=8
   fpn-det predict checkpoint=model.onnx source=photos
   fpn-det predict run=runs/demo source=clip.mp4
@@ -47,6 +48,7 @@ from fpn_det.inference.predictor import Predictor, build_predictor
 from fpn_det.inference.selection import Selection
 from fpn_det.inference.video import VideoHeader, check_support, read_header
 from fpn_det.models.detector import Detector
+from fpn_det.models.tiles import check_tiles
 from fpn_det.models.weights import refuse_nonfinite_weights
 from fpn_det.runs.checkpoint import fill_model, find_checkpoint, remark_on
 from fpn_det.runs.log import PLAIN_WIDTH
@@ -220,6 +222,8 @@ def _open(config: PredictConfig) -> tuple[Path, dict[str, Any], Detector | Expor
     """The file that is asked for, what it says about itself, and its detector with the device to run it on."""
     if is_exported(config.checkpoint):
         exported = open_exported(config.checkpoint)
+        if config.tiling is not None:
+            check_tiles(exported)
         return exported.file.path, exported.file.metadata, exported, pick_device("cpu")
     path, state = find_checkpoint(config.run, config.checkpoint)
     model = config.build_model(len(state["class_names"]))

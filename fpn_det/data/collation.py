@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fpn_det.data.dataset import Example
 from fpn_det.data.flip_resize import FlipResize, Size
+from fpn_det.data.tiles import Window
 from fpn_det.image_io import BadImage
 from fpn_det.schema import Count
 from fpn_det.structures import Batch, Proposals, Targets
@@ -45,6 +46,7 @@ class PackedBatch:
     bad_images: list[BadImage]  # images that were replaced or left out
     proposals: list[np.ndarray]  # empty without precomputed proposals
     buffer: tuple[int, int] | None = None  # (worker, number) of the shared buffer that holds `pixels`
+    windows: list[Window] = field(default_factory=list)  # of tiles; empty for whole images
 
     def unpack(self) -> Batch:
         """Return the batch with pixels as they were sent."""
@@ -57,6 +59,7 @@ class PackedBatch:
             ),
             indices=torch.tensor(self.indices),
             proposals=Proposals.stack(list(map(torch.from_numpy, self.proposals))) if self.proposals else None,
+            windows=torch.tensor(self.windows) if self.windows else None,
         )
 
     def finish(self, batch: Batch) -> Batch:

@@ -25,6 +25,7 @@ from fpn_det.data.image_cache import ImageCache
 from fpn_det.data.loaders import EvalLoader, TrainLoader
 from fpn_det.data.proposals import SavedProposals, read_proposals
 from fpn_det.data.sampling import GlobalBatches, repeat_factors
+from fpn_det.data.tiles import Tiles, Tiling
 from fpn_det.data.transforms import Pipeline
 from fpn_det.data.workers import StartMethod, Workers
 from fpn_det.image_io import MAX_PIXELS, read_image
@@ -300,6 +301,7 @@ class DataConfig:
         device: torch.device,
         on_bad_image: OnBadImage | None = None,
         split: SplitName = "val",
+        tiling: Tiling | None = None,
     ) -> EvalLoader:
         """Build the loader of this rank's images of a split.
 
@@ -311,6 +313,7 @@ class DataConfig:
             device: that batches are copied to.
             on_bad_image: called for each bad image, which is left out; None makes bad images an error.
             split: whose file of precomputed proposals is used.
+            tiling: of each image; None for whole images only.
         """
         dataset = DetectionDataset(
             annotations,
@@ -319,6 +322,7 @@ class DataConfig:
             reduced_decoding=self.reduced_decoding == "always",
             proposals=self._proposals(split, annotations, train=False),
             read=self._image_reader(),
+            tiles=None if tiling is None else Tiles.of(annotations.sizes, tiling),
         )
         collator, workers = self.collator(stride), Workers(self.num_workers, self.start_method)
         return EvalLoader(dataset, self.eval_batch_size, ranks, collator, workers, device, on_bad_image)

@@ -9,11 +9,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fpn_det.data.bad_images import Key, load_or_replace
 from fpn_det.data.flip_resize import FlipResize, Size
 from fpn_det.data.mixing import Scene
 from fpn_det.data.proposals import SavedProposals
+from fpn_det.data.tiles import Tiles, Window
 from fpn_det.data.transforms import Pipeline
 from fpn_det.image_io import BadImage, read_image, reduction_to
 from fpn_det.structures import Annotations
@@ -29,10 +32,11 @@ class Example:
     flip_resize: FlipResize  # still to be applied to the pixels; the boxes are already moved
     boxes: np.ndarray  # f32 [G, 4] xyxy, input frame
     labels: np.ndarray  # i64 [G]
-    original_size: Size  # (h, w) in the original frame
+    original_size: Size  # (h, w) in the original frame, of the image or tile
     index: int  # row of Annotations
     replaced: tuple[BadImage, ...] = ()  # bad images in whose place this one is
     proposals: np.ndarray | None = None  # f32 [R, 4], input frame, best first, padded with rows of zeros
+    window: Window | None = None  # of a tile
 
 
 class DetectionDataset:
@@ -46,6 +50,7 @@ class DetectionDataset:
         replace_bad: replace bad images by others instead of raising BadImage, see `bad_images`.
         proposals: precomputed proposals, which become part of the examples.
         read: decodes the image file of a path at a reduction, as `image_io.read_image` does.
+        tiles: of the images. Each is one more row; its file is decoded in full, once for tiles in succession.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class DetectionDataset:
         replace_bad: bool = False,
         proposals: SavedProposals | None = None,
         read: Callable[[Path, int], np.ndarray] = read_image,
+        tiles: Tiles | None = None,
     ) -> None:
         self.annotations = annotations
         self.transform = transform
@@ -64,13 +70,20 @@ class DetectionDataset:
         self.reduced_decoding = reduced_decoding
         self.replace_bad = replace_bad
         self.proposals = proposals
+        self.tiles = tiles
         self._read_file = read
+        self._last: tuple[int, np.ndarray] | None = None  # the image that a tile was cut from last, and its row
 
     def __len__(self) -> int:
-        return len(self.annotations)
+        return len(self.annotations) + (len(self.tiles) if self.tiles else 0)
+
+    @property
+    def sizes(self) -> Tensor:
+        """(h, w) of each row in the original frame, i64 [N, 2]."""
+        return torch.cat([self.annotations.sizes, self.tiles.sizes]) if self.tiles else self.annotations.sizes
 
     def __getitem__(self, key: Key) -> Example:
-        """Load the image of row `key[0]` with the random transforms of epoch `key[1]`.
+        """Load the image or tile of row `key[0]` with the random transforms of epoch `key[1]`.
 
         Raises:
             BadImage: it cannot be read, or has not the annotated size.
@@ -81,12 +94,16 @@ class DetectionDataset:
         example, bad = load_or_replace(self._load, key, len(self), self.seed)
         return replace(example, replaced=tuple(bad))
 
-    def _load(self, index: int, epoch: int) -> Example:
+    def _load(self, row: int, epoch: int) -> Example:
+        index, window = self._find(row)
         size, boxes, labels = self._objects(index)
         read = partial(self._read, index, size)
+        if window is not None:
+            read = partial(self._read_window, index, size, window)
+            size, boxes, labels = _cut(window, boxes, labels)
         try:
             pixels, boxes, labels, flip_resize = self.transform.prepare(
-                size, boxes, labels, read, (self.seed, epoch, index), self._draw_scene
+                size, boxes, labels, read, (self.seed, epoch, row), self._draw_scene
             )
         except BadImage:
             raise
@@ -96,7 +113,14 @@ class DetectionDataset:
         proposals = None
         if self.proposals is not None:
             boxes, labels, proposals = self.proposals.split(boxes, labels)
-        return Example(pixels, flip_resize, boxes, labels, size, index, proposals=proposals)
+        return Example(pixels, flip_resize, boxes, labels, size, index, proposals=proposals, window=window)
+
+    def _find(self, row: int) -> tuple[int, Window | None]:
+        """Return the image row of a row of the data set, and the window if it is a tile."""
+        tile = row - len(self.annotations)
+        if self.tiles is None or tile < 0:
+            return row, None
+        return int(self.tiles.images[tile]), tuple(self.tiles.windows[tile].tolist())
 
     def _objects(self, index: int) -> tuple[Size, np.ndarray, np.ndarray]:
         """Return the (h, w), boxes and labels of a row in the original frame, followed by its proposals if there are any."""
@@ -134,6 +158,13 @@ class DetectionDataset:
             )
         return pixels
 
+    def _read_window(self, index: int, size: Size, window: Window, least: Size | None) -> np.ndarray:
+        """Return the pixels [h, w, 3] of a window. The image stays in memory until another one is asked for."""
+        if self._last is None or self._last[0] != index:
+            self._last = index, self._read(index, size, None)
+        left, top, right, bottom = window
+        return self._last[1][top:bottom, left:right].copy()  # transforms may write to it
+
     def _validate(self, index: int, boxes: np.ndarray, labels: np.ndarray) -> None:
         """Raise ValueError for a box or label that would cause an error without a location on the device."""
         invalid = ~np.isfinite(boxes).all(axis=1) | (labels < 0) | (labels >= self.annotations.num_classes)
@@ -152,3 +183,11 @@ class DetectionDataset:
         more = ", ..." if len(ids) > MAX_IDS_IN_MESSAGE else ""
         shown = f", annotations {', '.join(map(str, ids[:MAX_IDS_IN_MESSAGE]))}{more}" if ids else ""
         return f"image {self.annotations.image_ids[index].item()}{shown}"
+
+
+def _cut(window: Window, boxes: np.ndarray, labels: np.ndarray) -> tuple[Size, np.ndarray, np.ndarray]:
+    """Return the (h, w) of a window, and the boxes that reach into it, clipped, with their labels."""
+    left, top, right, bottom = window
+    moved = np.clip(boxes - (left, top, left, top), 0, (right - left, bottom - top) * 2)
+    inside = (moved[:, 2:] > moved[:, :2]).all(axis=1)
+    return (bottom - top, right - left), moved[inside], labels[inside]

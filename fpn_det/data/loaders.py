@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
 from itertools import chain, count
+from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset, get_worker_info
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset, get_worker_info
 from fpn_det.data.bad_images import Key, OnBadImage, load_available
 from fpn_det.data.collation import Collator, PackedBatch
 from fpn_det.data.dataset import DetectionDataset
+from fpn_det.data.flip_resize import Size
 from fpn_det.data.largest_batch import largest_batch
 from fpn_det.data.sampling import GlobalBatches, evaluation_batches, micro_batches
 from fpn_det.data.workers import (
@@ -27,8 +29,11 @@ from fpn_det.data.workers import (
     cuda_host_unregister,
     load_in_workers,
 )
+from fpn_det.image_io import BadImage
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Batch, tensors_of
+
+TILE_BYTES = 1 << 27  # pixels of one image's tiles that are made together; the image is decoded again for the next ones
 
 
 class TrainLoader:
@@ -113,8 +118,10 @@ class TrainLoader:
 class EvalLoader:
     """This rank's images of a data set, sorted by aspect ratio. Over all ranks, every image occurs exactly once.
 
+    Batches of tiles (`Batch.windows`) follow the batch of their images. A bad image is reported once.
+
     Args:
-        dataset: reads and transforms the images.
+        dataset: reads and transforms the images, and their tiles if it has any.
         batch_size: images per batch on this rank.
         ranks: this rank and their number.
         collator: makes the batches.
@@ -138,9 +145,20 @@ class EvalLoader:
     ) -> None:
         batches = evaluation_batches(dataset.annotations.sizes, batch_size, ranks)
         check_shared_memory(typical_bytes(dataset, collator), batch_size, workers.count, BUFFERS_PER_WORKER)
-        keys = [[(index, 0) for index in batch.tolist()] for batch in batches]
-        self._num_batches = len(keys)
-        maker = _BatchMaker(dataset, collator, skip_bad=on_bad_image is not None)
+        tiles, most = dataset.tiles, batch_size
+        if tiles:
+            tile_bytes = sent_bytes(dataset, collator, tuple(tiles.sizes.amax(dim=0).tolist()))
+            most = max(TILE_BYTES // tile_bytes // batch_size, 1) * batch_size
+            check_shared_memory(tile_bytes, most, workers.count, BUFFERS_PER_WORKER)
+        keys: list[list[Key]] = []
+        for batch in batches:
+            keys.append([(index, 0) for index in batch.tolist()])
+            for index in batch.tolist():
+                rows = tiles.rows_of(index) if tiles else range(0)
+                keys += [[(row, 0) for row in rows[start : start + most]] for start in range(0, len(rows), most)]
+        self._batch_size = batch_size
+        self._num_batches = sum(-(-len(part) // batch_size) for part in keys)
+        maker = _BatchMaker(dataset, collator, skip_bad=on_bad_image is not None, marks_tiles=True)
         self._packed_batches = load_in_workers(maker, keys, workers)
         self._device = device
         self._on_bad_image = on_bad_image
@@ -149,7 +167,25 @@ class EvalLoader:
         return self._num_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        return _on_device(self._packed_batches, self._device, self._on_bad_image)
+        on_bad_image = self._on_bad_image and _once(self._on_bad_image)
+        for batch in _on_device(self._packed_batches, self._device, on_bad_image):
+            if len(batch) <= self._batch_size:
+                yield batch
+            else:
+                for start in range(0, len(batch), self._batch_size):
+                    yield batch.select(slice(start, start + self._batch_size))
+
+
+def _once(on_bad_image: OnBadImage) -> OnBadImage:
+    """Report a file once, not for each of its tiles again."""
+    reported: set[Path] = set()
+
+    def report(bad: BadImage) -> None:
+        if bad.path not in reported:
+            reported.add(bad.path)
+            on_bad_image(bad)
+
+    return report
 
 
 class _BatchMaker(Dataset):
@@ -159,14 +195,18 @@ class _BatchMaker(Dataset):
 
     Args:
         skip_bad: leave bad images out of their batch.
+        marks_tiles: tell the windows of tiles.
     """
 
-    def __init__(self, dataset: DetectionDataset, collator: Collator, skip_bad: bool = False) -> None:
+    def __init__(
+        self, dataset: DetectionDataset, collator: Collator, skip_bad: bool = False, marks_tiles: bool = False
+    ) -> None:
         if collator.resize_on == "device":
             dataset.transform.check_resize_is_last()
         self.dataset = dataset
         self.collator = collator
         self._skip_bad = skip_bad
+        self._marks_tiles = marks_tiles
         self._buffers = SharedBuffers(BUFFERS_PER_WORKER)
 
     def __getitem__(self, keys: list[Key]) -> PackedBatch | ValueError:
@@ -177,22 +217,33 @@ class _BatchMaker(Dataset):
                 examples, bad = [self.dataset[key] for key in keys], []
             worker = get_worker_info()
             if worker is None or not examples:
-                return self.collator.pack(examples, bad)
-            packed = self.collator.pack(examples, bad, self._buffers)
-            return replace(packed, buffer=(worker.id, self._buffers.current))
+                packed = self.collator.pack(examples, bad)
+            else:
+                packed = self.collator.pack(examples, bad, self._buffers)
+                packed = replace(packed, buffer=(worker.id, self._buffers.current))
+            if self._marks_tiles:
+                windows = [example.window for example in examples if example.window is not None]
+                packed = replace(packed, windows=windows)
+            return packed
         except ValueError as error:
             return error
 
 
 def typical_bytes(dataset: DetectionDataset, collator: Collator) -> int:
     """Return the bytes that a worker sends for an image of median size."""
-    sizes = dataset.annotations.sizes
+    sizes = dataset.sizes
     if not len(sizes):
         return 0
     height, width = sizes[sizes.prod(dim=1).argsort()[len(sizes) // 2]].tolist()
+    return sent_bytes(dataset, collator, (height, width))
+
+
+def sent_bytes(dataset: DetectionDataset, collator: Collator, size: Size) -> int:
+    """Return the bytes that a worker sends for an image or tile of `size` (h, w) in the original frame."""
+    height, width = size
     if collator.resize_on == "worker":
         canvas = collator.canvas
-        height, width = canvas if isinstance(canvas, tuple) else dataset.transform.largest((height, width))
+        height, width = canvas if isinstance(canvas, tuple) else dataset.transform.largest(size)
     return height * width * 3
 
 

@@ -24,6 +24,7 @@ from fpn_det.evaluation.detection_table import DetectionTable
 from fpn_det.evaluation.diagnosis import ABOUT_ZERO, diagnose
 from fpn_det.models.detector import Detector
 from fpn_det.models.roi_align import LevelAssigner
+from fpn_det.models.tiles import detect_all
 from fpn_det.models.views import Views
 from fpn_det.models.weights import refuse_nonfinite_weights
 from fpn_det.runtime import broadcast_object, gather_objects
@@ -47,12 +48,13 @@ def evaluate(
 
     Args:
         model: the bare module. Its modes (training, eval) are restored afterwards.
-        loader: images of this rank, on the model's device; over all ranks every image exactly once.
+        loader: images of this rank, on the model's device, each batch followed by those of its tiles, if there are any; over
+            all ranks every image exactly once.
         annotations: the ground truth; `Batch.indices` are its rows.
         config: metrics to compute.
         dtype: of autocast; None disables it.
         tta: test-time augmentation; None detects on the image as it is.
-        with_losses: also compute the losses, as the metric `loss` and its terms as statistics. Anchors and proposals are sampled
+        with_losses: also compute the losses of the whole images, as the metric `loss` and its terms as statistics. Anchors and proposals are sampled
             with the seed of step 0, so evaluations of the same weights give the same losses.
 
     Raises:
@@ -97,10 +99,9 @@ def _detect(
     tables: list[DetectionTable] = []
     per_level = torch.zeros(assigner.num_levels, dtype=torch.int64)
     losses: dict[str, Tensor] = {}
-    for batch in loader:
-        with torch.autocast(batch.pixels.device.type, dtype, enabled=dtype is not None):
-            detections = detector.detect(batch, tta)
-            if with_losses:
+    for batch, detections in detect_all(detector, loader, dtype, tta):
+        if with_losses:
+            with torch.autocast(batch.pixels.device.type, dtype, enabled=dtype is not None):
                 for name, mean in _losses(model, batch).items():
                     losses[name] = losses.get(name, 0) + mean * len(batch)
         per_level = per_level.to(detections.boxes.device) + count_levels(detections, assigner)

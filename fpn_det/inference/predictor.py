@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from fpn_det.data.bad_images import OnBadImage
 from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.loaders import EvalLoader
+from fpn_det.data.tiles import Tiles, Tiling
 from fpn_det.data.transforms import Pipeline
 from fpn_det.data.workers import Workers
 from fpn_det.image_io import MAX_PIXELS, BadImage, image_size
@@ -24,16 +25,10 @@ from fpn_det.inference.images import ImageInput, find_images, is_video, read_pix
 from fpn_det.inference.prediction import Prediction
 from fpn_det.inference.selection import Selection, Thresholds
 from fpn_det.inference.video import read_batches, read_frame
+from fpn_det.models.tiles import Detects, check_tiles, detect_all
 from fpn_det.models.views import Views
 from fpn_det.runtime import Ranks
-from fpn_det.structures import Annotations, Batch, Detections, ScoreThresholds
-
-
-class Model(Protocol):
-    """The part of a detector that prediction needs; an exported model has it too."""
-
-    def detect(self, batch: Batch, views: Views | None = None) -> Detections:
-        """Detections in the input frame, with those of all test-time `views`."""
+from fpn_det.structures import Annotations, Batch, ScoreThresholds
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,7 @@ class Preprocessing:
     workers: Workers = field(default_factory=Workers)
     reduced_decoding: bool = False  # decode JPEG files at 1/2, 1/4 or 1/8 of their size if that is large enough
     max_pixels: int = MAX_PIXELS  # largest width * height of an image file
+    tiling: Tiling | None = None  # also detect on the tiles of each image
 
     def loader(
         self,
@@ -68,7 +64,8 @@ class Preprocessing:
 
         reduced = self.reduced_decoding and not pixels
         workers = Workers() if pixels else self.workers  # their start takes longer than the resizing of a few images
-        dataset = DetectionDataset(images, self.transform, 0, reduced_decoding=reduced, read=read)
+        tiles = None if self.tiling is None else Tiles.of(images.sizes, self.tiling)
+        dataset = DetectionDataset(images, self.transform, 0, reduced_decoding=reduced, read=read, tiles=tiles)
         return EvalLoader(dataset, self.batch_size, Ranks(), self.collator, workers, device, on_bad_image)
 
 
@@ -88,7 +85,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: Model,
+        model: Detects,
         class_names: Sequence[str],
         preprocessing: Preprocessing,
         device: torch.device,
@@ -118,6 +115,8 @@ class Predictor:
         classes: Sequence[str] | None = None,
         max_detections: int | None = None,
         size: int | None = None,
+        tile: int | None = None,
+        overlap: float | None = None,
         download: bool = False,
     ) -> list[Prediction]:
         """Detect objects in images.
@@ -128,6 +127,8 @@ class Predictor:
             classes: names of the classes to keep; None keeps all.
             max_detections: per image, the best ones; at most as many as the model gives.
             size: shorter side to which images are resized, px; None resizes as in the evaluation.
+            tile: side of the tiles that are detected on too, px of the image; 0 = none; None = as in the evaluation.
+            overlap: of neighbouring tiles, as a fraction of their side; None = as in the evaluation.
             download: fetch URLs.
 
         Returns:
@@ -144,7 +145,7 @@ class Predictor:
                     f"frame, or fpn-det predict source={image}."
                 )
         selection = self.selection(score, classes, max_detections)
-        found = {one.image_id: one for one in self.stream(images, selection, size)}
+        found = {one.image_id: one for one in self.stream(images, selection, size, tile=tile, overlap=overlap)}
         return [found[number] for number in sorted(found)]
 
     def predict_video(
@@ -155,6 +156,8 @@ class Predictor:
         classes: Sequence[str] | None = None,
         max_detections: int | None = None,
         size: int | None = None,
+        tile: int | None = None,
+        overlap: float | None = None,
     ) -> Iterator[Prediction]:
         """Detect objects in a video, and yield a prediction for each frame in their order. Memory does not grow with its length.
 
@@ -167,7 +170,8 @@ class Predictor:
             ValueError: PyAV is not installed, or an option is impossible.
         """
         selection = self.selection(score, classes, max_detections)
-        return (prediction for _, prediction in self.stream_video(Path(source), selection, size))
+        frames = self.stream_video(Path(source), selection, size, tile=tile, overlap=overlap)
+        return (prediction for _, prediction in frames)
 
     def selection(
         self, score: float | None = None, classes: Sequence[str] | None = None, max_detections: int | None = None
@@ -186,6 +190,8 @@ class Predictor:
         size: int | None = None,
         image_ids: Sequence[int] | None = None,
         on_bad_image: OnBadImage | None = None,
+        tile: int | None = None,
+        overlap: float | None = None,
     ) -> Iterator[Prediction]:
         """Yield the predictions batch by batch, in the order of aspect ratios.
 
@@ -195,12 +201,17 @@ class Predictor:
             size: see `predict`.
             image_ids: of the images; None numbers them from 1 on.
             on_bad_image: called for each image that cannot be read, which has no prediction; None makes it an error.
+            tile, overlap: see `predict`.
+
+        Raises:
+            ValueError: an option is impossible.
         """
+        preprocessing = self._preprocessing_with(size, tile, overlap)
+        if preprocessing.tiling is not None:
+            check_tiles(self.model)
         annotations, pixels = self._describe(images, image_ids)
-        preprocessing = self.preprocessing if size is None else self._resized(size)
-        for batch in preprocessing.loader(annotations, pixels, self.device, on_bad_image):
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                detections = self.model.detect(batch, self.tta)
+        batches = preprocessing.loader(annotations, pixels, self.device, on_bad_image)
+        for batch, detections in detect_all(self.model, batches, self.dtype, self.tta):
             detections = detections.to_original(batch).cpu()
             for index, found in zip(batch.indices.tolist(), detections.images(), strict=True):
                 image, path = images[index], annotations.path(index)
@@ -215,7 +226,13 @@ class Predictor:
                 )
 
     def stream_video(
-        self, path: Path, selection: Selection, size: int | None = None, on_bad_video: OnBadImage | None = None
+        self,
+        path: Path,
+        selection: Selection,
+        size: int | None = None,
+        on_bad_video: OnBadImage | None = None,
+        tile: int | None = None,
+        overlap: float | None = None,
     ) -> Iterator[tuple[np.ndarray, Prediction]]:
         """Yield the frames of a video, u8 [h, w, 3] RGB, with their predictions.
 
@@ -224,11 +241,13 @@ class Predictor:
             selection: of detections.
             size: see `predict`.
             on_bad_video: called after the last good frame if the file cannot be read to its end; None makes it an error.
+            tile, overlap: see `predict`.
         """
         limit, number = self.preprocessing.max_pixels, 0
         try:
             for frames in read_batches(path, self.preprocessing.batch_size, limit):
-                found = sorted(self.stream(frames, selection, size), key=lambda one: one.image_id)
+                found = self.stream(frames, selection, size, tile=tile, overlap=overlap)
+                found = sorted(found, key=lambda one: one.image_id)
                 for pixels, prediction in zip(frames, found, strict=True):
                     read = partial(read_frame, path, number, limit)
                     yield pixels, replace(prediction, path=path, frame=number, image_id=number + 1, _read=read)
@@ -241,7 +260,7 @@ class Predictor:
     def batch_of(self, images: Sequence[ImageInput]) -> Batch:
         """Preprocess images to one batch without objects."""
         annotations, pixels = self._describe(images)
-        whole = replace(self.preprocessing, batch_size=len(images), workers=Workers())
+        whole = replace(self.preprocessing, batch_size=len(images), workers=Workers(), tiling=None)
         (batch,) = whole.loader(annotations, pixels, self.device, None)
         return batch
 
@@ -262,10 +281,24 @@ class Predictor:
         ids = self.category_ids or range(1, len(self.class_names) + 1)
         return Annotations.without_objects(paths, sizes, self.class_names, ids, image_ids), pixels
 
-    def _resized(self, size: int) -> Preprocessing:
-        if size < 1:
-            raise ValueError(f"size: expected a side of at least 1 px, got {size}.")
-        return replace(self.preprocessing, transform=self.preprocessing.transform.resized_to(size))
+    def _preprocessing_with(self, size: int | None, tile: int | None, overlap: float | None) -> Preprocessing:
+        """Return the preprocessing with the options of `predict`."""
+        result = self.preprocessing
+        if size is not None:
+            if size < 1:
+                raise ValueError(f"size: expected a side of at least 1 px, got {size}.")
+            result = replace(result, transform=result.transform.resized_to(size))
+        tiling = result.tiling
+        if tile is not None:
+            if tile < 0:
+                raise ValueError(f"tile: expected a side in px, or 0 for whole images only, got {tile}.")
+            tiling = Tiling(tile, tiling.overlap if tiling else Tiling.overlap) if tile else None
+        if overlap is not None:
+            if not 0 <= overlap < 1 or tiling is None:
+                found = overlap if tiling else f"{overlap} without tiles"
+                raise ValueError(f"overlap: expected a fraction from 0 to below 1 of a tile, got {found}.")
+            tiling = replace(tiling, overlap=overlap)
+        return replace(result, tiling=tiling)
 
 
 def build_predictor(
@@ -282,7 +315,7 @@ def build_predictor(
 
     Args:
         config: its settings.
-        model: a `Detector`, which is moved to `device`, or another `Model` with the attribute `stride`.
+        model: a `Detector`, which is moved to `device`, or another model with `detect` and the attribute `stride`.
         class_names: see `Predictor`, as the next ones.
         num_workers: processes that read images; 0 is best for a few images.
     """
@@ -297,6 +330,7 @@ def build_predictor(
         Workers(num_workers, data.start_method),
         reduced_decoding=data.reduced_decoding == "always",
         max_pixels=data.max_image_pixels,
+        tiling=config.tiling,
     )
     dtype = PRECISIONS[config.precision]
     return Predictor(model, class_names, preprocessing, device, dtype, tta, category_ids, score_thresholds)

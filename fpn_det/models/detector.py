@@ -121,7 +121,15 @@ class Detector(nn.Module):
     @torch.no_grad()
     def detect(self, batch: Batch, views: Views | None = None) -> Detections:
         """Detections in the input frame; with test-time augmentation, those of all its `views`."""
-        candidates = self.raw(batch) if views is None else views.merge(self.raw, batch, self.stride)
+        return self.select(self.candidates(batch, views), batch)
+
+    @torch.no_grad()
+    def candidates(self, batch: Batch, views: Views | None = None) -> Candidates:
+        """Scores and boxes before the final selection, with those of all test-time `views`."""
+        return self.raw(batch) if views is None else views.merge(self.raw, batch, self.stride)
+
+    def select(self, candidates: Candidates, batch: Batch) -> Detections:
+        """The detections among the candidates of a batch."""
         if self.roi_head:
             return self.roi_head.select(candidates, batch)
         assert self.rpn is not None
@@ -174,6 +182,11 @@ class Detector(nn.Module):
             return self.roi_head.test_filter.max_detections
         assert self.rpn is not None
         return self.rpn.test_filter.post_nms
+
+    @property
+    def score_threshold(self) -> float:
+        """Score that a candidate must exceed to be selected."""
+        return self.roi_head.test_filter.score_threshold if self.roi_head else 0.0
 
     @property
     def has_unused_parameters(self) -> bool:

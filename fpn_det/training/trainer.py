@@ -225,7 +225,9 @@ class Trainer:
         on_bad_image = bad_files if config.data.on_error == "skip" else None
         place = self.model.stride, self.ranks, self.device
         self.train_loader = config.train_loader(self.train_annotations, *place, on_bad_image=on_bad_image)
-        self.val_loader = config.eval_loader(self.val_annotations, *place, on_bad_image=on_bad_image)
+        self.val_loader = config.eval_loader(
+            self.val_annotations, *place, on_bad_image=on_bad_image, tiling=config.tiling
+        )
         if config.data.repeat_threshold:
             factors = repeat_factors(self.train_annotations, config.data.repeat_threshold)
             self.log.info(describe_repeats(*factors, self.train_annotations.class_names))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import http.server
 import threading
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 
@@ -12,7 +13,10 @@ from PIL import Image
 from tiny import TINY
 from videos import write_video
 
+from fpn_det.annotations.subsets import select_images
 from fpn_det.composition import compose
+from fpn_det.config import TileConfig
+from fpn_det.data.tiles import Tiling
 from fpn_det.evaluation.evaluate import evaluate
 from fpn_det.image_io import BadImage, read_image
 from fpn_det.inference.predictor import Predictor, build_predictor
@@ -66,6 +70,49 @@ def test_predictions_equal_the_detections_of_evaluation(settings, annotations, p
         assert np.array_equal(scored.scores[rows], prediction.scores.numpy())
         assert np.array_equal(scored.labels[rows], prediction.labels.numpy())
         assert prediction.names == tuple(annotations.class_names[label] for label in prediction.labels)
+
+
+def test_tiles_are_those_of_the_evaluation(settings, annotations, predictor):
+    in_tiles, few = replace(settings, tile=TileConfig(80, 0.2)), select_images(annotations, torch.arange(2))
+    loader = settings.eval_loader(few, predictor.model.stride, Ranks(), CPU, tiling=in_tiles.tiling)
+    scored = evaluate(predictor.model, loader, few, settings.evaluation).detections
+    files = [few.path(index) for index in range(2)]
+    by_option = predictor.predict(files, tile=80, overlap=0.2)
+    same = build_predictor(in_tiles, predictor.model, annotations.class_names, CPU)
+    plain = predictor.predict(files)
+    assert len(scored.scores) > 50
+    for index, (one, other, whole) in enumerate(zip(by_option, same.predict(files), plain, strict=True)):
+        rows = scored.images == index
+        assert np.array_equal(scored.boxes[rows], one.boxes.numpy()) and torch.equal(one.boxes, other.boxes)
+        assert np.array_equal(scored.scores[rows], one.scores.numpy()) and torch.equal(one.scores, other.scores)
+        assert not torch.equal(one.scores, whole.scores)
+    for found, whole in zip(same.predict(files, tile=0), plain, strict=True):
+        assert torch.equal(found.boxes, whole.boxes) and torch.equal(found.scores, whole.scores)
+
+
+def test_tiles_as_large_as_the_images_give_the_plain_result_to_the_bit(settings, annotations, predictor):
+    side = int(annotations.sizes.max())
+    loaders = [
+        settings.eval_loader(annotations, predictor.model.stride, Ranks(), CPU, tiling=tiling)
+        for tiling in (None, Tiling(side, 0.2))
+    ]
+    plain, tiled = (evaluate(predictor.model, loader, annotations, settings.evaluation) for loader in loaders)
+    assert len(plain.detections.scores) > 50 and plain.metrics == tiled.metrics
+    for name in ("images", "boxes", "scores", "labels"):
+        assert np.array_equal(getattr(plain.detections, name), getattr(tiled.detections, name)), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tile": -1}, "tile: expected a side in px, or 0 for whole images only, got -1"),
+        ({"tile": 64, "overlap": 1.0}, "overlap: expected a fraction from 0 to below 1 of a tile, got 1.0"),
+        ({"overlap": 0.5}, "overlap: .* got 0.5 without tiles"),
+    ],
+)
+def test_impossible_tiles_are_refused(predictor, annotations, options, message):
+    with pytest.raises(ValueError, match=message):
+        predictor.predict(annotations.path(0), **options)
 
 
 def test_paths_pil_images_and_arrays_give_the_same(annotations, predictor):
