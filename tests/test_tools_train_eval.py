@@ -44,6 +44,10 @@ def test_train_then_eval_then_train_again_with_the_same_settings(run_tool, shape
     assert augmented.returncode == 0, augmented.stderr
     assert read(run / "eval" / "best_tta")["AP"] is not None and read(run / "eval" / "best") == found
 
+    tiled = run_tool("eval.py", "run=runs/demo", "tile.size=100")
+    assert tiled.returncode == 0, tiled.stderr
+    assert read(run / "eval" / "best_tile100")["num_images"] == 8 and read(run / "eval" / "best") == found
+
     other = run_tool(
         "eval.py",
         "checkpoint=runs/demo/checkpoints/last.pt",

@@ -246,8 +246,8 @@ class Predictor:
         limit, number = self.preprocessing.max_pixels, 0
         try:
             for frames in read_batches(path, self.preprocessing.batch_size, limit):
-                found = self.stream(frames, selection, size, tile=tile, overlap=overlap)
-                found = sorted(found, key=lambda one: one.image_id)
+                unordered = self.stream(frames, selection, size, tile=tile, overlap=overlap)
+                found = sorted(unordered, key=lambda one: one.image_id)
                 for pixels, prediction in zip(frames, found, strict=True):
                     read = partial(read_frame, path, number, limit)
                     yield pixels, replace(prediction, path=path, frame=number, image_id=number + 1, _read=read)
