@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 SECONDS ?= 60
 
-.PHONY: help demo fuzz gpu paper paper-quick storm test test-all dist lint types tests
+.PHONY: help demo fuzz gpu paper paper-quick recipes storm test test-all dist lint types tests
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -21,6 +21,10 @@ paper: $(READY) ## the FPN paper's tables at a small scale, three seeds: docs/pa
 
 paper-quick: $(READY) ## FPN, bottom-up and C5 only, one seed (at most 30 minutes)
 	$(BIN)/python tools/paper.py quick=true output=runs/paper
+
+recipes: $(READY) ## ingredients of recipes on BCCD and drawn shapes, two seeds: docs/recipes.md (about six hours on two cores)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,timm]'
+	$(BIN)/python tools/recipes.py $(if $(BCCD),bccd=$(BCCD))
 
 storm: $(READY) ## kill a run at thirty random moments, on one rank and on two, and compare it with an undisturbed run (minutes)
 	$(BIN)/python tools/storm.py

@@ -8,9 +8,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
-from _paper import page, runs
+from _comparison import runs
+from _comparison.results import Results
+from _comparison.runs import finish, jobs_of
+from _paper import page
 from _paper.rows import DETECTORS, PROPOSALS
-from _paper.runs import finish, jobs_of
 from fpn_det.cli.arguments import fit_words
 from fpn_det.composition import compose
 from paper import Options
@@ -44,17 +46,17 @@ def test_what_is_finished_is_not_done_again(tmp_path):
     for job in jobs:
         job.folder.mkdir(parents=True)
         job.result_file.write_text(json.dumps({"seed": job.seed}))
-    assert finish(jobs, tmp_path / "nowhere", (), 2, print) == [{"seed": 0}, {"seed": 1}]
+    assert finish(jobs, ("data.root=nowhere",), 2, print) == [{"seed": 0}, {"seed": 1}]
 
 
 def test_a_failed_run_raises_its_message(tmp_path):
     with pytest.raises(RuntimeError, match="nowhere"):
-        finish(jobs_of([ROWS["table1_b"]], 1, tmp_path), tmp_path / "nowhere", (), 1, print)
+        finish(jobs_of([ROWS["table1_b"]], 1, tmp_path), ("data.root=nowhere",), 1, print)
 
 
-def results(numbers: dict[str, list[float]]) -> page.Results:
+def results(numbers: dict[str, list[float]]) -> Results:
     found = [{"row": row, "metrics": {"AP": value}} for row, values in numbers.items() for value in values]
-    return page.Results(found, {}, {})
+    return Results(found, {}, {})
 
 
 @pytest.mark.parametrize(

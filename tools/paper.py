@@ -15,12 +15,13 @@ from typing import Literal
 
 from rich.console import Console
 
+from _comparison.results import Results
+from _comparison.runs import finish, jobs_of, make_data
+from _comparison.speed import measure
 from _paper.chart import draw_bars
-from _paper.page import DETECTION_METRICS, PROPOSAL_METRICS, Results, write_pages
+from _paper.page import DETECTION_METRICS, PROPOSAL_METRICS, write_pages
 from _paper.pictures import draw_pyramids
-from _paper.rows import DETECTORS, PROPOSALS, Row
-from _paper.runs import finish, jobs_of, make_data
-from _paper.speed import measure
+from _paper.rows import DETECTORS, PROPOSALS, PaperRow
 from fpn_det.cli.arguments import run_command
 from fpn_det.schema import Count
 
@@ -39,7 +40,7 @@ class Options:
     overrides: tuple[str, ...] = ()  # settings of every run
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[PaperRow]:
         """The rows to compare."""
         return [row for row in (*PROPOSALS, *DETECTORS) if row.quick or not self.quick]
 
@@ -49,15 +50,15 @@ def main(options: Options) -> None:
     console = Console()
     data, folder, rows = Path(options.data), Path(options.folder), options.rows
     make_data(data)
-    overrides = (f"precision={options.precision}", *options.overrides)
+    overrides = (f"data.root={data}", f"precision={options.precision}", *options.overrides)
     jobs = jobs_of(rows, 1 if options.quick else options.seeds, folder)
     try:
-        runs = finish(jobs, data, overrides, options.at_once, console.print)
+        runs = finish(jobs, overrides, options.at_once, console.print)
     except RuntimeError as error:
         sys.exit(str(error))
     costs = folder / ("costs_quick.json" if options.quick else "costs.json")
     if not costs.is_file():
-        costs.write_text(json.dumps(measure({row.name: row for row in rows}, data, folder, overrides), indent=2) + "\n")
+        costs.write_text(json.dumps(measure({row.name: row for row in rows}, folder, overrides), indent=2) + "\n")
     versions = json.loads((jobs[0].folder / "versions.json").read_text())
     versions.pop("command")  # of one run only, with paths of this machine
     results = Results(runs, json.loads(costs.read_text()), versions)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from _paper.page import SIZES, Results
-from _paper.rows import Row
+from _comparison.results import Results
+from _paper.page import SIZES
+from _paper.rows import PaperRow
 
 COLORS = ("#999999", "#56b4e9", "#d55e00", "#e69f00", "#009e73", "#cc79a7")
 INK, FAINT, PAPER_LINE = "#222222", "#dddddd", "#000000"
@@ -16,7 +17,7 @@ WIDTH, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 1560, 760, 70, 40, 60, 520  # px, of 
 FONT_SIZE = 26
 
 
-def draw_bars(results: Results, rows: Sequence[Row], metrics: Mapping[str, str], file: Path) -> None:
+def draw_bars(results: Results, rows: Sequence[PaperRow], metrics: Mapping[str, str], file: Path) -> None:
     """Draw a group of bars for each metric of a size range, in percent. Thin lines are the range over seeds."""
     metrics = {metric: name for metric, name in metrics.items() if name in SIZES}
     picture = Image.new("RGB", (WIDTH, HEIGHT), "white")

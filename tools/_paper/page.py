@@ -2,86 +2,29 @@
 
 from __future__ import annotations
 
-import base64
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import markdown  # type: ignore[import-untyped]
-
-from _paper.rows import Row
+from _comparison.results import Results, write_page
+from _paper.rows import PaperRow
 
 PROPOSAL_METRICS = {"AR100": "AR100", "AR1000": "AR1000", "ARs1000": "small", "ARm1000": "medium", "ARl1000": "large"}
 DETECTION_METRICS = {"AP": "AP", "AP50": "AP50", "APs": "small", "APm": "medium", "APl": "large"}
 SIZES = ("small", "medium", "large")
 NAMES = PROPOSAL_METRICS | DETECTION_METRICS
 TEXTS = Path(__file__).parent
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; }
-th { border-bottom: 2px solid #888; }
-img { max-width: 100%; }
-code, pre { background: #f4f4f4; border-radius: 3px; padding: 0.1rem 0.3rem; }
-"""
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>The pyramids of the FPN paper</title>
-<style>{style}</style>
-{body}
-</html>
-"""
 
 
-@dataclass(frozen=True)
-class Results:
-    """All runs of all rows."""
-
-    runs: Sequence[Mapping[str, Any]]
-    costs: Mapping[str, Mapping[str, float]]
-    versions: Mapping[str, str | None]
-
-    def values(self, row: str, metric: str) -> list[float]:
-        """One number per seed, in percent."""
-        found = [run["metrics"][metric] for run in self.runs if run["row"] == row]
-        return [100 * value for value in found if value is not None]
-
-    def mean(self, row: str, metric: str) -> float:
-        """Over seeds, in percent."""
-        return statistics.mean(self.values(row, metric))
-
-    def shown(self, row: str, metric: str) -> str:
-        """Mean and spread, as in `56.3 ± 0.4`."""
-        values = self.values(row, metric)
-        if not values:
-            return ""
-        return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def table(results: Results, rows: Sequence[Row], metrics: Mapping[str, str]) -> str:
+def table(results: Results, rows: Sequence[PaperRow], metrics: Mapping[str, str]) -> str:
     """Our numbers, and those of the paper in a second line of each row."""
     costs = ["parameters", "training step", "image"]
     lines = [["", "seeds", *metrics.values(), *costs], ["---", *["---:"] * (1 + len(metrics) + len(costs))]]
     for row in rows:
-        cost = results.costs[row.name]
-        step = f"{1000 * cost['step_s']:.0f} ms" if "step_s" in cost else ""
         numbers = [results.shown(row.name, metric) for metric in metrics]
         seeds = str(len(results.values(row.name, next(iter(metrics)))))
-        lines.append(
-            [
-                f"**{row.title}**",
-                seeds,
-                *numbers,
-                f"{cost['parameters'] / 1e6:.1f} M",
-                step,
-                f"{1000 * cost['inference_s']:.0f} ms",
-            ]
-        )
+        lines.append([f"**{row.title}**", seeds, *numbers, *results.shown_costs(row.name)])
         if row.paper:
             lines.append(
                 [
@@ -137,7 +80,7 @@ def compare_seeds(results: Results, claim: Claim) -> tuple[float, str]:
     return difference, "**no**" if max(better) < min(worse) else "**undecided**, seeds overlap"
 
 
-def claims_table(results: Results, rows: Mapping[str, Row]) -> str:
+def claims_table(results: Results, rows: Mapping[str, PaperRow]) -> str:
     """The findings of the paper, with the differences in the paper and here."""
     lines = ["| finding | points of | in the paper | here | reproduced? |", "| --- | --- | ---: | ---: | --- |"]
     for claim in CLAIMS:
@@ -152,12 +95,11 @@ def claims_table(results: Results, rows: Mapping[str, Row]) -> str:
     return "\n".join(lines)
 
 
-def write_pages(results: Results, proposals: Sequence[Row], detectors: Sequence[Row], file: Path) -> None:
+def write_pages(results: Results, proposals: Sequence[PaperRow], detectors: Sequence[PaperRow], file: Path) -> None:
     """Write `file` as Markdown, and beside it one HTML file with embedded images."""
     rows = {row.name: row for row in (*proposals, *detectors)}
     is_whole = all(claim.better in rows and claim.worse in rows for claim in CLAIMS)
     parts = [
-        "# The pyramids of the FPN paper, side by side",
         (TEXTS / "introduction.md").read_text().strip(),
         "## Proposals (Table 1)",
         "The RPN alone; average recall in percent, by the number of proposals and by the size of objects (among 1000 proposals).",
@@ -184,25 +126,6 @@ def write_pages(results: Results, proposals: Sequence[Row], detectors: Sequence[
         "from its smallest to its largest value).",
         f"![feature maps]({file.stem}_maps.jpg)",
         "## How it was measured",
-        measured(results),
+        results.shown_conditions(),
     ]
-    text = "\n\n".join(parts) + "\n"
-    file.write_text(text)
-    html = markdown.markdown(text, extensions=["tables", "fenced_code"])
-    for picture in file.parent.glob(f"{file.stem}_*.[jp][pn]g"):
-        data = base64.b64encode(picture.read_bytes()).decode()
-        html = html.replace(
-            f'src="{picture.name}"', f'src="data:image/{picture.suffix[1:].replace("jpg", "jpeg")};base64,{data}"'
-        )
-    file.with_suffix(".html").write_text(PAGE.format(style=STYLE, body=html))
-
-
-def measured(results: Results) -> str:
-    """Versions, and the load of the machine."""
-    loads = [run["load"] for run in results.runs]
-    return (
-        f"torch {results.versions['torch']}, revision {results.versions['git']}, {results.versions['device']}. "
-        f"The machine had other work: its load was {statistics.mean(loads):.1f} on average, on "
-        f"{results.runs[0]['cores']} cores. Therefore times were measured afterwards, of single images and of training steps of 4 images in "
-        "fp32: on one core, all rows in alternation, in process time."
-    )
+    write_page("The pyramids of the FPN paper, side by side", parts, file)

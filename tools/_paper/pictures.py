@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from _paper.rows import Row
+from _comparison.rows import Row
 from fpn_det.composition import compose
 from fpn_det.runs.checkpoint import fill_model, load_checkpoint
 from fpn_det.visualization.panels import GREY, RGBImage, make_grid, resize_longer_side, to_rgb

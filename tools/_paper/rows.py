@@ -5,47 +5,40 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from _comparison.rows import Row
+
 
 @dataclass(frozen=True)
-class Row:
+class PaperRow(Row):
     """One kind of pyramid, trained and measured in one way.
 
     Attributes:
-        name: folder of its runs.
-        title: of the row on the page.
-        settings: words for `fpn-det train`, without seed and folder.
         paper: numbers of the paper in percent, by metric.
-        seeds: maximum number of runs.
         quick: part of `quick=true`.
-        weights_of: name of the row whose weights are evaluated with `settings`; None = the row is trained.
     """
 
-    name: str
-    title: str
-    settings: tuple[str, ...]
-    paper: Mapping[str, float] = field(default_factory=dict)
     seeds: int = 3
+    paper: Mapping[str, float] = field(default_factory=dict)
     quick: bool = False
-    weights_of: str | None = None
 
 
-def _proposals(letter: str, title: str, paper: tuple[float, ...], quick: bool = False) -> Row:
+def _proposals(letter: str, title: str, paper: tuple[float, ...], quick: bool = False) -> PaperRow:
     names = ("AR100", "AR1000", "ARs1000", "ARm1000", "ARl1000")
     name = f"table1_{letter}"
-    return Row(
+    return PaperRow(
         name,
         f"({letter}) {title}",
         (f"experiment=paper/{name}", "reduced=proposals"),
-        dict(zip(names, paper, strict=True)),
+        paper=dict(zip(names, paper, strict=True)),
         quick=quick,
     )
 
 
-def _detector(letter: str, title: str, paper: tuple[float, ...], *settings: str, quick: bool = False) -> Row:
+def _detector(letter: str, title: str, paper: tuple[float, ...], *settings: str, quick: bool = False) -> PaperRow:
     names = ("AP50", "AP", "APs", "APm", "APl")
     name = f"table3_{letter}"
     settings = (f"experiment=paper/{name}", "reduced=detector", *settings)
-    return Row(name, f"({letter}) {title}", settings, dict(zip(names, paper, strict=True)), quick=quick)
+    return PaperRow(name, f"({letter}) {title}", settings, paper=dict(zip(names, paper, strict=True)), quick=quick)
 
 
 PROPOSALS = (
@@ -65,18 +58,18 @@ DETECTORS = (
     _detector("a", "one map, C4", (53.1, 31.6, 13.2, 35.6, 47.1), TWO_LAYERS),
     _detector("b", "one map, C5", (51.7, 28.0, 9.6, 31.9, 43.1), quick=True),
     _detector("c", "FPN", (56.9, 33.9, 17.8, 37.7, 45.8), quick=True),
-    Row(
+    PaperRow(
         "feature_hierarchy",
         "feature hierarchy, as SSD's",
         ("experiment=paper/table3_c", "neck=feature_hierarchy", "reduced=detector"),
     ),
-    Row(
+    PaperRow(
         "image_pyramid",
         "image pyramid: (a) at three scales",
         (f"model.image_pyramid.test={SCALES}",),
         weights_of="table3_a",
     ),
-    Row(
+    PaperRow(
         "image_pyramid_trained",
         "image pyramid, trained: at the three scales too",
         (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from _paper.rows import Row
+from _comparison.rows import Row
 from fpn_det.composition import compose
 from fpn_det.runs.checkpoint import fill_model, load_checkpoint
 from fpn_det.runtime import Ranks
@@ -22,14 +22,14 @@ ROUNDS = 3
 Work = dict[str, Callable[[], None]]  # by what is measured
 
 
-def measure(rows: Mapping[str, Row], data: Path, folder: Path, overrides: Sequence[str]) -> dict[str, dict[str, float]]:
+def measure(rows: Mapping[str, Row], folder: Path, overrides: Sequence[str]) -> dict[str, dict[str, float]]:
     """`parameters`, `inference_s` of an image and `step_s` of a training step, by the names of rows; of their first seeds.
 
     The clock is that of the process: it stands still while other programs have the core.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    contestants = {name: _contestant(row, rows, data, folder, overrides) for name, row in rows.items()}
+    contestants = {name: _contestant(row, rows, folder, overrides) for name, row in rows.items()}
     costs = {name: {"parameters": parameters} for name, (parameters, _) in contestants.items()}
     seconds: dict[tuple[str, str], list[float]] = {}
     for number in range(ROUNDS + 1):
@@ -45,15 +45,12 @@ def measure(rows: Mapping[str, Row], data: Path, folder: Path, overrides: Sequen
     return costs
 
 
-def _contestant(
-    row: Row, rows: Mapping[str, Row], data: Path, folder: Path, overrides: Sequence[str]
-) -> tuple[float, Work]:
+def _contestant(row: Row, rows: Mapping[str, Row], folder: Path, overrides: Sequence[str]) -> tuple[float, Work]:
     """Number of parameters, and what is to be timed."""
     trained = rows[row.weights_of] if row.weights_of else row
     words = [
         *trained.settings,
         *(row.settings if row.weights_of else ()),
-        f"data.root={data}",
         "data.num_workers=0",
         *overrides,
     ]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _paper.rows import Row
+from _comparison.rows import Row
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ("--size", "128", "128")  # 3,000 images to train on, 300 to measure with
@@ -49,9 +49,15 @@ def make_data(folder: Path) -> None:
 
 
 def finish(
-    jobs: Sequence[Job], data: Path, overrides: Sequence[str], at_once: int, log: Callable[[str], None]
+    jobs: Sequence[Job], overrides: Sequence[str], at_once: int, log: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Do what is not done yet, several jobs at once; the results of all.
+
+    Args:
+        jobs: to do; a row whose weights others need comes with them.
+        overrides: settings of every run.
+        at_once: number of jobs at a time.
+        log: gets a line about each finished job.
 
     Raises:
         RuntimeError: a job failed; the others that had started were finished.
@@ -61,17 +67,16 @@ def finish(
     for stage in (trained, scored):  # the second needs weights of the first
         open_jobs = [job for job in stage if not job.result_file.is_file()]
         with ThreadPoolExecutor(at_once) as pool:
-            for job, result in zip(open_jobs, pool.map(lambda job: _do(job, data, overrides), open_jobs), strict=True):
+            for job, result in zip(open_jobs, pool.map(lambda job: _do(job, overrides), open_jobs), strict=True):
                 name, value = next(iter(result["metrics"].items()))
                 log(f"{job.row.name}, seed {job.seed}: {name} {value:.3f}")
     return [json.loads(job.result_file.read_text()) for job in jobs]
 
 
-def _do(job: Job, data: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    common = (f"data.root={data}", *overrides)
+def _do(job: Job, overrides: Sequence[str]) -> dict[str, Any]:
     if job.row.weights_of is None:
         _python(
-            "tools/train.py", *job.row.settings, f"seed={job.seed}", f"run_dir={job.folder}", "resume=auto", *common
+            "tools/train.py", *job.row.settings, f"seed={job.seed}", f"run_dir={job.folder}", "resume=auto", *overrides
         )
         metrics = json.loads((job.folder / "metrics.json").read_text())
     else:
@@ -80,7 +85,7 @@ def _do(job: Job, data: Path, overrides: Sequence[str]) -> dict[str, Any]:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.unlink(missing_ok=True)
         checkpoint.symlink_to((run / "checkpoints" / "last.pt").resolve())
-        _python("tools/eval.py", f"checkpoint={checkpoint}", *job.row.settings, *common)
+        _python("tools/eval.py", f"checkpoint={checkpoint}", *job.row.settings, *overrides)
         metrics = json.loads((job.folder / "eval" / "weights" / "metrics.json").read_text())
     result = {
         "row": job.row.name,
