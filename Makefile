@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
 
 SECONDS ?= 60
 
-.PHONY: help demo fuzz gpu paper paper-quick recipes storm test test-all dist lint types tests
+.PHONY: help demo fuzz gpu paper paper-quick recipes storm test test-all test-oldest dist lint types tests
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -37,6 +38,9 @@ test: lint types tests ## lint, types and the tests without the slow ones, as in
 test-all: lint types $(READY) ## lint, types and all tests that need no GPU
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
+test-oldest: $(OLDEST)/.ready ## the tests with the oldest versions that setup.py admits, in an environment of its own (6 GB)
+	$(OLDEST)/bin/python -m pytest -n 2
+
 gpu: $(READY) ## the gpu tests, the benchmark and a short training; the figures go to docs/gpu.md
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: expected a CUDA device, torch sees none here.")'
 	$(BIN)/python -m pytest -m gpu
@@ -58,4 +62,11 @@ tests: $(READY)
 $(READY): setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+# pip has no such resolution.
+$(OLDEST)/.ready: setup.py
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	VIRTUAL_ENV=$(OLDEST) $(OLDEST)/bin/uv pip install --resolution lowest-direct --editable '.[dev]'
 	@touch $@

@@ -25,13 +25,13 @@ setup(
     package_dir={"fpn_det.configs": "configs"},
     entry_points={"console_scripts": ["fpn-det = fpn_det.cli.main:main"]},
     package_data={"fpn_det": ["py.typed"], "fpn_det.configs": ["**/*.yaml"]},
-    # Lower bounds only: upper bounds make environments unsolvable.
+    # Lower bounds only: upper bounds make environments unsolvable. `make test-oldest` tries them.
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
         "pycocotools>=2.0.8",
         "hydra-core>=1.3.6",
-        "tensorboard>=2.16",
+        "tensorboard>=2.16.2",  # 2.16.0 installs nightly builds of TensorFlow
         "albumentations>=2.0.8",
         "opencv-python-headless>=4.11",  # older versions fill truncated JPEG files with grey
         "numpy>=1.26",

@@ -39,6 +39,7 @@ from fpn_det.runs.log import RunLog
 from fpn_det.runtime import pick_device, process_group
 from fpn_det.schema import did_you_mean
 from fpn_det.structures import ScoreThresholds
+from fpn_det.terminal import shown_path
 from fpn_det.training.config import TrainConfig
 from fpn_det.training.profile import profiled
 from fpn_det.training.trainer import Trainer
@@ -83,10 +84,10 @@ def train(config: TrainConfig | str | Sequence[str], overrides: Sequence[str] = 
         trainer = Trainer(config, ranks, device)
         folder = choose_folder(config.experiment, config.run_dir, config.resume, config.set_aside)
         with folder.locked(), translate_system_errors(folder.resume_advice), RunLog(folder.path, ranks) as log:
-            with folder.discarded_on_failure():
+            with folder.discarded_on_failure(lambda: trainer.has_trained):
                 trainer.prepare(folder, log, overrides)
-            with profiled(config.profile, log):
-                exit_code = trainer.train()
+                with profiled(config.profile, log):
+                    exit_code = trainer.train()
             if ranks.is_main and not exit_code:
                 report_after_training(trainer)
     if exit_code:
@@ -146,7 +147,7 @@ def evaluate(config: EvalConfig | str | Path, overrides: str | Sequence[str] = (
             if ranks.is_main:
                 write_evaluation(folder, evaluation, annotations, step, path.name, weights)
             log.evaluation(step, evaluation)
-            log.info(f"{weights} weights of {path}, results in {folder}")
+            log.info(f"{weights} weights of {shown_path(path)}\nresults in {shown_path(folder)}")
     return evaluation
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from rich.measure import Measurement
 from rich.segment import Segment
 from rich.text import Text
 
-PIPE_WIDTH = 80  # characters, of tables that a command prints into a pipe or a file
+PLAIN_WIDTH = 80  # characters of a line in pipes and files; a terminal states its own
+COMMANDS = ("fpn-det ", "tensorboard --")  # in a line that is to be copied
 GAP = "..."  # in place of the middle of a shortened text
 LAYOUT = "\n\t"  # control characters that text may hold
 # Characters that reorder or hide the text around them.
@@ -51,8 +53,23 @@ class SafeConsole(Console):
 
 
 def standard_console() -> SafeConsole:
-    """Return the console of the standard output: as wide as the terminal, `PIPE_WIDTH` in a pipe."""
-    return SafeConsole(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    """Return the console of the standard output: as wide as the terminal, `PLAIN_WIDTH` in a pipe or file."""
+    return SafeConsole(file=sys.stdout, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+
+
+def say(console: Console, text: str) -> None:
+    """Print lines of text. A terminal gets them broken between words, except commands, which are to be copied."""
+    if console.is_terminal:
+        text = "\n".join(_broken(line, console.width) for line in text.split("\n"))
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _broken(line: str, width: int) -> str:
+    if cell_len(line) <= width or any(command in line for command in COMMANDS):
+        return line
+    indent = line[: len(line) - len(line.lstrip())] + "  "
+    lines = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def shown_path(path: Path) -> Path:

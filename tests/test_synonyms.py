@@ -7,7 +7,7 @@ import yaml
 
 from fpn_det.composition import compose, compose_as
 from fpn_det.config import EvalConfig
-from fpn_det.synonyms import SYNONYMS, find_by_last_name
+from fpn_det.synonyms import SYNONYMS, VALUES, find_by_last_name
 
 WORDS = {
     # ultralytics
@@ -100,7 +100,9 @@ def test_words_of_other_tools_are_answered_with_the_setting_that_is_meant(word, 
 def test_every_setting_that_is_named_exists():
     tree = yaml.safe_load(compose().to_yaml())
     evaluation = {"tta.flip"}
-    for setting in set(SYNONYMS.values()) - evaluation:
+    forms = {word for _, form in VALUES.values() for word in form.split(",")[0].split(" ")}
+    assert len(WORDS) >= 50 and "data.root={value}" in forms
+    for setting in (set(SYNONYMS.values()) | forms) - evaluation:
         name = setting.split("=")[0].split(" ")[0]
         if name == "torchrun":
             continue

@@ -15,7 +15,7 @@ from tiny import TINY
 
 from fpn_det.runs.log import RunLog
 from fpn_det.runtime import Ranks
-from fpn_det.terminal import SafeConsole, Shortened, printable, shorten
+from fpn_det.terminal import SafeConsole, Shortened, printable, say, shorten
 
 ATTACK = "\x1b]0;title\x07\x1b[2J\x9b31m\r\u202etxt\ud800"
 
@@ -73,6 +73,18 @@ def test_a_long_path_takes_no_other_column_of_a_table(tmp_path, width):
     assert max(map(len, lines)) <= width
     (row,) = (line for line in lines if "train" in line)
     assert "118287" in row and "..." in row and "0001.jpg" in row
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_gets_lines_that_are_broken_between_words_only(is_terminal):
+    file = io.StringIO()
+    console = SafeConsole(file=file, width=40, force_terminal=is_terminal, color_system=None)
+    command = "  fpn-det train resume=runs/experiment/2026-01-01_10-00-00"
+    text = f"best F1 0.66123 with one score threshold 0.18345 for all [red]classes[/red]\n{command}"
+    say(console, text)
+    printed = file.getvalue()
+    assert printed.split() == text.split() and f"{command}\n" in printed
+    assert printed.startswith("best F1 0.66123 with one score threshold\n  0.18345 for all ") == is_terminal
 
 
 def test_log_and_screen_of_a_run_hold_no_escapes_and_end_with_no_encoding(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,3 +120,16 @@ def test_a_start_that_fails_leaves_the_folders_as_they_were(run_tool, tmp_path):
     assert failed.returncode == 2 and len(failed.stderr.strip().splitlines()) == 1
     left = {str(path.relative_to(tmp_path)) for path in (tmp_path / "runs").rglob("*")}
     assert left - {"runs/mine/.lock"} == {"runs/mine", "runs/mine/log.txt"}
+
+
+@pytest.mark.parametrize(("split", "kept"), [("train", False), ("val", True)])
+def test_a_run_that_fails_is_kept_from_its_first_step_on(run_tool, shapes_dataset, tmp_path, split, kept):
+    """The first batch cannot be read, or the first evaluation after a step; neither has saved a checkpoint."""
+    data = shutil.copytree(shapes_dataset, tmp_path / "data")
+    for image in (data / f"{split}2017").iterdir():
+        image.write_bytes(image.read_bytes()[:100])
+    words = [*TINY, "data.root=data", "data.check=false", "trainer.max_steps=3", "trainer.eval_every=1 steps"]
+    failed = run_tool("train.py", *words, "trainer.save_every=null", "run_dir=runs/mine")
+    assert failed.returncode in (1, 2) and len(failed.stderr.strip().splitlines()) == 1, failed.stderr
+    assert (tmp_path / "runs/mine/log.txt").is_file() == kept and (tmp_path / "runs/mine").exists() == kept
+    assert not (tmp_path / "runs/mine/checkpoints/last.pt").exists()

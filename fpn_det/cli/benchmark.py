@@ -22,7 +22,7 @@ from fpn_det.benchmark.config import BenchmarkConfig
 from fpn_det.benchmark.loader_memory import FEW, MANY, NUM_WORKERS, loader_growth_mib
 from fpn_det.cli.arguments import run_command
 from fpn_det.runtime import pick_device
-from fpn_det.terminal import SafeConsole
+from fpn_det.terminal import standard_console
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def benchmark(config: BenchmarkConfig) -> None:
     title = f"batch {config.batch_size}, {height}x{width}, {config.precision}"
     table = Table("measure", "ours", "torchvision", "ours / torchvision", title=title)
     results: dict[str, dict[str, float]] = {}
-    console = SafeConsole()
+    console = standard_console()
     with console.status("measuring"):
         for name, (ours, peer) in measure(config):
             results[name] = {"ours": ours, "torchvision": peer, "ratio": ours / peer if peer else float("nan")}

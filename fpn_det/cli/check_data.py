@@ -22,7 +22,7 @@ from fpn_det.data_report.anchor_coverage import measure_coverage
 from fpn_det.data_report.page import anchor_advice, write_page
 from fpn_det.data_report.report import find_repair, inspect_data
 from fpn_det.data_report.tables import print_report
-from fpn_det.terminal import shown_path, standard_console
+from fpn_det.terminal import say, shown_path, standard_console
 from fpn_det.training.config import TrainConfig
 
 
@@ -57,9 +57,7 @@ def check_data(config: CheckDataConfig, words: Sequence[str]) -> None:
     write_page(folder / "data_report.html", report, repair, coverage)
     console.print(report.verdict)
     if repair is not None:
-        console.print("The way out:")
-        console.print(f"  {repair.command}", markup=False, soft_wrap=True)
-        console.print(repair.effect, markup=False)
-    console.print(f"Report: {shown_path(folder / 'data_report.html')}", markup=False, soft_wrap=True)
+        say(console, f"The way out:\n  {repair.command}\n{repair.effect}")
+    say(console, f"Report: {shown_path(folder / 'data_report.html')}")
     if not report.is_sound:
         sys.exit(1)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fpn_det.annotations.conversion import ConversionConfig, convert
 from fpn_det.cli.arguments import run_command
-from fpn_det.terminal import printable, shown_path
+from fpn_det.terminal import say, shown_path, standard_console
 
 
 def main() -> None:
@@ -38,11 +38,11 @@ def convert_data(config: ConversionConfig) -> None:
         result = convert(config)
     except ValueError as error:
         raise ValueError(str(error).replace("data.on_error=", "on_error=")) from None
-    print(printable(result.describe()))
-    folder = shown_path(Path(config.output).expanduser())
+    console, folder = standard_console(), shown_path(Path(config.output).expanduser())
+    say(console, result.describe())
     if config.pictures == "none":
-        print(f"Written: {folder}, without images.")
+        say(console, f"Written: {folder}, without images.")
         return
     words = [f"data.root={folder}"] if config.target == "coco" else [f"data={config.target}", f"data.root={folder}"]
     words += [] if "val" in result.splits else ["data.val_fraction=0.1"]
-    print(f"Written: {folder}. To train on it:\n  fpn-det train experiment=small {shlex.join(words)}")
+    say(console, f"Written: {folder}. To train on it:\n  fpn-det train experiment=small {shlex.join(words)}")

@@ -28,10 +28,9 @@ from fpn_det.composition import (
     read_saved,
 )
 from fpn_det.errors import SystemFault, is_user_facing, translate_system_errors
-from fpn_det.runs.log import PLAIN_WIDTH
 from fpn_det.runs.overview import compare_runs, find_runs, runs_table, write_results
 from fpn_det.runtime import is_reported_by_main
-from fpn_det.terminal import SafeConsole, printable
+from fpn_det.terminal import SafeConsole, say, shown_path, standard_console
 from fpn_det.training.config import TrainConfig
 
 USER_ERRORS = (ValueError, FloatingPointError, SystemFault)  # wrong input, diverged training, failures of the system
@@ -86,8 +85,8 @@ def end_with(error: Exception) -> None:
     if not is_user_facing(error):
         raise error
     if not is_reported_by_main(error):
-        text = printable(str(error))
-        print(text if rank == "0" else f"rank {rank}: {text}", file=sys.stderr)
+        text = str(error) if rank == "0" else f"rank {rank}: {error}"
+        say(SafeConsole(stderr=True, highlight=False), text)
     sys.exit(WRONG_COMMAND_LINE if isinstance(error, ValueError) else FAILED)
 
 
@@ -150,7 +149,7 @@ class SweepResults(Callback):
         if runs := find_runs(folder):
             names, rows = compare_runs(runs, folder)
             write_results(folder, names, rows)
-            console = SafeConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+            console = standard_console()
             for line in runs_table(runs, folder, console.width):
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
-            print(f"{folder / 'results.md'} and results.csv")
+            say(console, f"{shown_path(folder / 'results.md')} and results.csv")

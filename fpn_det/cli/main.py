@@ -1,16 +1,16 @@
-"""The console script `fpn-det`. A command's module, and with it torch, is imported only to run that command."""
+"""The console script `fpn-det`. A command's module, and with it torch, is imported only to run that command.
+
+Nothing else of weight is imported at the top, because Ctrl-C is handled from the first call on.
+"""
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import io
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
-
-from fpn_det.cli.help import COMMANDS, command_help, overview
 
 HELP = ("-h", "--help", "help")
 WRONG_COMMAND_LINE = 2  # exit code
@@ -20,6 +20,10 @@ INTERRUPTED = 128 + signal.SIGINT  # exit code
 def main() -> None:
     """Run the command that the command line names."""
     words = sys.argv[1:]
+    with ending_at_once():
+        import difflib
+
+        from fpn_det.cli.help import COMMANDS, overview
     if not words or words[0] in HELP:
         print(overview())
     elif words[0] not in COMMANDS:
@@ -34,22 +38,36 @@ def main() -> None:
 
 def run(command: str) -> None:
     """Run a command with the words of the command line, or print its help."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
-            stream.reconfigure(encoding="ascii", errors="backslashreplace")  # the same bytes in every encoding
-    if any(word in HELP[:2] for word in sys.argv[1:]):
-        print(command_help(command))
-        return
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is signal.default_int_handler:  # an exception would be lost or reported within the imports of libraries
-        signal.signal(signal.SIGINT, _end_at_once)
-    module = importlib.import_module(f"fpn_det.cli.{command.replace('-', '_')}")
-    signal.signal(signal.SIGINT, handler)
     try:
+        with ending_at_once():
+            import importlib
+            import io
+
+            from fpn_det.cli.help import command_help
+
+            for stream in (sys.stdout, sys.stderr):
+                if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+                    stream.reconfigure(encoding="ascii", errors="backslashreplace")  # the same bytes in every encoding
+            if any(word in HELP[:2] for word in sys.argv[1:]):
+                print(command_help(command))
+                return
+            module = importlib.import_module(f"fpn_det.cli.{command.replace('-', '_')}")
         module.main()
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Let Ctrl-C end the process within this context: an exception would be lost or reported by what is imported."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end_at_once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _end_at_once(number: int, frame: FrameType | None) -> None:

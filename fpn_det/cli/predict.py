@@ -51,11 +51,10 @@ from fpn_det.models.detector import Detector
 from fpn_det.models.tiles import check_tiles
 from fpn_det.models.weights import refuse_nonfinite_weights
 from fpn_det.runs.checkpoint import fill_model, find_checkpoint, remark_on
-from fpn_det.runs.log import PLAIN_WIDTH
 from fpn_det.runtime import Ranks, pick_device
 from fpn_det.schema import Count, Fraction
 from fpn_det.structures import ScoreThresholds
-from fpn_det.terminal import SafeConsole, shown_path
+from fpn_det.terminal import say, shown_path, standard_console
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +89,7 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
     Raises:
         ValueError: nothing can be read, or an option is impossible.
     """
-    console = SafeConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console = standard_console()
     files = list(dict.fromkeys(find_files(config.source)))
     images = [row for row, file in enumerate(files) if not is_video(file)]
     videos = [row for row, file in enumerate(files) if is_video(file)]
@@ -100,7 +99,7 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
         config = replace(config, data=replace(config.data, eval_batch_size=config.batch_size))
     path, state, model, device = _open(config)
     if remark := remark_on(path):
-        console.print(remark, markup=False)
+        say(console, remark)
     names = state["class_names"]
     ids = state.get("category_ids") or list(range(1, len(names) + 1))
     predictor = build_predictor(
@@ -116,7 +115,7 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
     thresholds = predictor.thresholds(config.score)
     selection = predictor.selection(config.score, config.classes, config.max_detections)
     counts = [f"{len(rows)} {name}" for rows, name in ((images, "images"), (videos, "videos")) if rows]
-    console.print(f"{', '.join(counts)}, {path}. Kept: {thresholds.origin}.", markup=False, soft_wrap=True)
+    say(console, f"{', '.join(counts)}, {shown_path(path)}. Kept: {thresholds.origin}.")
 
     settings = asdict(config) | {"checkpoint": str(path), "step": state["step"], "device": None}
     settings["data"] = {"eval_batch_size": config.data.eval_batch_size, "eval_transforms": config.data.eval_transforms}
@@ -130,7 +129,7 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
         )
     if folder.interrupted is not None:
         again = files[folder.interrupted]
-        console.print(f"{again} was interrupted, and starts again.", markup=False, soft_wrap=True)
+        say(console, f"{again} was interrupted, and starts again.")
     headers = _read_headers(folder, [row for row in videos if row not in folder.done])
     drawings = None
     if config.draw:
@@ -155,10 +154,9 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
     if not summary.images:
         raise ValueError(f"source: expected images, got {len(files)} files that cannot be read. The first: {errors[0]}")
     if errors:
-        console.print(
-            f"{len(errors)} of {len(files)} files could not be read: {shown_path(folder.folder / UNREADABLE)}"
-        )
-    console.print(f"{summary.detections} detections: {shown_path(folder.folder)}", markup=False, soft_wrap=True)
+        unreadable = shown_path(folder.folder / UNREADABLE)
+        say(console, f"{len(errors)} of {len(files)} files could not be read: {unreadable}")
+    say(console, f"{summary.detections} detections: {shown_path(folder.folder)}")
 
 
 def _predict_images(

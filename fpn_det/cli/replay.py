@@ -11,7 +11,6 @@ Examples:
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +22,9 @@ from fpn_det.cli.arguments import run_command
 from fpn_det.composition import from_saved
 from fpn_det.config import PRECISIONS
 from fpn_det.runs.checkpoint import check_fields, fill_model
-from fpn_det.runs.log import PLAIN_WIDTH
 from fpn_det.runtime import seed_step
 from fpn_det.schema import CountOrZero
-from fpn_det.terminal import SafeConsole
+from fpn_det.terminal import standard_console
 from fpn_det.training.nonfinite import examine, load_dump
 
 DEPTH = 3  # leading parts of a parameter's name by which gradient norms are grouped
@@ -63,7 +61,7 @@ def replay(config: ReplayConfig) -> None:
         lambda: torch.autocast("cpu", dtype, enabled=dtype is not None),
     )
 
-    screen = SafeConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    screen = standard_console()
     screen.print(
         f"step {share['step'] + 1}, rank {rank} of {share['world_size']}, {share['precision']}, "
         f"lr {share['lr']:g}, loss scale {share['loss_scale']:g}"

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fpn_det.cli.arguments import run_command
-from fpn_det.runs.log import PLAIN_WIDTH
 from fpn_det.runs.overview import as_json, find_runs, runs_table
-from fpn_det.terminal import SafeConsole
+from fpn_det.terminal import say, standard_console
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,9 @@ def list_runs(config: RunsConfig) -> None:
     if config.json:
         print(as_json(runs))
         return
-    console = SafeConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console = standard_console()
     for line in runs_table(runs, root, console.width):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for run in runs:
         if run.error:
-            console.print(f"unreadable: {run.error}", markup=False, soft_wrap=True)
+            say(console, f"unreadable: {run.error}")

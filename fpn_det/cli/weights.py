@@ -14,7 +14,7 @@ import sys
 from rich.table import Table
 
 from fpn_det.interop.catalog import PUBLISHED
-from fpn_det.terminal import SafeConsole
+from fpn_det.terminal import standard_console
 
 
 def main() -> None:
@@ -26,10 +26,10 @@ def main() -> None:
     for title in ("name", "AP", "MB", "licence", "SHA-256", "here"):
         table.add_column(title, justify="right" if title in ("AP", "MB") else "left", no_wrap=True)
     for name, item in PUBLISHED.items():
-        digits = item.hash[:8] + "..." if item.hash else "not known"
+        digits = item.hash[:8] if item.hash else "not known"
         here = "yes" if item.path.is_file() else "no"
         table.add_row(name, f"{item.ap:.1f}", str(item.megabytes), item.licence, digits, here)
-    console = SafeConsole(width=120)
+    console = standard_console()
     console.print(table)
     print("\nAP is what their projects state. Files:")
     for item in PUBLISHED.values():

@@ -48,12 +48,16 @@ class RunFolder:
     earlier: Path | None = None
 
     @contextmanager
-    def discarded_on_failure(self) -> Iterator[None]:
-        """Remove a new folder if the start of its run fails within this context, and give an earlier one its name back."""
+    def discarded_on_failure(self, has_started: Callable[[], bool]) -> Iterator[None]:
+        """Remove a new folder if the start of its run fails within this context, and give an earlier one its name back.
+
+        Args:
+            has_started: True once the folder may hold something of value; it is kept then.
+        """
         try:
             yield
         except BaseException:
-            if self.is_new and current_ranks().is_main:
+            if self.is_new and current_ranks().is_main and not (has_started() or self.checkpoints().files()):
                 shutil.rmtree(self.path, ignore_errors=True)
                 if self.earlier is not None:
                     self.earlier.rename(self.path)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import shlex
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -35,13 +34,12 @@ from fpn_det.runs.step_lines import StepLines, clock, loss_text
 from fpn_det.runs.tags import tag_evaluation, tag_metrics, tag_steps
 from fpn_det.runs.trackers import LoggerName, Tracker, start_trackers
 from fpn_det.runtime import Ranks
-from fpn_det.terminal import SafeConsole, printable, replace_unencodable, shown_path
+from fpn_det.terminal import PLAIN_WIDTH, SafeConsole, printable, replace_unencodable, say, shown_path, standard_console
 
 T = TypeVar("T")
 
 CLASSES_PER_COLUMN = 20
 SLOW_DATA = 0.3  # fraction of the time spent waiting for data above which a warning is logged
-PLAIN_WIDTH = 140  # characters; width of tables in files and pipes
 
 
 class RunLog:
@@ -60,8 +58,7 @@ class RunLog:
         self._file = (folder / name).open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
         self._plain = SafeConsole(file=self._file, width=PLAIN_WIDTH, color_system=None, force_terminal=False)
         # The current stream is kept, so that a later redirection of sys.stdout does not receive the progress bar.
-        width = None if sys.stdout.isatty() else PLAIN_WIDTH
-        self._screen = (screen or SafeConsole(file=sys.stdout, width=width)) if ranks.is_main else None
+        self._screen = (screen or standard_console()) if ranks.is_main else None
         if self._screen is not None:
             replace_unencodable(self._screen.file)
         self._writer: SummaryWriter | None = None
@@ -102,7 +99,7 @@ class RunLog:
         stamp = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
         self._plain.print(f"{stamp}  {text}", markup=False, highlight=False, soft_wrap=True)
         if self._screen is not None:
-            self._screen.print(text, markup=False, soft_wrap=True)
+            say(self._screen, text)
 
     def begin(
         self, pace: Pace, loggers: Sequence[LoggerName] = ("tensorboard",), settings: Mapping[str, Any] | None = None
@@ -172,9 +169,9 @@ class RunLog:
         self.show(classes_table(evaluation))
         if (best := evaluation.best_f1) is not None:
             self.info(
-                f"best F1 {best.f1:.3f} with one score threshold {best.score:.3f} for all classes: precision "
-                f"{best.precision:.3f}, recall {best.recall:.3f}, from IoU {evaluation.match_iou:g} on. "
-                "Drawings and predictions use the threshold of each class, in the column score."
+                f"best F1 {best.f1:.3f} with one score threshold {best.score:.3f} for all classes: precision\n"
+                f"  {best.precision:.3f}, recall {best.recall:.3f}, from IoU {evaluation.match_iou:g} on. Drawings and predictions use\n"
+                "  the threshold of each class, in the column score."
             )
         for remark in evaluation.remarks():
             self.info(remark)

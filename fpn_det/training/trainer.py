@@ -69,6 +69,7 @@ class Trainer:
     first update.
 
     Attributes:
+        has_trained: a step has been completed by this process.
         first_step: the step after which training starts or continues.
         evaluated: the last step whose weights were evaluated.
         evaluation: the last evaluation; None before the first.
@@ -87,6 +88,7 @@ class Trainer:
         self.config = config
         self.ranks = ranks
         self.device = device
+        self.has_trained = False
         trainer = config.trainer
         if trainer.batch_size != "auto":
             check_divides(ranks.world_size * trainer.accumulate, trainer.batch_size)
@@ -346,6 +348,7 @@ class Trainer:
                 meters.add({"loss": losses.total(), **losses.terms, **losses.statistics})
             meters.add(self.optimization.measures())
             step += 1
+            self.has_trained = True
             self.log.advance(step, pace)
 
             received = stop.agreed()

@@ -1,0 +1,77 @@
+"""Ctrl-C at any moment of a start ends in one line and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import ROOT, TINY
+
+MOMENTS = 20
+# Python itself reports an interruption while it starts. A shell without job control would leave SIGINT ignored.
+PROGRAM = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+print("up", flush=True)
+from fpn_det.cli.main import main
+main()
+"""
+
+
+def start(folder: Path, data: Path) -> subprocess.Popen:
+    """Start a training in a process group of its own, as a terminal does, and wait until its first line runs."""
+    words = ["train", *TINY, f"data.root={data}", "run_dir=run", "data.num_workers=2", "trainer.max_steps=500"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *words],
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    return process
+
+
+def interrupt(process: subprocess.Popen) -> tuple[str, str]:
+    """Press Ctrl-C, and return what was printed."""
+    os.killpg(process.pid, signal.SIGINT)
+    return process.communicate(timeout=300)
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_random_moments_of_a_start(shapes_dataset, tmp_path):
+    (tmp_path / "whole").mkdir()
+    process, begin = start(tmp_path / "whole", shapes_dataset), time.monotonic()
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.split()[:1] == ["1/250"]:
+            break
+    duration = time.monotonic() - begin
+    interrupt(process)
+    draws = np.random.default_rng(0)
+    for number in range(MOMENTS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        process = start(folder, shapes_dataset)
+        time.sleep(duration * (number + draws.random()) / MOMENTS)
+        output, errors = interrupt(process)
+        said = f"moment {number}: {output}{errors}"
+        assert process.returncode == 128 + signal.SIGINT, said
+        assert "Traceback" not in output + errors and "Exception ignored" not in errors, said
+        left = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+        if "Stopped by SIGINT and saved" in output:
+            assert not errors, said
+            state = torch.load(folder / "run/checkpoints/last.pt", weights_only=True)
+            assert state["progress"]["step"] >= 1 and not [name for name in left if ".tmp" in name], said
+        else:
+            assert errors == "Interrupted.\n" and not left, said
