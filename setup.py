@@ -37,6 +37,7 @@ setup(
         "numpy>=1.26",
         "msgspec>=0.19",
         "rich>=13.7",
+        "safetensors>=0.4",
     ],
     extras_require={
         "dev": [
@@ -56,7 +57,7 @@ setup(
         "trackio": ["trackio>=0.43"],
         "wandb": ["wandb>=0.31"],
         "onnx": [*ONNX_EXPORT, ONNX_RUNTIME],
-        "openvino": ["openvino>=2025.0", *ONNX_EXPORT],
+        "openvino": ["openvino>=2025.0", "nncf>=2.14", *ONNX_EXPORT],
         "slurm": ["hydra-submitit-launcher>=1.2"],
         "sweep": ["hydra-joblib-launcher>=1.2"],
         "timm": TIMM,

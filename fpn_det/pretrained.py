@@ -48,7 +48,8 @@ def to_checkpoint(weights: Weights, config: TrainConfig) -> dict[str, Any]:
         "ema": None,
         "progress": {"step": 0, "total_steps": 0},
         "class_names": list(weights.names),
-        "category_ids": category_ids(weights.names),
+        "category_ids": list(weights.category_ids) or category_ids(weights.names),
+        "score_thresholds": weights.score_thresholds,
         "preprocessing": config.data.eval_transforms,
         "config": config.to_yaml(),
     }

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import re
 import sys
@@ -21,9 +22,13 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-SUFFIXES = (".pth", ".pt", ".safetensors")
+SAFETENSORS = ".safetensors"
+SUFFIXES = (".pth", ".pt", SAFETENSORS)
+DESCRIBED = "fpn_det weights 1"  # `format` of the metadata of a safetensors file that describes its detector
 TIMM, PIP = "timm/", "pip/"
 TIMM_EXTRA = "expected the package timm, got none. Install it: pip install 'fpn_det[timm]'."
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,})\.\w+$")  # torchvision and timm name files after their SHA-256
@@ -93,15 +98,27 @@ def read_state_file(path: Path, where: str) -> dict[str, Tensor]:
 
 
 def _load(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise ValueError(f"{path}: {TIMM_EXTRA.replace('timm, got', 'safetensors, got')}") from None
-        return load_file(path)
+    if path.suffix == SAFETENSORS:
+        return read_safetensors(path)[0]
     if zipfile.is_zipfile(path):
         check_archive(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a safetensors file: its tensors, and what `safetensors_bytes` was given to describe them; nothing for other files."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata() or {}
+    if metadata.pop("format", None) != DESCRIBED:
+        return tensors, {}
+    return tensors, {name: json.loads(text) for name, text in metadata.items()}
+
+
+def safetensors_bytes(tensors: dict[str, Tensor], description: dict[str, Any]) -> bytes:
+    """The content of a safetensors file. `description` is plain values by name, of which the metadata hold the JSON texts."""
+    metadata = {"format": DESCRIBED} | {name: json.dumps(value) for name, value in description.items()}
+    return save({name: value.contiguous() for name, value in tensors.items()}, metadata)
 
 
 def check_archive(path: Path) -> None:

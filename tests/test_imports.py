@@ -26,8 +26,8 @@ RANKS = {
     **dict.fromkeys(["training", "report"], 8),
     "composition": 9,
     "data_report": 7,
-    **dict.fromkeys(["pretrained", "benchmark", "export", "run_report"], 10),
-    **dict.fromkeys(["api", "doctor"], 11),
+    **dict.fromkeys(["pretrained", "export", "run_report"], 10),
+    **dict.fromkeys(["api", "benchmark", "doctor"], 11),
     "cli": 12,
     "tools": 13,
 }
@@ -46,6 +46,7 @@ IMPORTERS = {
     "av": {"fpn_det/inference/video.py"},
     "timm": {"fpn_det/models/timm_backbone.py", "fpn_det/weight_files.py"},
     "huggingface_hub": {"fpn_det/weight_files.py"},
+    "safetensors": {"fpn_det/weight_files.py"},
 }
 
 

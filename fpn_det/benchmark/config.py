@@ -9,7 +9,7 @@ from fpn_det.composition import compose
 from fpn_det.schema import Count, CountOrZero
 from fpn_det.training.config import TrainConfig
 
-Part = Literal["train", "inference", "memory", "reads", "roi_align", "rpn_loss", "loader", "gpu_counts"]
+Part = Literal["train", "inference", "memory", "reads", "roi_align", "rpn_loss", "loader", "gpu_counts", "export"]
 ALL_PARTS: tuple[Part, ...] = get_args(Part)
 
 

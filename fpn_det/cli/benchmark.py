@@ -7,6 +7,7 @@ experiment=r50_fpn.
 Examples:
   fpn-det benchmark only=train,inference
   fpn-det benchmark device=cuda precision=bf16 batch_size=8 size=[800,1088]
+  fpn-det benchmark only=export batch_size=1 threads=2
   fpn-det benchmark only=loader data=datasets/coco num_workers=8
 """
 
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from fpn_det.benchmark.benchmark import describe, measure
 from fpn_det.benchmark.config import BenchmarkConfig
+from fpn_det.benchmark.exports import export_seconds
 from fpn_det.benchmark.loader_memory import FEW, MANY, NUM_WORKERS, loader_growth_mib
 from fpn_det.cli.arguments import run_command
 from fpn_det.runtime import pick_device
@@ -44,7 +46,8 @@ def benchmark(config: BenchmarkConfig) -> None:
             results[name] = {"ours": ours, "torchvision": peer, "ratio": ours / peer if peer else float("nan")}
             table.add_row(name, f"{ours:.4g}", f"{peer:.4g}", f"{results[name]['ratio']:.3f}")
             console.log(f"{name}: {ours:.4g} / {peer:.4g}")
-    console.print(table)
+    if table.row_count:
+        console.print(table)
     if "memory" in config.only and Path("/proc/self/smaps_rollup").exists():
         growth = loader_growth_mib()
         results["loader_growth_mib"] = growth
@@ -52,6 +55,12 @@ def benchmark(config: BenchmarkConfig) -> None:
         console.print(
             f"MiB that {MANY:,} images instead of {FEW} add to a loader, by start method of its {NUM_WORKERS} workers: {rows}"
         )
+    if "export" in config.only:
+        seconds = export_seconds(config)
+        results["export_s"] = seconds
+        torch_s = seconds["torch"]
+        shown = ", ".join(f"{name} {each:.4g} ({each / torch_s:.3f} of torch)" for name, each in seconds.items())
+        console.print(f"seconds of a batch by exported files on the CPU: {shown}")
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results | {"setting": describe(config)}, indent=2) + "\n")

@@ -1,11 +1,13 @@
-"""Convert weights between projects: torchvision, detectron2, mmdet, fpn_det.
+"""Convert weights between projects: torchvision, detectron2, mmdet, fpn_det; or to safetensors.
 
 Reads fasterrcnn_resnet50_fpn and its v2 of torchvision, and the Faster R-CNN with FPN of the others. Every tensor of the
-input is accounted for, or nothing is written. target=fpn_det writes a checkpoint that `fpn-det eval` takes.
+input is accounted for, or nothing is written. target=fpn_det writes a checkpoint that `fpn-det eval` takes; safetensors
+the weights alone, with class names, category ids, thresholds and settings, which it takes as well.
 
 Examples:
   fpn-det convert-weights target=fpn_det input=model_final.pkl output=model.pt
   fpn-det convert-weights target=torchvision input=runs/demo/checkpoints/best.pt output=torchvision.pth
+  fpn-det convert-weights target=safetensors input=runs/demo/checkpoints/best.pt output=model.safetensors
   fpn-det convert-weights target=fpn_det input=own.pth output=own.pt class_names=[cat,dog]
 """
 
@@ -22,14 +24,17 @@ from fpn_det.interop.loading import read_as_ours
 from fpn_det.interop.naming import Project
 from fpn_det.interop.writing import write_weights
 from fpn_det.pretrained import settings_for, to_checkpoint
-from fpn_det.runs.checkpoint import save_checkpoint
+from fpn_det.runs.checkpoint import save_checkpoint, save_weights
+from fpn_det.weight_files import SAFETENSORS
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertWeightsConfig:
     """Options of `fpn-det convert-weights`."""
 
-    target: Project  # torchvision, detectron2, mmdet, fpn_det
+    target: (
+        Project | Literal["safetensors"]
+    )  # torchvision, detectron2, mmdet, fpn_det; safetensors = fpn_det's weights alone
     input: str  # file of weights or checkpoint, in any form that its project writes
     output: str  # file to write
     source: Literal["auto", Project] = "auto"  # auto = recognized by the names of the tensors
@@ -45,15 +50,22 @@ def main() -> None:
 
 def convert_weights(config: ConvertWeightsConfig) -> None:
     """Read, convert, write, and print what became of each tensor."""
+    output = Path(config.output)
+    if (config.target == "safetensors") != (output.suffix == SAFETENSORS):
+        raise ValueError(
+            f"output: expected a name that ends in {SAFETENSORS} with target=safetensors and with no other, got {output} "
+            f"with target={config.target}."
+        )
     project = None if config.source == "auto" else config.source
     weights = read_as_ours(config.input, config.class_names, project, config.norm_eps)
-    print(f"{config.input}: weights of {weights.project}, {weights.num_classes} classes, ResNet-{weights.layout.depth}")
+    backbone = "" if config.target == "safetensors" else f", ResNet-{weights.layout.depth}"
+    print(f"{config.input}: weights of {weights.project}, {weights.num_classes} classes{backbone}")
     print("\n".join(f"  dropped {key}: {reason}" for key, reason in weights.dropped.items()))
-    output = Path(config.output)
-    if config.target == "fpn_det":
+    if config.target == "fpn_det" or config.target == "safetensors":
         settings = compose([f"experiment={config.experiment}"]) if config.experiment else settings_for(weights)
         output.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(output, to_checkpoint(weights, settings))
+        save = save_checkpoint if config.target == "fpn_det" else save_weights
+        save(output, to_checkpoint(weights, settings))
         print(f"written: {output}\nnext: fpn-det eval checkpoint={output} data.root=<coco folder>")
     else:
         conversion = convert(weights.state, "fpn_det", config.target)

@@ -114,8 +114,8 @@ def _comment_above(lines: list[str], end: int) -> str:
 
 
 def _comment(line: str) -> str:
-    """The comment at the end of a line of code; strings with a `#` are skipped."""
-    found = re.match(r"""(?:[^#"']|"[^"]*"|'[^']*')*#\s?(.*)$""", line)
+    """The comment at the end of a line of code, without words for mypy; strings with a `#` are skipped."""
+    found = re.match(r"""(?:[^#"']|"[^"]*"|'[^']*')*#\s?(?:type: ignore\S*\s*#?\s?)?(.*)$""", line)
     return found[1].strip() if found else ""
 
 

@@ -1,4 +1,4 @@
-"""Export a trained detector to ONNX or OpenVINO, and prove that the file detects the same.
+"""Export a trained detector to ONNX, OpenVINO or torch.export, and prove that the file detects the same.
 
 The file takes uint8 RGB images [B, H, W, 3] and their sizes and gives boxes, scores, labels, valid and count. It gets its
 name only if its detections are those of torch. `predict` and `eval` take it as a checkpoint.
@@ -6,6 +6,7 @@ name only if its detections are those of torch. `predict` and `eval` take it as 
 Examples:
   fpn-det export run=runs/demo
   fpn-det export run=runs/demo format=openvino verify=ap
+  fpn-det export run=runs/demo format=openvino precision=int8
   fpn-det export checkpoint=model.pt size=[480,640] data.root=<folder>
 """
 

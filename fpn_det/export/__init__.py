@@ -1,1 +1,1 @@
-"""Detectors as files that run without Python's training code: ONNX and OpenVINO, with a proof of fidelity."""
+"""Detectors as files that run without Python's training code: ONNX, OpenVINO and torch.export, with a proof of fidelity."""

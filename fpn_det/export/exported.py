@@ -1,4 +1,4 @@
-"""An exported file as a detector: `detect(batch)` through onnxruntime or OpenVINO."""
+"""An exported file as a detector: `detect(batch)` through onnxruntime, OpenVINO or torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fpn_det.export.graph import INPUTS, LEAST_SIDE
-from fpn_det.export.writing import SUFFIXES, Metadata, imported
+from fpn_det.export.libraries import imported
+from fpn_det.export.program import read_program
+from fpn_det.export.writing import SUFFIXES, Metadata
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
 from fpn_det.structures import Batch, Detections
@@ -43,9 +45,9 @@ class ExportedFile:
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(f"{path}: expected an exported model, got no such file.")
-        openers = {".onnx": _open_onnx, ".xml": _open_openvino}
+        openers = {".onnx": _open_onnx, ".xml": _open_openvino, ".pt2": _open_program}
         opener = openers[self.path.suffix.lower()]
-        imported({".onnx": "onnxruntime", ".xml": "openvino"}[self.path.suffix.lower()])
+        imported({".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch"}[self.path.suffix.lower()])
         try:
             self._run, texts = opener(self.path, threads)
             self.metadata: Metadata = {name: json.loads(text) for name, text in texts.items() if name in _NAMES}
@@ -161,3 +163,13 @@ def _open_openvino(path: Path, threads: int | None) -> tuple[Run, dict[str, str]
         settings["INFERENCE_NUM_THREADS"] = threads
     compiled = openvino.Core().compile_model(model, "CPU", settings)
     return lambda images, sizes: [np.array(value) for value in compiled([images, sizes]).values()], texts
+
+
+def _open_program(path: Path, threads: int | None) -> tuple[Run, dict[str, str]]:
+    program, texts = read_program(path)
+
+    @torch.no_grad()
+    def run(images: np.ndarray, sizes: np.ndarray) -> list[Any]:
+        return list(program(torch.from_numpy(images), torch.from_numpy(sizes)))
+
+    return run, texts

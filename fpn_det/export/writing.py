@@ -1,23 +1,27 @@
-"""Write a traced graph as ONNX or OpenVINO, with its metadata in the file."""
+"""Write a traced graph as ONNX, OpenVINO or torch.export, with its metadata in the file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fpn_det.export.graph import INPUTS, OUTPUTS
+from fpn_det.export.libraries import imported
+from fpn_det.export.program import write_program
+from fpn_det.export.quantization import quantize
 from fpn_det.models.layers import DeformableConv2d
 
-Format = Literal["onnx", "openvino"]
-SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml"}
+Format = Literal["onnx", "openvino", "torch"]
+Precision = Literal["fp32", "fp16", "int8"]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 FORMATS: tuple[Format, ...] = get_args(Format)
-OPSET = 18  # of ONNX
+OPSET = 19  # of ONNX, the first with deformable convolutions
 Metadata = dict[str, Any]
 
 
@@ -27,29 +31,43 @@ def refuse_unsupported(detector: nn.Module, format: Format) -> None:
     Raises:
         ValueError: a part of the detector has no operator in the format.
     """
-    if any(isinstance(module, DeformableConv2d) for module in detector.modules()):
+    if format == "openvino" and any(isinstance(module, DeformableConv2d) for module in detector.modules()):
         raise ValueError(
-            f"format: expected a detector of operators that ONNX opset {OPSET} has, got deformable convolutions and "
-            f"format={format}. Train with model.backbone.deformable=[]."
+            "format: expected a detector of operators that OpenVINO reads, got deformable convolutions and format=openvino. "
+            "Set format=onnx or format=torch, or train with model.backbone.deformable=[]."
         )
 
 
-def write(program: ExportedProgram, format: Format, path: Path, metadata: Metadata) -> None:
+def write(
+    program: ExportedProgram,
+    format: Format,
+    path: Path,
+    metadata: Metadata,
+    precision: Precision = "fp32",
+    calibration: Sequence[tuple[Tensor, Tensor]] = (),
+) -> None:
     """Write a program to a file, or for OpenVINO to a pair of files.
 
     Args:
         program: see `Graph.trace`.
         metadata: plain values by name.
+        precision: of the weights of OpenVINO, and with int8 of its activations; in the others the program says it.
+        calibration: images and sizes of batches, for int8.
 
     Raises:
         ValueError: a library is missing, or the program has an operator that the format lacks.
     """
+    if format == "torch":
+        write_program(program, path, metadata)
+        return
     onnx_file = path.with_suffix(".unfinished.onnx") if format == "openvino" else path
     write_onnx(program, onnx_file, metadata)
     if format == "openvino":
         try:
-            openvino = imported("openvino")
-            save_openvino(openvino.convert_model(str(onnx_file)), path, metadata)
+            model = imported("openvino").convert_model(str(onnx_file))
+            if precision == "int8":
+                model = quantize(model, calibration)
+            save_openvino(model, path, metadata, halve=precision == "fp16")
         finally:
             onnx_file.unlink(missing_ok=True)
 
@@ -76,11 +94,11 @@ def write_onnx(program: ExportedProgram, path: Path, metadata: Metadata) -> None
     exported.save(str(path))
 
 
-def save_openvino(model: Any, path: Path, metadata: Metadata) -> None:
-    """Write an OpenVINO model: <name>.xml, and its weights beside it in <name>.bin."""
+def save_openvino(model: Any, path: Path, metadata: Metadata, halve: bool) -> None:
+    """Write an OpenVINO model: <name>.xml, and its weights beside it in <name>.bin, in float16 if `halve`."""
     for name, value in metadata.items():
         model.set_rt_info(json.dumps(value), ["fpn_det", name])
-    imported("openvino").save_model(model, str(path), compress_to_fp16=False)
+    imported("openvino").save_model(model, str(path), compress_to_fp16=halve)
 
 
 def _translations() -> dict[Any, Callable]:
@@ -103,20 +121,3 @@ def _translations() -> dict[Any, Callable]:
         return op.TopK(x, op.Gather(op.Shape(x), op.Constant(value_ints=[dim])), axis=dim, largest=int(descending))
 
     return {torch.ops.fpn_det.suppress.default: suppress, torch.ops.aten.sort.stable: sort}
-
-
-def imported(name: str) -> Any:
-    """A library of an extra.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    import importlib
-
-    extra = "openvino" if name == "openvino" else "onnx"
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(
-            f"export: expected the library {name}, got none ({error}). Install it: pip install 'fpn_det[{extra}]'."
-        ) from None

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fpn_det.weight_files import check_archive
+from fpn_det.weight_files import SAFETENSORS, check_archive, read_safetensors
 
 TORCH_MAGIC = bytes.fromhex("80028a0a6cfc9c46f920")  # first bytes of torch files before they were zip archives
 # Modules of the standard library that a file of weights may name.
@@ -71,7 +71,7 @@ class Inert(list):
 
 
 def read_weights(path: str | Path) -> WeightFile:
-    """Read a file written by torchvision, detectron2, mmdetection or fpn_det.
+    """Read a file written by torchvision, detectron2, mmdetection or fpn_det, also as safetensors.
 
     Raises:
         ValueError: there is no such file, it cannot be read, it holds code, or no weights.
@@ -83,7 +83,10 @@ def read_weights(path: str | Path) -> WeightFile:
         start = file.read(len(TORCH_MAGIC))
     is_torch = zipfile.is_zipfile(path) or start == TORCH_MAGIC
     try:
-        content, foreign = _read_torch(path) if is_torch else (_read_pickle(path), [])
+        if path.suffix == SAFETENSORS:
+            content, foreign = _read_safetensors(path), list[str]()
+        else:
+            content, foreign = _read_torch(path) if is_torch else (_read_pickle(path), [])
         dropped = {where: f"not plain data (the file names {', '.join(foreign)})" for where in _inert_parts(content)}
     except Exception as error:  # of any kind: a damaged pickle may raise anything
         if isinstance(error, ValueError) and str(error).startswith(f"{path}: expected"):
@@ -93,6 +96,12 @@ def read_weights(path: str | Path) -> WeightFile:
             f"{path}: expected a file of weights, got one that is damaged or holds more than that ({reason})."
         ) from None
     return _find_weights(path, content, dropped)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """Content of a safetensors file; of one with a description, as a checkpoint has it."""
+    tensors, about = read_safetensors(path)
+    return {"format": "fpn_det checkpoint", "model": tensors} | about if about else dict(tensors)
 
 
 def _read_torch(path: Path) -> tuple[Any, list[str]]:

@@ -31,10 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from fpn_det.runtime import broadcast_object, current_ranks, host_all_reduce_min, run_on_main
-from fpn_det.weight_files import check_archive
+from fpn_det.weight_files import SAFETENSORS, check_archive, read_safetensors, safetensors_bytes
 
 State = dict[str, Any]
 FORMAT = "fpn_det checkpoint 1"
+DESCRIPTION = ("class_names", "category_ids", "score_thresholds", "preprocessing", "config", "versions", "progress")
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -53,6 +54,21 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             RuntimeError
         ) as error:  # torch raises its own error while it closes the file, in the context of the OSError
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
+def save_weights(path: Path, state: dict[str, Any]) -> None:
+    """Write the weights of a checkpoint alone, with what describes them, as safetensors. It evaluates and predicts.
+
+    Args:
+        path: ends in .safetensors.
+        state: content of a checkpoint; of its weights, the moving average if there is one.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    description = {name: state[name] for name in DESCRIPTION if state.get(name) is not None}
+    with _published(path) as file:
+        file.write(safetensors_bytes(state["ema"] or state["model"], description))
 
 
 def find_checkpoint(run: str | None, file: str | None) -> tuple[Path, dict[str, Any]]:
@@ -106,7 +122,7 @@ def run_folder_of(checkpoint: Path) -> Path:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU and verify its checksums.
+    """Read a checkpoint to the CPU and verify its checksums; or a file of `save_weights`, as one without a state of training.
 
     Raises:
         ValueError: the file is missing, damaged, or not a checkpoint of fpn_det.
@@ -114,6 +130,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: expected a checkpoint, got no such file.")
     try:
+        if path.suffix == SAFETENSORS:
+            tensors, about = read_safetensors(path)
+            return {"format": FORMAT, "model": tensors, "ema": None} | about
         check_archive(path)
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # verifies checksums, which torch.load does not

@@ -1,0 +1,133 @@
+"""`fpn-det export` as it is used: from a checkpoint to a file that predicts and evaluates, with fpn_det and without."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import ROOT, TINY
+
+from fpn_det import api
+from fpn_det.composition import compose, compose_as, read_saved
+from fpn_det.export.export import ExportConfig, export, saved_settings
+from fpn_det.models.views import Views
+from fpn_det.runs.checkpoint import save_checkpoint
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
+from test_detector import spread_out
+
+pytestmark = pytest.mark.slow
+IDS = [9, 4, 6]
+
+
+def make_checkpoint(shapes_dataset: Path, folder: Path) -> Path:
+    """A detector that is sure of what it sees, as a run leaves it."""
+    torch.manual_seed(0)
+    config = compose([*TINY, f"data.root={shapes_dataset}"])
+    names = list(config.data.read_train_and_val(seed=0).train.class_names)
+    state = {
+        "model": spread_out(config.build_model(len(names))).state_dict(),
+        "ema": None,
+        "progress": {"step": 2},
+        "class_names": names,
+        "category_ids": IDS[: len(names)],
+        "score_thresholds": {"overall": 0.3, "classes": {}},
+        "config": config.to_yaml(),
+    }
+    folder.mkdir(exist_ok=True)
+    save_checkpoint(folder / "best.pt", state)
+    return folder / "best.pt"
+
+
+def pictures_of(shapes_dataset: Path) -> list[Path]:
+    return sorted(file for file in shapes_dataset.rglob("*") if file.suffix in (".jpg", ".png"))
+
+
+def export_config(checkpoint: Path, *words: str) -> ExportConfig:
+    saved = read_saved(saved_settings(None, str(checkpoint)))
+    return compose_as(ExportConfig, "export", [f"checkpoint={checkpoint}", *words], saved)
+
+
+@pytest.fixture(scope="module")
+def files(shapes_dataset, tmp_path_factory) -> tuple[Path, Path, list[str]]:
+    """A checkpoint, its ONNX file, and what the export said."""
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(library)
+    checkpoint = make_checkpoint(shapes_dataset, tmp_path_factory.mktemp("export") / "run")
+    said: list[str] = []
+    return checkpoint, export(export_config(checkpoint, "verify=ap"), said.append), said
+
+
+def test_the_file_is_proven_and_says_what_it_is(files):
+    checkpoint, file, said = files
+    assert file == checkpoint.with_suffix(".onnx")
+    assert re.match(
+        r"13 images .*, [1-9]\d* detections: boxes differ by at most .*, 0 detections on one side only", said[0]
+    )
+    assert re.match(r"AP on 8 images: (0\.\d{4}), of torch \1", said[1])
+    assert [path.name for path in file.parent.iterdir() if path.name.startswith(".")] == []
+    import onnx
+
+    model = onnx.load(file)
+    about = {item.key: json.loads(item.value) for item in model.metadata_props}
+    assert about["category_ids"] == IDS[: len(about["class_names"])] and about["checkpoint"] == "best.pt"
+    assert {opset.domain: opset.version for opset in model.opset_import}[""] == about["opset"]
+    assert {node.domain for node in model.graph.node} == {""} and not model.functions
+    assert str(ROOT) not in str(model.graph.node[0].metadata_props)
+
+
+def test_the_file_predicts_and_evaluates_as_its_checkpoint_does(files, shapes_dataset):
+    checkpoint, file, _ = files
+    pictures = pictures_of(shapes_dataset)
+    ours, theirs = api.load(checkpoint, device="cpu"), api.load(file)
+    assert theirs.class_names == ours.class_names and theirs.category_ids == ours.category_ids
+    for expected, found in zip(ours.predict(pictures[:4]), theirs.predict(pictures[:4]), strict=True):
+        assert found.names == expected.names
+        torch.testing.assert_close(found.boxes, expected.boxes, atol=0.05, rtol=0)
+        torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=0)
+    evaluations = [api.evaluate(path, "device=cpu") for path in (checkpoint, file)]
+    assert evaluations[0].metrics["AP"] == pytest.approx(evaluations[1].metrics["AP"], abs=1e-3)
+    with pytest.raises(ValueError, match="expected no test-time augmentation of an exported model"):
+        api.load(file, tta=Views(flip=True)).predict(pictures[:1])
+
+
+def test_the_program_of_the_documentation_finds_the_same(files, shapes_dataset, tmp_path):
+    checkpoint, file, _ = files
+    text = (ROOT / "docs" / "export.md").read_text()
+    (program,) = re.findall(r"```python\n(import json.*?)```", text, re.DOTALL)
+    assert len(program.splitlines()) <= 30
+    picture = pictures_of(shapes_dataset)[0]
+    (tmp_path / "consumer.py").write_text(program)
+    command = [sys.executable, str(tmp_path / "consumer.py"), str(file), str(picture)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    (expected,) = api.load(checkpoint, device="cpu").predict(picture)
+    lines = ended.stdout.splitlines()
+    # the resize of PIL is another one, so that detections near the threshold may differ
+    assert 0 < len(lines) and abs(len(lines) - len(expected)) <= max(3, len(expected) // 5)
+
+
+def test_small_pictures_are_predicted_and_a_canvas_has_a_limit(files):
+    _, file, _ = files
+    predictor = api.load(file)
+    (found,) = predictor.predict(Image.new("RGB", (1, 1)))
+    assert found.boxes.shape == (len(found), 4)
+    assert np.isfinite(found.scores.numpy()).all()
+
+
+def test_a_file_that_differs_is_not_left(files, monkeypatch):
+    checkpoint, _, _ = files
+    from fpn_det.export import proof
+
+    monkeypatch.setattr(proof, "SCORE_TOLERANCE", -1.0)
+    output = checkpoint.parent / "other.onnx"
+    with pytest.raises(ValueError, match="export: expected the detections of torch, got others"):
+        export(export_config(checkpoint, "size=[160,160]", f"output={output}"), lambda line: None)
+    assert not output.exists()
