@@ -32,6 +32,7 @@ METADATA: dict[str, Any] = {
     "config": "",
     "dtype": "uint8",
     "size": None,
+    "step": 0,
 }
 
 

@@ -20,7 +20,7 @@ from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
 from fpn_det.structures import Batch, Detections
 
-REQUIRED = ("class_names", "category_ids", "config", "dtype", "size")
+REQUIRED = ("class_names", "category_ids", "config", "dtype", "size", "step")
 Run = Callable[[np.ndarray, np.ndarray], list[Any]]
 
 
@@ -60,6 +60,8 @@ class ExportedFile:
             raise ValueError(
                 f"{path}: expected a model of fpn-det export, got one without {', '.join(missing)} in its metadata."
             )
+        if not _is_usable(self.metadata):
+            raise ValueError(f"{path}: expected metadata of fpn-det export, got others. Export the checkpoint again.")
         self.dtype: torch.dtype = getattr(torch, self.metadata["dtype"])
         self.size: tuple[int, int] | None = tuple(self.metadata["size"]) if self.metadata["size"] else None
 
@@ -140,6 +142,22 @@ _NAMES = {
     "opset",
     "step",
 }
+
+
+def _is_usable(metadata: Metadata) -> bool:
+    """True if the metadata that readers rely on have their types."""
+    names, ids, size = metadata["class_names"], metadata["category_ids"], metadata["size"]
+    is_size = isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+    return (
+        isinstance(names, list)
+        and isinstance(ids, list)
+        and 0 < len(names) == len(ids)
+        and all(isinstance(name, str) for name in names)
+        and all(type(each) is int for each in [*ids, metadata["step"]])
+        and isinstance(metadata["config"], str)
+        and metadata["dtype"] in ("uint8", "float32")
+        and (size is None or is_size)
+    )
 
 
 def _open_onnx(path: Path, threads: int | None) -> tuple[Run, dict[str, str]]:

@@ -48,7 +48,14 @@ def test_an_onnx_file_detects_what_torch_detects(tmp_path: Path):
     for library in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(library)
     model, path = spread_out(make_model()).eval(), tmp_path / "model.onnx"
-    metadata = {"class_names": ["a", "b", "c"], "category_ids": [1, 2, 3], "config": "", "dtype": "uint8", "size": None}
+    metadata = {
+        "class_names": ["a", "b", "c"],
+        "category_ids": [1, 2, 3],
+        "config": "",
+        "dtype": "uint8",
+        "size": None,
+        "step": 0,
+    }
     write(Graph(model).trace(None, torch.uint8), "onnx", path, metadata)
     exported = ExportedDetector(ExportedFile(path), model)
     found = compare(model, exported, cases([make_batch((1,)), make_batch((2,), (160, 224))]))

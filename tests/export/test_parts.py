@@ -28,7 +28,14 @@ from fpn_det.models.selection import ProposalFilter
 sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 from test_detector import make_batch
 
-METADATA = {"class_names": ["a", "b", "c"], "category_ids": [1, 2, 3], "config": "", "dtype": "uint8", "size": None}
+METADATA = {
+    "class_names": ["a", "b", "c"],
+    "category_ids": [1, 2, 3],
+    "config": "",
+    "dtype": "uint8",
+    "size": None,
+    "step": 0,
+}
 
 
 def make(neck: type = FPN, head: Callable = ROIHead, deformable: tuple[int, ...] = (), **options) -> Detector:

@@ -1,0 +1,63 @@
+"""OpenVINO files in float32, float16 and int8 beside torch. In a process of its own: openvino keeps handlers on the test's streams."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import ROOT
+
+PROGRAM = """
+import json, sys
+from dataclasses import asdict
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+import openvino, torch
+from test_parts import METADATA, make, make_batch
+from fpn_det.export.exported import ExportedDetector, ExportedFile
+from fpn_det.export.graph import Graph
+from fpn_det.export.proof import cases, compare
+from fpn_det.export.quantization import in_float
+from fpn_det.export.writing import write
+
+model, folder = make(), Path(sys.argv[1])
+program = Graph(model).trace(None, torch.uint8)
+batches = [make_batch((1,), (100, 160)), make_batch((2,), (160, 224))]
+inputs = [(batch.pixels.permute(0, 2, 3, 1).contiguous(), batch.sizes) for batch in batches]
+results = {}
+for precision in ("fp32", "fp16", "int8"):
+    path = folder / f"{precision}.xml"
+    write(program, "openvino", path, METADATA, precision, inputs)
+    found = compare(model, ExportedDetector(ExportedFile(path), model), cases(batches))
+    kinds = [operator.get_type_name() for operator in openvino.Core().read_model(path).get_ops()]
+    size = path.with_suffix(".bin").stat().st_size
+    results[precision] = asdict(found) | {"size": size, "fake": kinds.count("FakeQuantize"), "ok": found.is_within_tolerance}
+network = openvino.Core().read_model(folder / "fp32.xml")
+names = in_float(network)
+results["in_float"] = sorted({item.get_type_name() for item in network.get_ops() if item.get_friendly_name() in names})
+results["quantized"] = sorted({item.get_type_name() for item in network.get_ops() if item.get_friendly_name() not in names})
+print(json.dumps(results))
+"""
+
+
+@pytest.mark.slow
+def test_openvino_files_detect_what_torch_detects(tmp_path: Path):
+    for library in ("onnx", "onnxscript", "openvino", "nncf"):
+        if importlib.util.find_spec(library) is None:
+            pytest.skip(f"{library} is not installed")
+    places = [str(ROOT / "tests" / folder) for folder in ("", "export", "models")]
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), *places]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    results = json.loads(ended.stdout.splitlines()[-1])
+    assert results["fp32"]["ok"] and results["fp32"]["detections"] > 20, results["fp32"]
+    assert results["fp16"]["box"] < 1 and results["fp16"]["size"] < 0.6 * results["fp32"]["size"]
+    assert results["int8"]["size"] < 0.4 * results["fp32"]["size"] and results["int8"]["fake"] > 20
+    assert len(results["int8"]["unmatched"]) < 0.3 * results["int8"]["detections"], results["int8"]
+    assert {"ROIAlign", "TopK", "Exp"} < set(results["in_float"]) and "Convolution" not in results["in_float"]
+    assert {"Convolution", "MatMul"} < set(results["quantized"])
+    assert not {"ROIAlign", "TopK", "Exp"} & set(results["quantized"])
