@@ -95,7 +95,7 @@ def test_load_names_what_is_missing(torchvision_file, tmp_path):
         (["target=fpn_det", "output=a.pt"], "expected a value for input, got none"),
         (
             ["target=caffe", "input=a.pth", "output=a.pt"],
-            "target: expected one of fpn_det, torchvision, detectron2 or mmdet, got 'caffe'",
+            "target: expected one of fpn_det, torchvision, detectron2, mmdet or safetensors, got 'caffe'",
         ),
         (
             ["target=fpn_det", "input=a.pth", "output=a.pt"],

@@ -16,16 +16,9 @@ from fpn_det.benchmark.measures import alternate
 from fpn_det.export.exported import ExportedFile
 from fpn_det.export.graph import Graph
 from fpn_det.export.libraries import is_installed
-from fpn_det.export.writing import SUFFIXES, Format, Precision, write
+from fpn_det.export.writing import write_onnx, write_openvino
 
 CPU = torch.device("cpu")
-# Name of a file: its format and precision, and what it needs.
-FILES: dict[str, tuple[Format, Precision, tuple[str, ...]]] = {
-    "onnx": ("onnx", "fp32", ("onnx", "onnxscript", "onnxruntime")),
-    "openvino": ("openvino", "fp32", ("onnx", "onnxscript", "openvino")),
-    "openvino int8": ("openvino", "int8", ("onnx", "onnxscript", "openvino", "nncf")),
-    "torch.export": ("torch", "fp32", ()),
-}
 METADATA: dict[str, Any] = {
     "class_names": [str(label) for label in range(NUM_CLASSES)],
     "category_ids": list(range(1, NUM_CLASSES + 1)),
@@ -37,19 +30,27 @@ METADATA: dict[str, Any] = {
 
 
 def export_seconds(config: BenchmarkConfig) -> dict[str, float]:
-    """Median seconds of a batch by torch and by each file whose libraries are installed, on `config.threads` threads of the CPU."""
+    """Median seconds of a batch by torch, ONNX, OpenVINO and its int8, as far as their libraries are installed, on the CPU.
+
+    Raises:
+        ValueError: the libraries of ONNX are not installed.
+    """
     if config.threads:
         torch.set_num_threads(config.threads)
     ours, _ = make_contestants(config, CPU)
     batch = ours.batch
     images, sizes = batch.pixels.permute(0, 2, 3, 1).contiguous(), batch.sizes.contiguous()
-    runs: dict[str, Callable[[], object]] = {"torch": ours.inference()}
     with TemporaryDirectory() as folder:
-        program = Graph(ours.model).trace(None, torch.uint8)
-        for number, (name, (format, precision, libraries)) in enumerate(FILES.items()):
-            if all(map(is_installed, libraries)):
-                path = (Path(folder) / str(number)).with_suffix(SUFFIXES[format])
-                write(program, format, path, METADATA, precision, [(images, sizes)])
-                runs[name] = partial(ExportedFile(path, torch.get_num_threads()), images, sizes)
+        files = {"onnx": Path(folder) / "model.onnx"}
+        write_onnx(Graph(ours.model).trace(None, torch.uint8), files["onnx"], METADATA)
+        if is_installed("openvino"):
+            files["openvino"] = Path(folder) / "model.xml"
+            write_openvino(files["onnx"], files["openvino"], METADATA)
+        if is_installed("openvino") and is_installed("nncf"):
+            files["int8"] = Path(folder) / "int8.xml"
+            write_openvino(files["onnx"], files["int8"], METADATA, "int8", [(images, sizes)])
+        runs: dict[str, Callable[[], object]] = {"torch": ours.inference()}
+        for name, file in files.items():
+            runs[name] = partial(ExportedFile(file, torch.get_num_threads()), images, sizes)
         seconds = alternate(list(runs.values()), config.repeats, CPU)
     return dict(zip(runs, seconds, strict=True))

@@ -27,6 +27,8 @@ from fpn_det.pretrained import settings_for, to_checkpoint
 from fpn_det.runs.checkpoint import save_checkpoint, save_weights
 from fpn_det.weight_files import SAFETENSORS
 
+Target = Literal["fpn_det", "torchvision", "detectron2", "mmdet", "safetensors"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertWeightsConfig:

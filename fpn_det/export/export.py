@@ -16,7 +16,7 @@ from fpn_det.composition import from_saved
 from fpn_det.config import DetectorConfig
 from fpn_det.evaluation.evaluate import evaluate
 from fpn_det.export.exported import ExportedDetector, ExportedFile, is_exported
-from fpn_det.export.graph import Graph
+from fpn_det.export.graph import Graph, on_canvas
 from fpn_det.export.proof import NUM_IMAGES, cases, compare
 from fpn_det.export.writing import OPSET, SUFFIXES, Format, Metadata, Precision, refuse_unsupported, write
 from fpn_det.models.detector import Detector
@@ -99,7 +99,9 @@ def export(config: ExportConfig, say: Callable[[str], None] = print) -> Path:
         # OpenVINO halves the weights itself
         graph = Graph(detector, half=config.precision == "fp16" and config.format != "openvino")
         program = graph.trace(size, getattr(torch, dtype))
-        calibration = _calibration(config, state["class_names"], detector.stride) if config.precision == "int8" else []
+        calibration = (
+            _calibration(config, state["class_names"], detector.stride, size) if config.precision == "int8" else []
+        )
         write(program, config.format, unfinished, metadata, config.precision, calibration)
         exported = open_exported(unfinished)
         _prove(detector, exported, annotations, config, say)
@@ -131,12 +133,14 @@ def open_exported(path: str | Path) -> ExportedDetector:
     return ExportedDetector(file, config.build_model(len(file.metadata["class_names"])))
 
 
-def _calibration(config: ExportConfig, class_names: list[str], stride: int) -> list[tuple[Tensor, Tensor]]:
-    """Images of the training set, evenly spread, as the exported file takes them."""
+def _calibration(
+    config: ExportConfig, class_names: list[str], stride: int, size: tuple[int, int] | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Images of the training set, evenly spread, as a file of `size` takes them, and their sizes."""
     annotations = config.data.read_split("train", class_names, config.seed)
     rows = _spread(len(annotations), config.calibration_images)
     batches = config.single_images(annotations, rows, stride, CPU)
-    return [(batch.pixels.permute(0, 2, 3, 1).contiguous(), batch.sizes) for batch in batches]
+    return [(on_canvas(batch.pixels.permute(0, 2, 3, 1), size), batch.sizes) for batch in batches]
 
 
 def _spread(total: int, count: int) -> list[int]:

@@ -9,10 +9,9 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpn_det.export.graph import INPUTS, LEAST_SIDE
+from fpn_det.export.graph import INPUTS, canvas_of, on_canvas
 from fpn_det.export.libraries import imported
 from fpn_det.export.program import read_program
 from fpn_det.export.writing import SUFFIXES, Metadata
@@ -67,7 +66,7 @@ class ExportedFile:
 
     def canvas(self, height: int, width: int) -> tuple[int, int]:
         """(H, W) to which images of a size are padded before the file gets them."""
-        return self.size or (max(height, LEAST_SIDE), max(width, LEAST_SIDE))
+        return canvas_of(self.size, height, width)
 
     def __call__(self, images: Tensor, sizes: Tensor) -> Detections:
         """Detect objects; see `Graph.forward`.
@@ -89,8 +88,7 @@ class ExportedFile:
                 f"{where}: expected images of at most {height} x {width} px (h x w), got {images.shape[1]} x "
                 f"{images.shape[2]}. Export with a larger size, or with size=batch."
             )
-        padded = F.pad(images, (0, 0, 0, width - images.shape[2], 0, height - images.shape[1]))
-        outputs = self._run(padded.contiguous().numpy(), sizes.contiguous().numpy())
+        outputs = self._run(on_canvas(images, self.size).numpy(), sizes.contiguous().numpy())
         boxes, scores, labels, valid, _ = (torch.as_tensor(np.asarray(output)) for output in outputs)
         return Detections(boxes, scores, labels, valid)
 

@@ -108,6 +108,17 @@ class Graph(nn.Module):
         return program
 
 
+def canvas_of(size: tuple[int, int] | None, height: int, width: int) -> tuple[int, int]:
+    """(H, W) to which images of a height and width are padded before a graph of `size` gets them."""
+    return size or (max(height, LEAST_SIDE), max(width, LEAST_SIDE))
+
+
+def on_canvas(images: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Images [B, H, W, 3], padded at the right and bottom to the canvas of a graph of `size`."""
+    height, width = canvas_of(size, images.shape[1], images.shape[2])
+    return F.pad(images, (0, 0, 0, width - images.shape[2], 0, height - images.shape[1])).contiguous()
+
+
 def _no_targets(sizes: Tensor) -> Targets:
     return Targets(sizes.new_zeros(1, 1, 4).float(), sizes.new_zeros(1, 1), sizes.new_zeros(1, 1).bool())
 

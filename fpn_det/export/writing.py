@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -46,7 +47,7 @@ def write(
     precision: Precision = "fp32",
     calibration: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> None:
-    """Write a program to a file, or for OpenVINO to a pair of files.
+    """Write a program, which serves once, to a file, or for OpenVINO to a pair of files.
 
     Args:
         program: see `Graph.trace`.
@@ -59,21 +60,16 @@ def write(
     """
     if format == "torch":
         write_program(program, path, metadata)
-        return
-    onnx_file = path.with_suffix(".unfinished.onnx") if format == "openvino" else path
-    write_onnx(program, onnx_file, metadata)
-    if format == "openvino":
-        try:
-            model = imported("openvino").convert_model(str(onnx_file))
-            if precision == "int8":
-                model = quantize(model, calibration)
-            save_openvino(model, path, metadata, halve=precision == "fp16")
-        finally:
-            onnx_file.unlink(missing_ok=True)
+    elif format == "onnx":
+        write_onnx(program, path, metadata)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            write_onnx(program, Path(folder) / "model.onnx", metadata)
+            write_openvino(Path(folder) / "model.onnx", path, metadata, precision, calibration)
 
 
 def write_onnx(program: ExportedProgram, path: Path, metadata: Metadata) -> None:
-    """Write an ONNX file of standard operators."""
+    """Write an ONNX file of standard operators. The program serves once."""
     for name in ("onnx", "onnxscript"):
         imported(name)
     try:
@@ -94,11 +90,21 @@ def write_onnx(program: ExportedProgram, path: Path, metadata: Metadata) -> None
     exported.save(str(path))
 
 
-def save_openvino(model: Any, path: Path, metadata: Metadata, halve: bool) -> None:
-    """Write an OpenVINO model: <name>.xml, and its weights beside it in <name>.bin, in float16 if `halve`."""
+def write_openvino(
+    onnx_file: Path,
+    path: Path,
+    metadata: Metadata,
+    precision: Precision = "fp32",
+    calibration: Sequence[tuple[Tensor, Tensor]] = (),
+) -> None:
+    """Convert an ONNX file of `write_onnx` to OpenVINO: <name>.xml, and its weights beside it in <name>.bin. See `write`."""
+    openvino = imported("openvino")
+    model = openvino.convert_model(str(onnx_file))
+    if precision == "int8":
+        model = quantize(model, calibration)
     for name, value in metadata.items():
         model.set_rt_info(json.dumps(value), ["fpn_det", name])
-    imported("openvino").save_model(model, str(path), compress_to_fp16=halve)
+    openvino.save_model(model, str(path), compress_to_fp16=precision == "fp16")
 
 
 def _translations() -> dict[Any, Callable]:

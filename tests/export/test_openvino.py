@@ -22,16 +22,16 @@ from fpn_det.export.exported import ExportedDetector, ExportedFile
 from fpn_det.export.graph import Graph
 from fpn_det.export.proof import cases, compare
 from fpn_det.export.quantization import in_float
-from fpn_det.export.writing import write
+from fpn_det.export.writing import write_onnx, write_openvino
 
 model, folder = make(), Path(sys.argv[1])
-program = Graph(model).trace(None, torch.uint8)
+write_onnx(Graph(model).trace(None, torch.uint8), folder / 'model.onnx', METADATA)
 batches = [make_batch((1,), (100, 160)), make_batch((2,), (160, 224))]
 inputs = [(batch.pixels.permute(0, 2, 3, 1).contiguous(), batch.sizes) for batch in batches]
 results = {}
 for precision in ("fp32", "fp16", "int8"):
     path = folder / f"{precision}.xml"
-    write(program, "openvino", path, METADATA, precision, inputs)
+    write_openvino(folder / "model.onnx", path, METADATA, precision, inputs)
     found = compare(model, ExportedDetector(ExportedFile(path), model), cases(batches))
     kinds = [operator.get_type_name() for operator in openvino.Core().read_model(path).get_ops()]
     size = path.with_suffix(".bin").stat().st_size
