@@ -37,6 +37,12 @@ def test_help_imports_nothing_heavy(words):
         assert result.stdout.count("\n  fpn-det ") >= (1 if words[0] == "doctor" else 2)
 
 
+def test_help_fits_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for text in (help_texts.overview(), *map(help_texts.command_help, help_texts.COMMANDS)):
+        assert not [line for line in text.splitlines() if len(line) > 80]
+
+
 def test_tools_show_the_same_help():
     one = subprocess.run([sys.executable, "tools/train.py", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert one.returncode == 0 and one.stdout == start("train", "--help").stdout

@@ -6,7 +6,7 @@ writes data_report.json and data_report.html to the folder `output`. Exit code 1
 Examples:
   fpn-det check-data experiment=small data=yolo data.root=datasets/my_data
   fpn-det check-data experiment=r50_fpn data.on_error=fix
-  fpn-det check-data experiment=small data=voc data.root=datasets/voc output=report
+  fpn-det check-data experiment=small data=voc data.root=voc output=report
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ of the training images; equal files never come into two splits. Only COCO has cr
 YOLO and CSV leave them out.
 
 Examples:
-  fpn-det convert-data source=voc target=yolo input=VOC2007 output=datasets/voc_yolo
-  fpn-det convert-data source=coco target=yolo input=boxes.json images=photos output=boxes_yolo val=0.1 test=0.1
-  fpn-det convert-data source=csv target=coco input=boxes.csv output=boxes_coco val=val.txt pictures=copy
+  fpn-det convert-data source=voc target=yolo input=VOC2007 output=voc_yolo
+  fpn-det convert-data source=coco target=yolo input=a.json output=b val=0.1
+  fpn-det convert-data source=csv target=coco input=a.csv output=b val=val.txt
 """
 
 from __future__ import annotations

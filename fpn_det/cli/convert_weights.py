@@ -6,9 +6,9 @@ the weights alone, with class names, category ids, thresholds and settings, whic
 
 Examples:
   fpn-det convert-weights target=fpn_det input=model_final.pkl output=model.pt
-  fpn-det convert-weights target=torchvision input=runs/demo/checkpoints/best.pt output=torchvision.pth
-  fpn-det convert-weights target=safetensors input=runs/demo/checkpoints/best.pt output=model.safetensors
-  fpn-det convert-weights target=fpn_det input=own.pth output=own.pt class_names=[cat,dog]
+  fpn-det convert-weights target=torchvision input=best.pt output=best.pth
+  fpn-det convert-weights target=safetensors input=best.pt output=best.safetensors
+  fpn-det convert-weights target=fpn_det input=a.pth output=a.pt
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Settings, classes and preprocessing are those of the checkpoint; data paths, dev
 Examples:
   fpn-det eval run=runs/demo
   fpn-det eval run=runs/demo split=test
-  fpn-det eval checkpoint=model.pt data.root=datasets/coco tta.scales=[0.8,1,1.2] tta.flip=true
+  fpn-det eval checkpoint=model.pt tta.scales=[0.8,1,1.2] tta.flip=true
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ def overview() -> str:
     """The help of `fpn-det` itself."""
     lines = ["Train object detectors built around the Feature Pyramid Network.", "", "fpn-det <command> name=value ..."]
     for title, commands in GROUPS.items():
-        lines += ["", f"{title}:"] + [f"  {command:16} {docstring(command).splitlines()[0]}" for command in commands]
+        rows = ((command, docstring(command).splitlines()[0]) for command in commands)
+        lines += ["", f"{title}:", format_rows(rows, left=19)]
     lines += [
         "",
         "First steps, with data in COCO's, Pascal VOC's or YOLO's format:",
@@ -109,7 +110,7 @@ def command_help(command: str) -> str:
 
 
 def _width() -> int:
-    return max(60, min(120, shutil.get_terminal_size((100, 24)).columns)) - 1
+    return max(60, min(120, shutil.get_terminal_size().columns)) - 1
 
 
 def _wrapped(paragraph: str) -> str:
@@ -143,10 +144,9 @@ def _settings(names: Iterable[str]) -> Iterable[tuple[str, str]]:
             yield f"{name}={item.default}", item.describe()
 
 
-def format_rows(rows: Iterable[tuple[str, str]]) -> str:
-    """Two columns; a long left side gets a line of its own."""
+def format_rows(rows: Iterable[tuple[str, str]], left: int = 34) -> str:
+    """Two columns, the second from character `left` on; a long left side gets a line of its own."""
     width = _width()
-    left = 34
     lines = []
     for name, text in rows:
         wrapped = textwrap.wrap(text, width - left) or [""]

@@ -10,7 +10,7 @@ Examples:
   fpn-det predict run=runs/demo source=photos
   fpn-det predict run=runs/demo source='photos/*.jpg' out=found score=0.5
   fpn-det predict run=runs/demo source=aerial tile.size=640 tile.overlap=0.25
-  fpn-det predict checkpoint=model.pt source=list.txt draw=false score=0 batch_size=8
+  fpn-det predict checkpoint=model.pt source=list.txt draw=false score=0
   fpn-det predict checkpoint=model.onnx source=photos
   fpn-det predict run=runs/demo source=clip.mp4
 """

@@ -7,7 +7,7 @@ torchrun --nproc_per_node=8 -m fpn_det.cli.main train ...
 
 Examples:
   fpn-det train experiment=small data=yolo data.root=datasets/my_data
-  fpn-det train experiment=r50_fpn data.root=datasets/coco precision=bf16 trainer.batch_size=8
+  fpn-det train experiment=r50_fpn precision=bf16 trainer.batch_size=8
   fpn-det train resume=runs/demo
 """
 

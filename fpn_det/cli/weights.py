@@ -4,7 +4,7 @@ A file is fetched when it is first used, and kept. Without network, put it where
 
 Examples:
   fpn-det weights
-  fpn-det train experiment=finetune init_from=torchvision/fasterrcnn_resnet50_fpn_v2 data=yolo data.root=<folder>
+  fpn-det train init_from=<name> experiment=finetune data.root=<folder>
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from fpn_det.runs.step_lines import clock
 from fpn_det.terminal import printable, shorten
 
 STAMP = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ", re.MULTILINE)  # of a line of log.txt
+NO_BREAK = "\u00a0"  # in place of the blanks of a word, where no line is broken
 NAME_WIDTH = 20  # characters of a run's name on the screen, below which it is not shortened
 # Words of the command line that say how a run is started, in which all runs differ.
 NOT_TYPED = tuple(f"{name}=" for name in OF_A_START)
@@ -183,9 +184,9 @@ def runs_table(runs: Sequence[RunSummary], root: Path, width: int) -> list[str]:
         left = [shorten(row[0], widths[0]).ljust(widths[0]), row[1].ljust(widths[1])]
         right = [text.rjust(width) for text, width in zip(row[2:], widths[2:], strict=True)]
         lines.append("  ".join([*left, *right]).rstrip())
-        lines += textwrap.wrap(
-            "  ".join(words), width, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
-        )
+        text = "  ".join(word.replace(" ", NO_BREAK) for word in words)
+        wrapped = textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+        lines += [line.replace(NO_BREAK, " ") for line in wrapped]
     return lines
 
 

@@ -154,7 +154,7 @@ class Trainer:
             "model": describe_model(self.model, config.model),
             "input": describe_input(config.data.train_transforms, config.data.eval_transforms),
             "length": f"{self.total_steps} steps of {batch_size} images: {self.total_steps / per_epoch:.3g} epochs "
-            f"of {per_epoch}; {evaluations}",
+            f"of {per_epoch} steps; {evaluations}",
             "lr": self.recipe.describe_lr(batch_size, self.ranks.world_size, config.trainer.accumulate).removeprefix(
                 "lr "
             ),

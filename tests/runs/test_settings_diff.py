@@ -94,6 +94,9 @@ def test_runs_are_listed_in_a_line_each_with_the_typed_words_that_differ(root):
     assert second.split() == ["demo/b", "stopped", "30", "n/a"]
     assert third.split() == ["demo/c", "diverged", "30", "n/a"]
     assert runs_table(runs[:2], root, 80)[2].strip() == "optimizer.lr=0.1"  # both were told seed=0
+    (root / "demo" / "a" / "overrides.txt").write_text("optimizer.lr=0.1\ntrainer.eval_every=2 steps\n")
+    lines = runs_table(find_runs(root), root, 46)  # the words do not fit in one line, and a word is not broken
+    assert lines[2:4] == ["    optimizer.lr=0.1", "    trainer.eval_every=2 steps"]
     described = json.loads(as_json(runs))
     assert [run["best"] for run in described] == [0.4, None, None]
     assert described[0]["seconds"] == 291 and described[0]["typed"] == ["seed=0", "optimizer.lr=0.1"]
