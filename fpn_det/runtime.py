@@ -6,10 +6,12 @@ input. Collectives whose name starts with `host` run over gloo on the CPU and do
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import inspect
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ T = TypeVar("T")
 
 # Host collectives wait this long for a rank that is busy. The end of a process closes its connections and is noticed at once.
 HOST_TIMEOUT = datetime.timedelta(days=1)
+# Parameters of mallopt, from malloc.h of the GNU C library.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -50,6 +54,20 @@ def pick_device(name: str = "auto") -> torch.device:
     if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
         raise ValueError(f"device: '{name}' does not exist, this machine has {torch.cuda.device_count()} GPU(s).")
     return torch.device(name)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next allocation, where it is glibc.
+
+    By default it returns large blocks to the system. A training step on the CPU frees and allocates the same tensors again and
+    again, and the system clears every page each time, in 5 to 8 % of the step's time. The process stays at its peak size.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent in other C libraries
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def seed_everything(seed: int) -> None:
@@ -125,6 +143,8 @@ def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Ranks, 
             f"distributed: WORLD_SIZE is set but {', '.join(missing)} are not. Launch with torchrun, or unset WORLD_SIZE."
         )
     chosen = pick_device(device)
+    if chosen.type == "cpu":
+        keep_freed_memory()
     if missing:
         if chosen.type == "cuda" and chosen.index is not None:
             torch.cuda.set_device(chosen)  # libraries allocate on the current device

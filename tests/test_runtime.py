@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import ctypes
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -48,3 +51,25 @@ def test_other_launchers_keep_their_variables(environment, variables):
     before = {name: os.environ.get(name) for name in OURS}
     _adopt_slurm_variables()
     assert {name: os.environ.get(name) for name in OURS} == before
+
+
+FREES = """
+import resource, torch
+from fpn_det.runtime import keep_freed_memory
+
+keep_freed_memory()
+faults = []
+for _ in range(12):
+    for size in (40, 90, 60):
+        torch.zeros(size << 18)  # MiB of float32
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[3])  # after the heap has grown
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc only")
+def test_freed_memory_is_used_again_without_being_mapped_anew():
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", FREES], capture_output=True, text=True, env=environment, check=True)
+    mapped_anew = 8 * 190 * (1 << 20) // os.sysconf("SC_PAGE_SIZE")
+    assert int(done.stdout) < 0.05 * mapped_anew

@@ -16,7 +16,7 @@ from fpn_det.benchmark.contestants import make_contestants
 from fpn_det.benchmark.gpu_counts import gpu_counts
 from fpn_det.benchmark.loaders import make_streams, write_images
 from fpn_det.benchmark.measures import alternate, count, peak_memory_mib, throughput
-from fpn_det.runtime import pick_device
+from fpn_det.runtime import keep_freed_memory, pick_device
 
 SECONDS = {"train": "train_step_s", "inference": "inference_s", "roi_align": "roi_align_s", "rpn_loss": "rpn_loss_s"}
 
@@ -24,6 +24,7 @@ SECONDS = {"train": "train_step_s", "inference": "inference_s", "roi_align": "ro
 def measure(config: BenchmarkConfig) -> Iterator[tuple[str, list[float]]]:
     """Yield the name of each measure with its two values, fpn_det's first, as soon as they are known."""
     device = pick_device(config.device)
+    keep_freed_memory()  # as training and prediction do
     if config.threads:
         torch.set_num_threads(config.threads)
     if "memory" in config.only:  # first, while this process is small

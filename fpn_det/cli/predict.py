@@ -51,7 +51,7 @@ from fpn_det.models.detector import Detector
 from fpn_det.models.tiles import check_tiles
 from fpn_det.models.weights import refuse_nonfinite_weights
 from fpn_det.runs.checkpoint import fill_model, find_checkpoint, remark_on
-from fpn_det.runtime import Ranks, pick_device
+from fpn_det.runtime import Ranks, keep_freed_memory, pick_device
 from fpn_det.schema import Count, Fraction
 from fpn_det.structures import ScoreThresholds
 from fpn_det.terminal import say, shown_path, standard_console
@@ -98,6 +98,8 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
     if config.batch_size is not None:
         config = replace(config, data=replace(config.data, eval_batch_size=config.batch_size))
     path, state, model, device = _open(config)
+    if device.type == "cpu":
+        keep_freed_memory()
     if remark := remark_on(path):
         say(console, remark)
     names = state["class_names"]
