@@ -78,9 +78,10 @@ def check_images(
     free = count(1 + max((key for key in keys if isinstance(key, int)), default=0))
     listings = FolderListings()
     in_folder = set() if folder is None else listings.names(folder)
+    prefix = "" if folder is None else str(folder)
     wanted_paths, paths = [], []
     for record in raw.images:
-        wanted = _join(folder, record.file_name)
+        wanted = _join(prefix, record.file_name)
         is_there = folder is None or not wanted or record.file_name in in_folder or listings.has(wanted)
         wanted_paths.append(wanted)
         paths.append(wanted if is_there or folder is None else listings.find_renamed(wanted, folder))
@@ -159,15 +160,16 @@ def _agrees(info: ImageInfo, size: Size, path: str) -> bool:
     return not info.fault and (info.height, info.width) == size and not is_mislabeled(path, info)
 
 
-def _join(folder: Path | None, name: object) -> str:
+def _join(folder: str, name: object) -> str:
     """The path of a file name; empty if the value cannot be one."""
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         return ""
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can write
-        return ""
-    return os.path.join(folder or "", name)
+    if not name.isascii():
+        try:
+            os.fsencode(name)
+        except UnicodeEncodeError:  # a lone surrogate, which JSON can write
+            return ""
+    return os.path.join(folder, name)
 
 
 def _hint(path: str, wanted: str, listings: FolderListings, num_missing: int) -> str:

@@ -103,9 +103,14 @@ class RawObjects:
         def look_up(value: Any) -> int:
             return table.get(parse_id(value), default)
 
+        pairs = [(number, value) for number, value in table.items() if isinstance(number, int)]
+        known, values = np.array(sorted(pairs), np.int64).reshape(-1, 2).T
+
         def look_up_all(array: np.ndarray) -> np.ndarray:
-            distinct, position = np.unique(array, return_inverse=True)
-            return np.array([table.get(value, default) for value in distinct.tolist()], np.int64)[position]
+            if not len(known):
+                return np.full(len(array), default)
+            place = np.minimum(np.searchsorted(known, array), len(known) - 1)
+            return np.where(known[place] == array, values[place], default)
 
         return self._convert(key, look_up_all, look_up, np.int64)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,6 +15,12 @@ from torch import Tensor
 from fpn_det.structures import Annotations
 
 PROPOSAL_LABEL = -1  # of proposals among the objects, between `append` and `split`
+
+
+class _Result(msgspec.Struct, gc=False):
+    image_id: int
+    score: float
+    bbox: tuple[float, float, float, float]  # xywh
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,14 @@ def read_proposals(file: Path, annotations: Annotations, limit: int) -> SavedPro
     images, scores, boxes = array("q"), array("f"), array("f")
     try:
         for result in _results(file):
-            if (row := row_of.get(result["image_id"])) is not None:
+            if (row := row_of.get(result.image_id)) is not None:
                 images.append(row)
-                scores.append(result["score"])
-                boxes.extend(result["bbox"])
+                scores.append(result.score)
+                boxes.extend(result.bbox)
         xywh = np.array(boxes, np.float32).reshape(len(images), 4)
-    except (ValueError, KeyError, TypeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{file}: expected COCO results, a list of image_id, bbox and score, got something else ({error!r}). Write one with evaluation=proposals."
+            f"{file}: expected COCO results, a list of image_id, bbox and score, got something else ({error}). Write one with evaluation=proposals."
         ) from None
     if not images:
         raise ValueError(
@@ -74,14 +79,15 @@ def read_proposals(file: Path, annotations: Annotations, limit: int) -> SavedPro
     return SavedProposals(torch.from_numpy(corners).share_memory_(), torch.from_numpy(offsets).share_memory_(), limit)
 
 
-def _results(file: Path) -> Iterator[dict[str, Any]]:
+def _results(file: Path) -> Iterator[_Result]:
     """Yield the results. A file with one result per line, as evaluation writes it, is read without loading all of them."""
-    with file.open() as lines:
-        one_per_line = lines.readline().strip() == "[" and lines.readline().rstrip().endswith(("}", "},"))
+    with file.open("rb") as lines:
+        one_per_line = lines.readline().strip() == b"[" and lines.readline().rstrip().endswith((b"}", b"},"))
         lines.seek(0)
         if not one_per_line:
-            yield from json.load(lines)
+            yield from msgspec.json.decode(lines.read(), type=list[_Result])
             return
+        decode = msgspec.json.Decoder(_Result).decode
         for line in lines:
-            if text := line.strip(" ,\n[]"):
-                yield json.loads(text)
+            if text := line.strip(b" ,\r\n[]"):
+                yield decode(text)
