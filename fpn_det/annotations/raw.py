@@ -6,9 +6,11 @@ repaired in one place. T is the number of objects.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -248,6 +250,18 @@ class RawDataset:
         """Names of the categories with an integer id, by id."""
         numbered = [(parse_id(record.get("id")), str(record.get("name"))) for record in self.categories]
         return list(dict.fromkeys(name for number, name in sorted(p for p in numbered if isinstance(p[0], int))))
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Pause the search for cycles, which takes a long time among many records and finds none: they are trees."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def split_aliases(split: str) -> tuple[str, ...]:

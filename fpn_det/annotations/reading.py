@@ -15,7 +15,7 @@ from fpn_det.annotations.files import existing_path
 from fpn_det.annotations.findings import Finding, OnError, describe_findings, raise_for_faults
 from fpn_det.annotations.formats import coco, csv_table, voc, yolo
 from fpn_det.annotations.image_inspection import ImageInspector
-from fpn_det.annotations.raw import RawDataset
+from fpn_det.annotations.raw import RawDataset, no_collection
 from fpn_det.annotations.subsets import concatenate
 from fpn_det.structures import Annotations
 
@@ -102,6 +102,7 @@ def load_raw(
     ]
 
 
+@no_collection()
 def check_raw(
     datasets: Sequence[RawDataset],
     class_names: Sequence[str] | None = None,

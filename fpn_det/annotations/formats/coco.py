@@ -7,12 +7,9 @@ parser, which accepts more and says at which place a text is no JSON.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +18,16 @@ import msgspec
 from fpn_det.annotations.files import describe_foreign, open_file, read_file
 from fpn_det.annotations.findings import Finding, one_line
 from fpn_det.annotations.masks import mask_extent
-from fpn_det.annotations.raw import SPLIT_ALIASES, RawDataset, RawImage, RawObject, RawObjects, Record, split_aliases
+from fpn_det.annotations.raw import (
+    SPLIT_ALIASES,
+    RawDataset,
+    RawImage,
+    RawObject,
+    RawObjects,
+    Record,
+    no_collection,
+    split_aliases,
+)
 
 TABLES = ("images", "annotations", "categories")
 MAX_JSON_BYTES = 64 << 30
@@ -55,7 +61,7 @@ def load(source: Path, folder: Path | None) -> RawDataset:
         ValueError: the file is not JSON or lacks a table.
     """
     try:
-        with open_file(source, MAX_JSON_BYTES) as file, _no_collection():
+        with open_file(source, MAX_JSON_BYTES) as file, no_collection():
             images, objects, categories = _read_in_blocks(file)
         raw = RawDataset(source, folder, images, objects, categories, str(source))
     except (msgspec.MsgspecError, ValueError, RecursionError, MemoryError):
@@ -82,18 +88,6 @@ def find_splits(folder: Path) -> dict[str, tuple[Path, Path]]:
                 images = [folder / inner, folder / "images" / inner, folder / name, folder / "images"]
                 found[split] = file, next((path for path in images if path.is_dir()), images[0])
     return found
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Pause the search for cycles, which takes longer than the decoding and finds none: the records are trees."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _read_in_blocks(file: BinaryIO) -> tuple[list[RawImage], RawObjects, list[Record]]:
