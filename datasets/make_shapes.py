@@ -76,6 +76,7 @@ class Settings:
     size: tuple[int, int]  # (h, w) of every image
     seed: int
     class_names: tuple[str, ...]
+    max_side: float | None = None  # of an object's longer side, px; None = MAX_SIDE of the image
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -83,6 +84,10 @@ class Settings:
         if unknown or not self.class_names or len(set(self.class_names)) < len(self.class_names):
             raise ValueError(
                 f"make_shapes: expected different classes out of {', '.join(CONTOURS)}, got {', '.join(self.class_names) or 'none'}."
+            )
+        if self.max_side is not None and not MIN_SIDE < self.max_side <= min(self.size) * MAX_SIDE:
+            raise ValueError(
+                f"make_shapes: expected a largest side between {MIN_SIDE:g} and {min(self.size) * MAX_SIDE:.0f} px, got {self.max_side:g}."
             )
         if min(self.size) * MAX_SIDE <= MIN_SIDE:
             raise ValueError(
@@ -92,7 +97,8 @@ class Settings:
             raise ValueError(f"make_shapes: expected counts of images from 0, got {self.num_train} and {self.num_val}.")
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return json.dumps(given, indent=2) + "\n"
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,7 @@ def paint(canvas: np.ndarray, stamp: Stamp, rng: np.random.Generator) -> None:
 
 
 def place_objects(
-    rng: np.random.Generator, size: tuple[int, int], class_names: Sequence[str]
+    rng: np.random.Generator, size: tuple[int, int], class_names: Sequence[str], max_side: float | None = None
 ) -> list[tuple[int, Stamp]]:
     """Choose objects and their positions, as (label, stamp) from the lowest to the topmost.
 
@@ -204,7 +210,7 @@ def place_objects(
     image, and MIN_VISIBLE of that is not covered by later ones.
     """
     count = 0 if rng.uniform() < EMPTY_IMAGES else rng.integers(1, MAX_OBJECTS + 1)
-    sides = np.exp(rng.uniform(math.log(MIN_SIDE), math.log(MAX_SIDE * min(size)), count))
+    sides = np.exp(rng.uniform(math.log(MIN_SIDE), math.log(max_side or MAX_SIDE * min(size)), count))
     topmost = np.full(size, count)  # index of the object on top, `count` for the ground
     objects: list[tuple[int, Stamp]] = []
     pixels = visible = np.zeros(0, np.int64)  # of each object
@@ -229,12 +235,12 @@ def place_objects(
 
 
 def draw_scene(
-    rng: np.random.Generator, size: tuple[int, int], class_names: Sequence[str]
+    rng: np.random.Generator, size: tuple[int, int], class_names: Sequence[str], max_side: float | None = None
 ) -> tuple[np.ndarray, list[tuple[int, Stamp]]]:
     """Return one image, u8 [h, w, 3], and its objects as (label, stamp)."""
     canvas = draw_ground(rng, size)
     draw_strokes(canvas, rng)
-    objects = place_objects(rng, size, class_names)
+    objects = place_objects(rng, size, class_names, max_side)
     for _, stamp in objects:
         paint(canvas, stamp, rng)
     light = cv2.resize(
@@ -250,7 +256,7 @@ def _write_image(
     """Draw image `index` of a split into `folder` and return its records, those of objects without ids."""
     cv2.setNumThreads(1)  # the workers fill the cores
     rng = np.random.default_rng([settings.seed, SPLITS.index(split), index])
-    pixels, objects = draw_scene(rng, settings.size, settings.class_names)
+    pixels, objects = draw_scene(rng, settings.size, settings.class_names, settings.max_side)
     name, (height, width) = f"{split}_{index:06d}.jpg", settings.size
     if not cv2.imwrite(str(folder / name), pixels, [cv2.IMWRITE_JPEG_QUALITY, 92]):
         raise OSError(f"{folder / name}: cannot be written.")
@@ -292,6 +298,7 @@ def make_shapes(
     seed: int = 0,
     class_names: Sequence[str] = tuple(CONTOURS),
     workers: int = 1,
+    max_side: float | None = None,
 ) -> bool:
     """Draw the data set into the folder `out`, which is created complete or not at all.
 
@@ -300,6 +307,7 @@ def make_shapes(
         size: (h, w) of every image, px.
         class_names: some of CONTOURS; category ids follow their order, from 1.
         workers: processes; they change nothing but the time.
+        max_side: of an object's longer side, px; None = MAX_SIDE of the image's shorter side.
 
     Returns:
         Whether anything was drawn; False if it was there.
@@ -308,7 +316,7 @@ def make_shapes(
         ValueError: `out` holds something else, or a setting is impossible.
     """
     out = Path(out).resolve()
-    settings = Settings(num_train, num_val, (size[0], size[1]), seed, tuple(class_names))
+    settings = Settings(num_train, num_val, (size[0], size[1]), seed, tuple(class_names), max_side)
     made_with = out / "shapes.json"
     if made_with.exists():
         if made_with.read_text() == settings.to_json():
@@ -340,12 +348,20 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(192, 192), metavar=("H", "W"), help="of every image, px")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--classes", nargs="+", default=tuple(CONTOURS), metavar="NAME", help="which shapes")
+    parser.add_argument("--max-side", type=float, metavar="PX", help="of an object; small ones in large images")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     options = parser.parse_args()
     start = time.perf_counter()
     try:
         made = make_shapes(
-            options.out, options.train, options.val, tuple(options.size), options.seed, options.classes, options.workers
+            options.out,
+            options.train,
+            options.val,
+            tuple(options.size),
+            options.seed,
+            options.classes,
+            options.workers,
+            options.max_side,
         )
     except ValueError as error:
         parser.exit(1, f"{error}\n")

@@ -117,7 +117,8 @@ def evaluate(config: EvalConfig | str | Path, overrides: str | Sequence[str] = (
         path, state = find_checkpoint(config.run, config.checkpoint)
     suffix = "" if config.split == "val" else f"_{config.split}"
     suffix += "" if config.tta == Views() else "_tta"
-    suffix += f"_tile{config.tile.size}" if config.tile.size else ""
+    if config.tiling != from_saved(state["config"]).tiling:
+        suffix += f"_tile{config.tiling.size}" if config.tiling else "_whole"
     suffix += "_proposals" if config.evaluation.target == "proposals" else ""
     folder = run_folder_of(path) / "eval" / f"{path.name if exported else path.stem}{suffix}"
     with process_group(config.device, config.timeout_minutes) as (ranks, device):

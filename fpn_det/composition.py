@@ -79,6 +79,21 @@ IDLE: list[tuple[str, Idle]] = [
         ),
     ),
     (
+        "data.tile",
+        lambda config: (
+            "the tiles of an evaluation are tile.size and tile.overlap" if isinstance(config, EvalConfig) else None
+        ),
+    ),
+    (
+        "data.tile.min_visible",
+        lambda config: "data.tile.size=null cuts no tiles" if not config.data.tile.size else None,
+    ),
+    (
+        "data.tile.empty_share",
+        lambda config: "data.tile.size=null cuts no tiles" if not config.data.tile.size else None,
+    ),
+    ("tile.overlap", lambda config: "there are no tiles without tile.size" if config.tiling is None else None),
+    (
         "schedule.warmup_factor",
         lambda config: (
             "schedule.warmup_steps=0 leaves no warm-up" if config.schedule.get("warmup_steps") == 0 else None

@@ -21,7 +21,7 @@ from fpn_det.evaluation.config import EvaluationConfig
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
 from fpn_det.runtime import Ranks, set_float32_precision
-from fpn_det.schema import Count, CountOrZero, Decay, Node, Positive, build
+from fpn_det.schema import Count, CountOrZero, Node, Part, Positive, build
 from fpn_det.structures import Annotations
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -38,8 +38,12 @@ PRECISIONS: dict[Precision, torch.dtype | None] = {
 class TileConfig:
     """Tiles of large images on which a detector also detects. What it finds is merged with that of the whole image."""
 
-    size: Count | None = None  # side of a tile, px of the image; null = whole images only
-    overlap: Decay = 0.2  # of two neighbours, at least; fraction of the side
+    size: Count | Literal["auto"] | None = (
+        "auto"  # side, px of the image; null = whole images only; auto = data.tile.size
+    )
+    overlap: Part | Literal["auto"] = (
+        "auto"  # of two neighbours, at least; fraction of the side; auto = data.tile.overlap
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +78,9 @@ class DetectorConfig:
     @property
     def tiling(self) -> Tiling | None:
         """Tiles of evaluation and prediction; None for whole images only."""
-        return None if self.tile.size is None else Tiling(self.tile.size, self.tile.overlap)
+        size = self.data.tile.size if self.tile.size == "auto" else self.tile.size
+        overlap = self.data.tile.overlap if self.tile.overlap == "auto" else self.tile.overlap
+        return None if size is None else Tiling(size, overlap)
 
     def build_model(self, num_classes: int | None) -> Detector:
         """The detector with random weights; no file is read.

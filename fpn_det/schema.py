@@ -56,6 +56,7 @@ Amount = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, above=True)]
 Fraction = Annotated[float, Range(0, 1)]
 Share = Annotated[float, Range(0, 1, above=True, below=True)]  # a part that is neither nothing nor all
+Part = Annotated[float, Range(0, 1, below=True)]  # a part that is not all
 Decay = Annotated[float, Range(0, 1, below=True)]  # how much of the past stays
 
 

@@ -8,6 +8,7 @@ from tiny import TINY
 
 from fpn_det.composition import compose, compose_as, read_saved
 from fpn_det.config import EvalConfig
+from fpn_det.data.tiles import Tiling
 from fpn_det.runtime import Ranks, process_group
 from fpn_det.training.trainer import Trainer
 
@@ -151,6 +152,13 @@ COMPOSED = [
     ("set_aside=true", "set_aside: has no effect here"),
     ("set_aside=true run_dir=x resume=auto", "set_aside: has no effect here"),
     ("schedule.warmup_steps=0 schedule.warmup_factor=0.1", "schedule.warmup_factor: has no effect here"),
+    ("data.tile.min_visible=0.5", "data.tile.min_visible: has no effect here: data.tile.size=null cuts no tiles."),
+    ("data.tile.empty_share=0.5", "data.tile.empty_share: has no effect here: data.tile.size=null cuts no tiles."),
+    ("tile.overlap=0.5", "tile.overlap: has no effect here: there are no tiles without tile.size."),
+    (
+        "data.tile.size=64 data.tile.overlap=1.0",
+        "data.tile.overlap: expected a number at least 0 and less than 1, got 1.0.",
+    ),
     ("hydra.job.chdir=true", "hydra.job.chdir: has no effect here"),
     ("hydra.run.dir=x", "hydra.run.dir: has no effect here: the folder of a run is run_dir=<folder>."),
     # the form of the command line
@@ -271,3 +279,21 @@ def test_evaluation_refuses_what_only_training_reads(override):
     name = override.split("=")[0]
     with pytest.raises(ValueError, match=rf"{name.split('.')[0]}.*: has no effect here: nothing is trained here"):
         compose_as(EvalConfig, "eval", ["checkpoint=x.pt", override], saved)
+
+
+def test_evaluation_uses_the_tiles_of_training_unless_it_has_its_own():
+    saved = read_saved(compose([*TINY, "data.tile.size=64", "data.tile.overlap=0.4"]).to_yaml())
+    for words, expected in (
+        ([], Tiling(64, 0.4)),
+        (["tile.size=80"], Tiling(80, 0.4)),
+        (["tile.size=80", "tile.overlap=0.1"], Tiling(80, 0.1)),
+        (["tile.size=null"], None),
+    ):
+        assert compose_as(EvalConfig, "eval", ["checkpoint=x.pt", *words], saved).tiling == expected
+    plain = read_saved(compose(TINY).to_yaml())
+    assert compose_as(EvalConfig, "eval", ["checkpoint=x.pt"], plain).tiling is None
+    assert compose_as(EvalConfig, "eval", ["checkpoint=x.pt", "tile.size=80"], plain).tiling == Tiling(80)
+    with pytest.raises(
+        ValueError, match=r"data\.tile: has no effect here: the tiles of an evaluation are tile\.size and"
+    ):
+        compose_as(EvalConfig, "eval", ["checkpoint=x.pt", "data.tile.size=80"], saved)

@@ -46,6 +46,7 @@ def check_resume(run_tool, tmp_path: Path, words: list[str]) -> None:
     [
         (2, ["precision=bf16", "trainer.accumulate=2"]),
         pytest.param(0, ["trainer.accumulate=1"], marks=pytest.mark.slow),
+        pytest.param(1, ["data.tile.size=80"], marks=pytest.mark.slow),
     ],
 )
 def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(run_tool, shapes_dataset, tmp_path, workers, settings):

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fpn_det.annotations.check_objects import FlaggedObjects
 from fpn_det.annotations.config import SplitConfig
@@ -25,12 +26,12 @@ from fpn_det.data.image_cache import ImageCache
 from fpn_det.data.loaders import EvalLoader, TrainLoader
 from fpn_det.data.proposals import SavedProposals, read_proposals
 from fpn_det.data.sampling import GlobalBatches, repeat_factors
-from fpn_det.data.tiles import Tiles, Tiling
+from fpn_det.data.tiles import Tiles, Tiling, TrainTiles
 from fpn_det.data.transforms import Pipeline
 from fpn_det.data.workers import StartMethod, Workers
 from fpn_det.image_io import MAX_PIXELS, read_image
 from fpn_det.runtime import Ranks, run_on_main
-from fpn_det.schema import Amount, Count, CountOrZero, Fraction, Node, Positive, Share, build
+from fpn_det.schema import Amount, Count, CountOrZero, Fraction, Node, Part, Positive, Share, build
 from fpn_det.structures import Annotations
 
 SplitName = Literal["train", "val", "test"]
@@ -46,6 +47,16 @@ class ProposalsConfig:
     test: str | None = None  # path; needed to evaluate the test split only
     train_limit: Count = 2000  # proposals per image in training, the best ones
     eval_limit: Count = 1000  # proposals per image in evaluation
+
+
+@dataclass(frozen=True)
+class TrainTileConfig:
+    """Tiles of the training images, shown besides the images themselves. `tile.size=auto` evaluates in the same tiles."""
+
+    size: Count | None = None  # side of a tile, px of the image; null = whole images only
+    overlap: Part = Tiling.overlap  # of two neighbours, at least; fraction of the side
+    min_visible: Fraction = 0.3  # leave out an object of which a tile shows less than this fraction of its area
+    empty_share: Part = 0.1  # fraction of the tiles of an epoch that show no object
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,7 @@ class DataConfig:
     train_transforms: dict[str, Node | None] = field(default_factory=dict)  # in order; null removes one
     eval_transforms: dict[str, Node | None] = field(default_factory=dict)  # in order; null removes one
     proposals: ProposalsConfig | None = None  # for a model without an RPN
+    tile: TrainTileConfig = field(default_factory=TrainTileConfig)  # cut large training images
 
     def __post_init__(self) -> None:
         for name in ("train", "val") if self.val_fraction is None else ("train",):
@@ -276,6 +288,7 @@ class DataConfig:
             device: that batches are copied to.
             on_bad_image: called for each bad image, which is replaced; None makes bad images an error.
         """
+        repeats, tiles = self._repeats_and_tiles(annotations)
         dataset = DetectionDataset(
             annotations,
             self.transforms(train=True),
@@ -284,12 +297,24 @@ class DataConfig:
             replace_bad=on_bad_image is not None,
             proposals=self._proposals("train", annotations, train=True),
             read=self._image_reader(),
+            tiles=tiles,
         )
-        repeats = repeat_factors(annotations, self.repeat_threshold)[0] if self.repeat_threshold else None
         parts = ranks.world_size * accumulate
-        batches = GlobalBatches(annotations.sizes, batch_size, seed, parts, self.group_by_aspect, repeats)
+        batches = GlobalBatches(dataset.sizes, batch_size, seed, parts, self.group_by_aspect, repeats)
         collator, workers = self.collator(stride), Workers(self.num_workers, self.start_method)
         return TrainLoader(dataset, batches, ranks, accumulate, collator, workers, device, on_bad_image)
+
+    def _repeats_and_tiles(self, annotations: Annotations) -> tuple[Tensor | None, TrainTiles | None]:
+        """Return how often an epoch shows each row of the training set, None for once, and the tiles."""
+        of_images = torch.ones(len(annotations), dtype=torch.float64)
+        of_classes = torch.ones(annotations.num_classes, dtype=torch.float64)
+        if self.repeat_threshold:
+            of_images, of_classes = repeat_factors(annotations, self.repeat_threshold)
+        if self.tile.size is None:
+            return of_images if self.repeat_threshold else None, None
+        tiling = Tiling(self.tile.size, self.tile.overlap)
+        tiles = TrainTiles.of_images(annotations, tiling, self.tile.min_visible, self.tile.empty_share, of_classes)
+        return torch.cat([of_images, tiles.factors]), tiles
 
     def eval_loader(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,8 @@ from fpn_det.data.bad_images import Key, load_or_replace
 from fpn_det.data.flip_resize import FlipResize, Size
 from fpn_det.data.mixing import Scene
 from fpn_det.data.proposals import SavedProposals
-from fpn_det.data.tiles import Tiles, Window
-from fpn_det.data.transforms import Pipeline
+from fpn_det.data.tiles import Tiles, TrainTiles, Window, clip_to_windows, is_shown
+from fpn_det.data.transforms import Pipeline, ReadPixels
 from fpn_det.image_io import BadImage, read_image, reduction_to
 from fpn_det.structures import Annotations
 
@@ -50,7 +51,7 @@ class DetectionDataset:
         replace_bad: replace bad images by others instead of raising BadImage, see `bad_images`.
         proposals: precomputed proposals, which become part of the examples.
         read: decodes the image file of a path at a reduction, as `image_io.read_image` does.
-        tiles: of the images. Each is one more row; its file is decoded in full, once for tiles in succession.
+        tiles: of the images. Each is one more row. Its image is decoded in full, once for tiles in succession.
     """
 
     def __init__(
@@ -72,6 +73,11 @@ class DetectionDataset:
         self.proposals = proposals
         self.tiles = tiles
         self._read_file = read
+        self._scene_rows: Sequence[int] = range(len(annotations))  # that `Mixing` transforms draw from
+        if isinstance(tiles, TrainTiles) and transform.mixing:
+            self._scene_rows = array(
+                "q", [*self._scene_rows, *(len(annotations) + tiles.shows_objects.nonzero()[:, 0]).tolist()]
+            )
         self._last: tuple[int, np.ndarray] | None = None  # the image that a tile was cut from last, and its row
 
     def __len__(self) -> int:
@@ -95,12 +101,8 @@ class DetectionDataset:
         return replace(example, replaced=tuple(bad))
 
     def _load(self, row: int, epoch: int) -> Example:
-        index, window = self._find(row)
-        size, boxes, labels = self._objects(index)
-        read = partial(self._read, index, size)
-        if window is not None:
-            read = partial(self._read_window, index, size, window)
-            size, boxes, labels = _cut(window, boxes, labels)
+        index, window = self._find(row, epoch)
+        size, boxes, labels, read = self._view(index, window)
         try:
             pixels, boxes, labels, flip_resize = self.transform.prepare(
                 size, boxes, labels, read, (self.seed, epoch, row), self._draw_scene
@@ -115,12 +117,27 @@ class DetectionDataset:
             boxes, labels, proposals = self.proposals.split(boxes, labels)
         return Example(pixels, flip_resize, boxes, labels, size, index, proposals=proposals, window=window)
 
-    def _find(self, row: int) -> tuple[int, Window | None]:
+    def _find(self, row: int, epoch: int) -> tuple[int, Window | None]:
         """Return the image row of a row of the data set, and the window if it is a tile."""
         tile = row - len(self.annotations)
         if self.tiles is None or tile < 0:
             return row, None
-        return int(self.tiles.images[tile]), tuple(self.tiles.windows[tile].tolist())
+        index = int(self.tiles.images[tile])
+        if not isinstance(self.tiles, TrainTiles):
+            return index, self.tiles.window(tile)
+        height, width = self.annotations.sizes[index].tolist()
+        return index, self.tiles.drawn_window(tile, (height, width), (self.seed, epoch, row))
+
+    def _view(self, index: int, window: Window | None) -> tuple[Size, np.ndarray, np.ndarray, ReadPixels]:
+        """Return the (h, w), boxes and labels of an image or of a window of it, and what reads its pixels."""
+        size, boxes, labels = self._objects(index)
+        if window is None:
+            return size, boxes, labels, partial(self._read, index, size)
+        boxes, visible = clip_to_windows(boxes, np.array(window))
+        shown = is_shown(visible, self.tiles.min_visible if isinstance(self.tiles, TrainTiles) else 0.0)
+        left, top, right, bottom = window
+        read = partial(self._read_window, index, size, window)
+        return (bottom - top, right - left), boxes[shown], labels[shown], read
 
     def _objects(self, index: int) -> tuple[Size, np.ndarray, np.ndarray]:
         """Return the (h, w), boxes and labels of a row in the original frame, followed by its proposals if there are any."""
@@ -134,10 +151,11 @@ class DetectionDataset:
         return (height, width), boxes, labels
 
     def _draw_scene(self, random_state: random.Random) -> Scene:
-        """Draw another image for a `Mixing` transform."""
-        index = random_state.randrange(len(self))
-        size, boxes, labels = self._objects(index)
-        return Scene(self._read(index, size, None), boxes, labels, np.ones(len(boxes)))
+        """Draw another image, or a tile with objects, for a `Mixing` transform."""
+        row = self._scene_rows[random_state.randrange(len(self._scene_rows))]
+        index, window = self._find(row, epoch=random_state.getrandbits(32) if self.tiles else 0)
+        _, boxes, labels, read = self._view(index, window)
+        return Scene(read(None), boxes, labels, np.ones(len(boxes)))
 
     def _read(self, index: int, size: Size, least: Size | None) -> np.ndarray:
         """Decode the pixels [h, w, 3] of a row, in full (None) or reduced to at least (h, w)."""
@@ -183,11 +201,3 @@ class DetectionDataset:
         more = ", ..." if len(ids) > MAX_IDS_IN_MESSAGE else ""
         shown = f", annotations {', '.join(map(str, ids[:MAX_IDS_IN_MESSAGE]))}{more}" if ids else ""
         return f"image {self.annotations.image_ids[index].item()}{shown}"
-
-
-def _cut(window: Window, boxes: np.ndarray, labels: np.ndarray) -> tuple[Size, np.ndarray, np.ndarray]:
-    """Return the (h, w) of a window, and the boxes that reach into it, clipped, with their labels."""
-    left, top, right, bottom = window
-    moved = np.clip(boxes - (left, top, left, top), 0, (right - left, bottom - top) * 2)
-    inside = (moved[:, 2:] > moved[:, :2]).all(axis=1)
-    return (bottom - top, right - left), moved[inside], labels[inside]

@@ -19,6 +19,7 @@ from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.flip_resize import Size
 from fpn_det.data.largest_batch import largest_batch
 from fpn_det.data.sampling import GlobalBatches, evaluation_batches, micro_batches
+from fpn_det.data.tiles import Tiles
 from fpn_det.data.workers import (
     BUFFERS_PER_WORKER,
     ReceivedBuffers,
@@ -75,8 +76,18 @@ class TrainLoader:
         self._on_bad_image = on_bad_image
 
     @property
+    def tiles(self) -> Tiles | None:
+        """The tiles of the training images, if they are cut."""
+        return self._maker.dataset.tiles
+
+    @property
     def steps_per_epoch(self) -> int:
         return self._batches.steps_per_epoch
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Images and tiles that an epoch shows, repetitions included."""
+        return self._batches.images_per_epoch
 
     @property
     def batch_size(self) -> int:

@@ -16,6 +16,7 @@ from fpn_det.runtime import Ranks
 from fpn_det.structures import Annotations
 
 MAX_EPOCHS = 1 << 32
+MARGIN = 1e-6  # absorbs rounding errors of a sum of repeats that is an integer
 
 
 class GlobalBatches:
@@ -36,8 +37,8 @@ class GlobalBatches:
         seed: of the permutations.
         parts: ranks times micro-batches; must divide `batch_size`.
         group_by_aspect: batch landscape and portrait images separately.
-        repeats: f64 [I], the mean number of occurrences of each image per epoch; the fractional part is the probability of
-            one more. The length of an epoch is their sum.
+        repeats: f64 [I], the mean number of occurrences of each image per epoch, from 0 on; the fractional part is the
+            probability of one more. The length of an epoch is their sum.
 
     Raises:
         ValueError: the batch cannot be divided, or there are fewer images than parts.
@@ -59,9 +60,9 @@ class GlobalBatches:
                 f"Use fewer ranks, or trainer.accumulate=1."
             )
         self._repeats = None if repeats is None else repeats.numpy()
-        self._length = len(sizes) if repeats is None else int(repeats.sum())
-        self.batch_size = min(batch_size, self._length // parts * parts)
-        self.steps_per_epoch = self._length // self.batch_size
+        self.images_per_epoch = len(sizes) if repeats is None else int(repeats.sum() + MARGIN)
+        self.batch_size = min(batch_size, self.images_per_epoch // parts * parts)
+        self.steps_per_epoch = self.images_per_epoch // self.batch_size
         self.seed = seed
         self._portrait = (sizes[:, 0] > sizes[:, 1]).numpy() if group_by_aspect else np.zeros(len(sizes), dtype=bool)
         self._epoch, self._batches = -1, np.empty((0, self.batch_size), dtype=np.int64)
@@ -105,12 +106,11 @@ class GlobalBatches:
         interval of the cumulative sum.
         """
         assert self._repeats is not None
-        margin = 1e-6  # absorbs rounding errors of a sum that is an integer
-        ends = np.floor(np.cumsum(self._repeats[order]) + margin + start * (1 - 2 * margin)).astype(np.int64)
+        ends = np.floor(np.cumsum(self._repeats[order]) + MARGIN + start * (1 - 2 * MARGIN)).astype(np.int64)
         counts = np.diff(ends, prepend=0)
         first = np.repeat(ends - counts, counts)
         repetition = np.arange(ends[-1]) - first
-        return (np.repeat(order, counts) + repetition * len(order))[: self._length]
+        return (np.repeat(order, counts) + repetition * len(order))[: self.images_per_epoch]
 
 
 def check_divides(parts: int, batch_size: int) -> None:

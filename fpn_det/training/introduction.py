@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fpn_det.annotations.findings import Finding, OnError, group_by_kind
+from fpn_det.data.tiles import Tiles, Tiling, TrainTiles
 from fpn_det.structures import Annotations
 
 ARGUMENTS_OF_SIZE = ("depth", "name", "sides", "side", "size", "max_side")  # shown of a backbone and of a resize
@@ -58,6 +59,17 @@ def describe_input(train: Mapping[str, Any], evaluation: Mapping[str, Any]) -> s
     """The resize of training, and that of evaluation where it is another."""
     first, second = (describe_node(transforms.get("resize")) for transforms in (train, evaluation))
     return first if first == second else f"{first}\n{second} in evaluations"
+
+
+def describe_tiles(tiles: Tiles | None, size: int | None, evaluation: Tiling | None) -> dict[str, str]:
+    """What an epoch shows of the tiles, and the tiles of evaluations; nothing if there are none."""
+    lines = []
+    if isinstance(tiles, TrainTiles):
+        lines.append(f"{size} px: {tiles.describe()}")
+    if evaluation is not None or lines:
+        lines.append("none" if evaluation is None else f"{evaluation.size} px, overlap {evaluation.overlap:g}")
+        lines[-1] += " in evaluations"
+    return {"tiles": "\n".join(lines)} if lines else {}
 
 
 def describe_node(node: Any) -> str:

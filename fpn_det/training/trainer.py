@@ -47,6 +47,7 @@ from fpn_det.training.introduction import (
     describe_input,
     describe_model,
     describe_split,
+    describe_tiles,
     introduce,
 )
 from fpn_det.training.next_steps import next_steps
@@ -146,6 +147,7 @@ class Trainer:
         """Say what is trained, on what, for how long, and where to watch it."""
         config, path, batch_size = self.config, self.folder.path, self.train_loader.batch_size
         splits = {"train": self.train_annotations, "val": self.val_annotations}
+        shown = "images or tiles" if self.train_loader.tiles else "images"
         on_error, per_epoch = config.data.on_error, self.train_loader.steps_per_epoch
         evaluations = f"evaluated every {self.eval_every} steps" if self.eval_every else "evaluated at the end"
         rows = {
@@ -153,7 +155,8 @@ class Trainer:
             **{name: describe_split(split, findings.get(name, []), on_error) for name, split in splits.items()},
             "model": describe_model(self.model, config.model),
             "input": describe_input(config.data.train_transforms, config.data.eval_transforms),
-            "length": f"{self.total_steps} steps of {batch_size} images: {self.total_steps / per_epoch:.3g} epochs "
+            **describe_tiles(self.train_loader.tiles, config.data.tile.size, config.tiling),
+            "length": f"{self.total_steps} steps of {batch_size} {shown}: {self.total_steps / per_epoch:.3g} epochs "
             f"of {per_epoch} steps; {evaluations}",
             "lr": self.recipe.describe_lr(batch_size, self.ranks.world_size, config.trainer.accumulate).removeprefix(
                 "lr "
@@ -208,7 +211,7 @@ class Trainer:
                 optimization = Optimization(
                     self.model.train(), optimizer, schedule, self.config.precision, trainer.clip_norm, trainer.ema
                 )
-                limit = len(self.train_annotations) // per_image
+                limit = loader.images_per_epoch // per_image
                 fitting = memory.largest_that_fits(
                     lambda count: memory.fits(optimization, loader.largest(count)), limit
                 )

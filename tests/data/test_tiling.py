@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
+import albumentations as A
 import numpy as np
 import pytest
 import torch
@@ -11,8 +14,11 @@ from test_loaders import assert_same
 from fpn_det.data import loaders
 from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset
-from fpn_det.data.loaders import EvalLoader
-from fpn_det.data.tiles import Tiles, Tiling
+from fpn_det.data.loaders import EvalLoader, TrainLoader
+from fpn_det.data.mixing import Mosaic
+from fpn_det.data.proposals import SavedProposals
+from fpn_det.data.sampling import GlobalBatches
+from fpn_det.data.tiles import Tiles, Tiling, TrainTiles, shown_objects
 from fpn_det.data.transforms import Pipeline, ResizeShortestSide
 from fpn_det.data.workers import Workers
 from fpn_det.image_io import BadImage, read_image
@@ -130,20 +136,172 @@ def test_a_bad_image_is_reported_once(annotations):
         batches_of(dataset_of(annotations, Tiling(40, 0.2)), 2)
 
 
-def test_objects_are_cut_to_their_tile(annotations):
-    boxes = torch.tensor([[5.0, 6, 25, 36], [35, 15, 55, 25], [90, 50, 100, 60]], dtype=torch.float64)
-    one = Annotations(
-        **{
-            **vars(annotations),
-            "boxes": boxes,
-            "labels": torch.zeros(3, dtype=torch.int64),
-            "iscrowd": torch.zeros(3, dtype=torch.bool),
-            "offsets": torch.tensor([0, 3, 3, 3]),
-            "annotation_ids": torch.arange(3),
-        }
+def with_objects(
+    annotations: Annotations, boxes: list[list[list[float]]], labels: list[int] | None = None
+) -> Annotations:
+    """The pictures with the boxes of each."""
+    flat = torch.tensor([box for of_image in boxes for box in of_image], dtype=torch.float64).view(-1, 4)
+    counts = torch.tensor([len(of_image) for of_image in boxes])
+    return replace(
+        annotations,
+        boxes=flat,
+        labels=torch.tensor(labels or [0] * len(flat)),
+        iscrowd=torch.zeros(len(flat), dtype=torch.bool),
+        area=(flat[:, 2:] - flat[:, :2]).prod(dim=1),
+        annotation_ids=torch.arange(len(flat)),
+        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
     )
+
+
+def test_objects_are_cut_to_their_tile(annotations):
+    one = with_objects(annotations, [[[5, 6, 25, 36], [35, 15, 55, 25], [90, 50, 100, 60]], [], []])
     dataset = dataset_of(one, Tiling(40, 0.2))
     windows = {dataset[(row, 0)].window: dataset[(row, 0)].boxes.tolist() for row in range(3, 9)}
     assert windows[0, 0, 40, 40] == [[5, 6, 25, 36], [35, 15, 40, 25]]
     assert windows[30, 20, 70, 60] == [[5, 0, 25, 5]]  # 35 - 30, 15 - 20 clipped, 55 - 30, 25 - 20
     assert windows[60, 20, 100, 60] == [[30, 30, 40, 40]]
+
+
+def train_tiles(
+    annotations: Annotations, tiling: Tiling, min_visible=0.3, empty_share=0.0, of_classes=(1.0,)
+) -> TrainTiles:
+    classes = torch.tensor(of_classes, dtype=torch.float64)
+    return TrainTiles.of_images(annotations, tiling, min_visible, empty_share, classes)
+
+
+def test_training_leaves_out_objects_of_which_a_tile_shows_too_little(annotations):
+    # tiles of 40 px at x = 0, 30, 60 and y = 0, 20; the box is 20 px wide, from 25 to 45, and from 0 to 10
+    one = with_objects(annotations, [[[25, 0, 45, 10]], [], []])
+    for min_visible, shown in (
+        (0.0, [0, 1]),
+        (0.75, [0, 1]),
+        (0.76, []),
+        (1.0, []),
+    ):  # 15 px of 20 in each of two tiles
+        tiles = train_tiles(one, Tiling(40, 0.2), min_visible)
+        assert tiles.shows_objects[:6].nonzero()[:, 0].tolist() == shown
+        dataset = DetectionDataset(one, Pipeline([]), 0, tiles=replace(tiles, reach=0))
+        assert dataset[(3, 0)].boxes.tolist() == ([[25, 0, 40, 10]] if shown else [])
+        assert dataset[(4, 0)].boxes.tolist() == ([[0, 0, 15, 10]] if shown else [])
+
+
+@pytest.mark.parametrize("pairs", [1, 7, 1000])
+def test_objects_of_tiles_equal_those_of_a_loop(annotations, monkeypatch, pairs):
+    monkeypatch.setattr("fpn_det.data.tiles.PAIRS", pairs)
+    random, sizes = np.random.default_rng(0), annotations.sizes.tolist()
+    boxes = []
+    for count, (height, width) in zip((9, 2, 0), sizes, strict=True):
+        low = random.uniform(0, (width - 15, height - 15), (count, 2))
+        boxes.append(np.hstack([low, low + random.uniform(3, 15, low.shape)]).tolist())
+    many = replace(with_objects(annotations, boxes), iscrowd=torch.arange(11) == 4)
+    tiles = Tiles.of(many.sizes, Tiling(30, 0.3))
+    expected = []
+    for tile in range(len(tiles)):
+        left, top, right, bottom = tiles.window(tile)
+        rows = many.rows(int(tiles.images[tile]))
+        for row in range(rows.start, rows.stop):
+            x1, y1, x2, y2 = many.boxes[row].tolist()
+            inside = max(min(x2, right) - max(x1, left), 0) * max(min(y2, bottom) - max(y1, top), 0)
+            if inside >= 0.3 * (x2 - x1) * (y2 - y1) and row != 4:
+                expected.append((tile, row))
+    found = list(zip(*(column.tolist() for column in shown_objects(tiles, many, 0.3)), strict=True))
+    assert found == expected and len(found) > 9
+
+
+def test_an_epoch_shows_every_image_every_tile_with_objects_and_a_share_of_the_others(annotations):
+    one = with_objects(annotations, [[[5, 6, 15, 12], [90, 50, 100, 60]], [], [[0, 0, 9, 9]]])
+    tiles = train_tiles(one, Tiling(20, 0.0), empty_share=0.4)
+    busy = 3 + tiles.shows_objects.nonzero()[:, 0]
+    assert len(tiles) == 15 + 4 + 18  # 3 x 5, 2 x 2 and 6 x 3
+    assert len(busy) == 3  # each box is in one tile
+    repeats = torch.cat([torch.ones(3, dtype=torch.float64), tiles.factors])
+    batches = GlobalBatches(torch.cat([one.sizes, tiles.sizes]), 1, seed=3, repeats=repeats)
+    assert batches.images_per_epoch == 3 + 3 + 2  # 2 of 5 tiles are empty
+    assert tiles.describe() == "an epoch shows 3 whole images, 3 tiles with objects, and 2 of 34 tiles without"
+    epochs = []
+    for epoch in range(3):
+        rows = [int(batches.slice(epoch * 8 + position)[1]) for position in range(8)]
+        assert len(set(rows)) == 8 and {0, 1, 2, *busy.tolist()} <= set(rows)
+        epochs.append(set(rows))
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert train_tiles(one, Tiling(20, 0.0), empty_share=0.99).factors.tolist() == [1.0] * len(tiles)
+
+
+def test_tiles_of_rare_classes_are_repeated(annotations):
+    two = with_objects(annotations, [[[5, 5, 15, 15], [80, 45, 90, 55]], [], []], labels=[0, 1])
+    tiles = train_tiles(two, Tiling(40, 0.0), of_classes=(1.0, 2.5))
+    shown = {tiles.window(tile): tiles.factors[tile].item() for tile in tiles.shows_objects.nonzero()[:, 0].tolist()}
+    assert shown == {(0, 0, 40, 40): 1.0, (60, 20, 100, 60): 2.5}
+
+
+def test_windows_move_at_random_within_reach_and_within_the_image(annotations):
+    tiles = train_tiles(annotations, Tiling(40, 0.5))
+    assert tiles.reach == 10
+    for tile in range(len(tiles)):
+        height, width = annotations.sizes[tiles.images[tile]].tolist()
+        start = np.array(tiles.window(tile))
+        windows = np.array([tiles.drawn_window(tile, (height, width), (1, epoch, tile)) for epoch in range(40)])
+        assert (windows[:, 2:] - windows[:, :2] == start[2:] - start[:2]).all()
+        assert (windows >= 0).all() and (windows[:, 2:] <= (width, height)).all()
+        assert np.abs(windows - start).max() <= 10 and len(np.unique(windows, axis=0)) > 5
+        assert tiles.drawn_window(tile, (height, width), (1, 7, tile)) == tuple(windows[7])
+
+
+def training_loader(annotations: Annotations, workers: int = 0, transforms=()) -> TrainLoader:
+    tiles = train_tiles(annotations, Tiling(40, 0.5), empty_share=0.3)
+    dataset = DetectionDataset(annotations, Pipeline(transforms), 5, tiles=tiles)
+    repeats = torch.cat([torch.ones(3, dtype=torch.float64), tiles.factors])
+    batches = GlobalBatches(dataset.sizes, 4, 1, repeats=repeats)
+    return TrainLoader(dataset, batches, Ranks(), 1, Collator(32, (128, 128)), Workers(workers), CPU)
+
+
+def test_training_batches_are_a_function_of_the_step(annotations):
+    one = with_objects(annotations, [[[5, 6, 25, 36], [90, 50, 100, 60]], [], [[0, 0, 9, 9]]])
+    flip = [A.HorizontalFlip(p=0.5)]
+    loader = training_loader(one, transforms=flip)
+    per_epoch = loader.steps_per_epoch
+    assert loader.tiles is not None and per_epoch == loader.images_per_epoch // 4 > 1
+    steps = list(islice(loader.iterate(0), 2 * per_epoch + 1))
+    resumed = islice(training_loader(one, workers=2, transforms=flip).iterate(per_epoch - 1), per_epoch + 2)
+    for batch, other in zip(steps[per_epoch - 1 :], resumed, strict=True):
+        assert_same(batch, other)
+        assert batch.windows is None  # of evaluation only
+    assert any(not torch.equal(steps[0].pixels, batch.pixels) for batch in steps[1:])
+
+
+def test_the_pixels_of_a_moved_window_are_those_of_its_objects(annotations):
+    pixels = np.zeros((60, 100, 3), np.uint8)
+    pixels[22:30, 41:55] = 255
+    Image.fromarray(pixels).save(annotations.path(0))
+    dataset = training_loader(with_objects(annotations, [[[41, 22, 55, 30]], [], []]))._maker.dataset
+    windows = set()
+    for row in [3 + tile for tile in range(len(dataset.tiles)) if dataset.tiles.images[tile] == 0]:
+        for epoch in range(5):
+            example = dataset[(row, epoch)]
+            windows.add(example.window)
+            num_white = int((example.pixels[..., 0] > 0).sum())
+            if len(example.boxes):
+                (x1, y1, x2, y2) = example.boxes[0].astype(int).tolist()
+                assert (example.pixels[y1:y2, x1:x2] == 255).all() and num_white == (x2 - x1) * (y2 - y1)
+            else:
+                assert num_white < 0.3 * 14 * 8
+    assert len(windows) > 20
+
+
+def test_a_mosaic_is_made_of_images_and_tiles_with_objects(annotations):
+    one = with_objects(annotations, [[[41, 22, 55, 30]], [], []])
+    dataset = training_loader(one, transforms=[Mosaic([64, 64])])._maker.dataset
+    shown = [row for row in range(len(dataset)) if row < 3 or dataset.tiles.shows_objects[row - 3]]
+    assert list(dataset._scene_rows) == shown and 4 < len(shown) < len(dataset)
+    assert dataset[(4, 0)].pixels.shape == (64, 64, 3)
+    assert np.array_equal(dataset[(4, 0)].pixels, dataset[(4, 0)].pixels)
+
+
+def test_proposals_are_cut_like_objects(annotations):
+    one = with_objects(annotations, [[[41, 22, 55, 30]], [], []])
+    saved = SavedProposals(torch.tensor([[30.0, 20, 50, 40], [0, 0, 10, 10]]), torch.tensor([0, 2, 2, 2]), limit=3)
+    tiles = Tiles.of(one.sizes, Tiling(40, 0.2))
+    dataset = DetectionDataset(one, Pipeline([]), 0, proposals=saved, tiles=tiles)
+    row = 3 + [tiles.window(tile) for tile in range(6)].index((30, 20, 70, 60))
+    assert dataset[(row, 0)].proposals.tolist() == [[0, 0, 20, 20], [0] * 4, [0] * 4]
+    assert dataset[(row, 0)].boxes.tolist() == [[11, 2, 25, 10]]

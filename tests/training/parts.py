@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
-from fpn_det.data.config import TrainData
+from fpn_det.data.config import TrainData, TrainTileConfig
 from fpn_det.models.roi_align import LevelAssigner
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Annotations, Batch, Detections, Losses, Targets
@@ -79,6 +79,8 @@ def make_batch(indices: list[int]) -> Batch:
 class TinyLoader:
     """Every image once per epoch, in order; `touch` may change or watch what is handed out."""
 
+    tiles = None
+
     def __init__(
         self,
         num_images: int = 16,
@@ -135,6 +137,7 @@ class TinyData:
     max_bad_fraction: float = 0.1
     on_error: str = "fail"
     repeat_threshold: float | None = None
+    tile: TrainTileConfig = field(default_factory=TrainTileConfig)
     proposals: None = None
     findings: dict = field(default_factory=dict)
 
