@@ -62,7 +62,7 @@ def describe_input(train: Mapping[str, Any], evaluation: Mapping[str, Any]) -> s
 
 
 def describe_tiles(tiles: Tiles | None, size: int | None, evaluation: Tiling | None) -> dict[str, str]:
-    """What an epoch shows of the tiles, and the tiles of evaluations; nothing if there are none."""
+    """The tiles that an epoch shows, and those of evaluations; nothing if there are none."""
     lines = []
     if isinstance(tiles, TrainTiles):
         lines.append(f"{size} px: {tiles.describe()}")
