@@ -45,7 +45,9 @@ def check_data(config: CheckDataConfig, words: Sequence[str]) -> None:
     coverage = None
     if train is not None and len(train.annotations):
         model = config.build_model(train.annotations.num_classes)
-        coverage = measure_coverage(train.annotations, model, config.data.transforms(train=False))
+        coverage = measure_coverage(
+            train.annotations, model, config.data.transforms(train=False), config.data.tile.size
+        )
     repair = find_repair(config.data, report, words)
     console = standard_console()
     print_report(report, console)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fpn_det.data.transforms import Pipeline
+from fpn_det.data_report.object_sizes import size_advice
 from fpn_det.models.detector import Detector
 from fpn_det.structures import Annotations
 
@@ -46,6 +47,7 @@ class AnchorCoverage:
         positive_iou: anchors with at least this IoU are positive.
         negative_iou: anchors with less than this IoU are negative.
         advice: anchors that fit clearly better, if any of those tried do.
+        size_advice: see `object_sizes`.
     """
 
     rows: np.ndarray
@@ -58,6 +60,7 @@ class AnchorCoverage:
     positive_iou: float
     negative_iou: float
     advice: AnchorAdvice | None
+    size_advice: str | None
 
     @property
     def num_below_positive(self) -> int:
@@ -70,8 +73,16 @@ class AnchorCoverage:
         return int((self.ious < self.negative_iou).sum())
 
 
-def measure_coverage(annotations: Annotations, model: Detector, transform: Pipeline) -> AnchorCoverage:
+def measure_coverage(
+    annotations: Annotations, model: Detector, transform: Pipeline, tile: int | None = None
+) -> AnchorCoverage:
     """Map the boxes to the input frame of the evaluation, and find the best anchor of each.
+
+    Args:
+        annotations: of the data set.
+        model: has the anchors.
+        transform: of the evaluation.
+        tile: side of the tiles that images are cut into, px of the image; only `size_advice` depends on it.
 
     Raises:
         ValueError: the model has no anchors.
@@ -92,6 +103,8 @@ def measure_coverage(annotations: Annotations, model: Detector, transform: Pipel
     shapes = (cells[..., 2:] - cells[..., :2]).double()
     strides, offset = rpn.anchors.strides, rpn.anchors.offset
     ious = _best_ious(boxes, canvases, shapes.numpy(), strides, offset)
+    anchor_sizes = sorted({round(float(side), 3) for side in shapes.prod(dim=2).sqrt().flatten()})
+    original = annotations.boxes.numpy()[rows]
     tried = np.linspace(0, len(boxes) - 1, min(len(boxes), TRIED)).astype(int)
     return AnchorCoverage(
         rows=rows,
@@ -99,12 +112,20 @@ def measure_coverage(annotations: Annotations, model: Detector, transform: Pipel
         levels=model.assigner(torch.from_numpy(boxes)).numpy(),
         ious=ious,
         level_names=[f"P{model.assigner.first + index}" for index in range(model.assigner.num_levels)],
-        anchor_sizes=sorted({round(float(side), 3) for side in shapes.prod(dim=2).sqrt().flatten()}),
+        anchor_sizes=anchor_sizes,
         anchor_ratios=sorted({round(float(ratio), 3) for ratio in (shapes[..., 1] / shapes[..., 0]).flatten()}),
         positive_iou=rpn.matcher.positive_iou,
         negative_iou=rpn.matcher.negative_iou,
         advice=_advise(
             boxes[tried], canvases[tried], ious[tried], shapes.numpy(), strides, offset, rpn.matcher.positive_iou
+        ),
+        size_advice=size_advice(
+            np.sqrt((original[:, 2:] - original[:, :2]).prod(axis=1)),
+            sizes[owners[rows]],
+            transform,
+            anchor_sizes,
+            strides[0],
+            tile,
         ),
     )
 

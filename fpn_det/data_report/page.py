@@ -345,4 +345,4 @@ def anchor_advice(coverage: AnchorCoverage) -> str:
         text += f" {coverage.advice.setting} leaves {coverage.advice.below_positive:.0%} in place of {below / count:.0%}{cost}."
     elif below:
         text += " Other sizes of the anchors were tried and do not fit clearly better."
-    return text
+    return f"{text} {coverage.size_advice}" if coverage.size_advice else text
