@@ -10,6 +10,7 @@ settings, and no string in it is interpreted. Hydra's own settings can be change
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -54,7 +55,6 @@ Tree = dict[str, Any]
 # Two ways to set one thing: naming one on the command line replaces the other, naming both is refused.
 EITHER = [("trainer.epochs", "trainer.max_steps"), ("data.val_fraction", "data.val")]
 DELETABLE = ("data.train_transforms.", "data.eval_transforms.", "evaluation.area_ranges.")
-ABSENT = object()
 
 
 class Idle(Protocol):
@@ -258,14 +258,20 @@ def _check_hydra(node: DictConfig, config_name: str, selections: Sequence[str]) 
     Raises:
         ValueError: they differ from those that our files and the command line give.
     """
-    own = [word for word in selections if word.lstrip("+~").startswith("hydra")]
-    safe = [word for word in own if not word.lstrip("+~").startswith("hydra.searchpath")]
+    own = tuple(word for word in selections if word.lstrip("+~").startswith("hydra"))
+    safe = tuple(word for word in own if not word.lstrip("+~").startswith("hydra.searchpath"))
     try:
-        expected = hydra.compose(config_name, safe, return_hydra_config=True).hydra
+        expected = _hydra_settings(config_name, safe)
     except MissingConfigException:  # a launcher of the search path, chosen on the command line
-        expected = hydra.compose(config_name, own, return_hydra_config=True).hydra
-    if _runtime_free(node) != _runtime_free(expected):
+        expected = _runtime_free(hydra.compose(config_name, [*own], return_hydra_config=True).hydra)
+    if _runtime_free(node) != expected:
         raise ValueError("hydra: expected on the command line only, got it from a file. Remove it there.")
+
+
+@functools.lru_cache
+def _hydra_settings(config_name: str, words: tuple[str, ...]) -> Any:
+    """Hydra's settings under words of the command line that concern Hydra alone. Composing takes 0.1 s, so they are kept."""
+    return _runtime_free(hydra.compose(config_name, [*words], return_hydra_config=True).hydra)
 
 
 def _runtime_free(node: DictConfig) -> Any:
@@ -295,6 +301,7 @@ def _finish(tree: Tree, values: Sequence[Override], named: set[str], packages: S
         if key.split(".")[0] not in known and (meant := find_by_last_name(key, tree)):
             raise ValueError(f"{key}: there is no setting of that name. Did you mean {listed(meant[:3])}?")
         _set(tree, override)
+    tree = complete(tree, schema, packages)  # what the command line replaced as a whole
     for one, other in EITHER:
         _choose(tree, one, other, named)
     try:
@@ -315,13 +322,12 @@ def _set(tree: Tree, override: Override) -> None:
     node: Any = tree
     for number, section in enumerate(sections):
         where = ".".join(sections[: number + 1])
-        inner = node.get(section, ABSENT)
-        if inner is None:
-            rest = key.removeprefix(f"{where}.")
+        node = node.setdefault(section, {})
+        rest = key.removeprefix(f"{where}.")
+        if node is None:
             raise ValueError(f"{where}: is null, so it has no {rest}. Set all of it: '{where}={{{rest}: value, ...}}'.")
-        if not isinstance(inner, dict):
-            inner = node[section] = {} if inner is ABSENT else {"": inner}
-        node = inner
+        if not isinstance(node, dict):
+            raise ValueError(f"{where}: is {node!r}, so it has no {rest}. Set it as a whole: {where}=...")
     if override.is_delete():
         node.pop(name, None)
         return

@@ -1,8 +1,8 @@
 """Typed settings: fit a tree of plain values, as YAML gives it, to dataclasses and constructors, and build objects from it.
 
 A mapping with `_target_` is a node: it names a class and holds its arguments. Names, types and defaults of both kinds
-come from the declarations that the code itself reads, so there is no second list of settings that could disagree. A
-fitted tree is complete: what it does not set has the declared default.
+come from the declarations that the code itself reads, so there is no second list of settings that could disagree.
+`complete` adds the declared defaults of all that a tree leaves out, `fit` checks and converts, `build` makes the objects.
 """
 
 from __future__ import annotations
@@ -164,38 +164,36 @@ def _check_kind(node: Mapping[str, Any], target: type, hint: Any, where: str) ->
         raise ValueError(f"{join(where, '_target_')}: expected a class of {names}, got {target.__name__!r}.")
 
 
-def _fit_node(node: Mapping[str, Any], hint: Any, where: str, packages: Sequence[str]) -> dict[str, Any]:
-    """The node with its arguments fitted to the signature of the class that it names, and the defaults of the others."""
+def _fit_node(node: Mapping[str, Any], hint: Any, where: str, packages: Sequence[str]) -> Node:
+    """The node with its arguments fitted to the signature of the class that it names."""
     target = locate(node["_target_"], join(where, "_target_"), packages)
     _check_kind(node, target, hint, where)
     parameters = _parameters(target)
     given = {name: item for name, item in node.items() if name not in NODE_KEYS}
-    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {name: parameter for name, parameter in parameters.items() if parameter.kind not in variadic}
+    required = [name for name, parameter in named.items() if parameter.default is parameter.empty]
     if not node.get("_partial_"):
         _check_complete(given, required, where)
     elif deduced := [name for name in required if not isinstance(given.get(name), Mapping | None)]:
         raise ValueError(f"{join(where, deduced[0])}: follows from other settings and cannot be set. Leave it out.")
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        check_names(given, (name for name in parameters if name in given or name not in required), where)
-    hints = {
-        name: Any
-        if isinstance(parameter.annotation, str) or parameter.annotation is parameter.empty
-        else parameter.annotation
-        for name, parameter in parameters.items()
-    }
-    given = given | {
-        name: as_plain(parameter.default)
-        for name, parameter in parameters.items()
-        if name not in given and parameter.default is not parameter.empty
-    }
+        check_names(given, (name for name in named if name in given or name not in required), where)
+    hints = {name: _hint_of(parameter) for name, parameter in named.items()}
     fitted = {name: fit(item, hints.get(name, Any), join(where, name), packages) for name, item in given.items()}
     return {name: node[name] for name in NODE_KEYS if name in node} | fitted
+
+
+def _hint_of(parameter: inspect.Parameter) -> Any:
+    """The hint of a parameter; Any if it has none or one that cannot be evaluated."""
+    hint = parameter.annotation
+    return Any if isinstance(hint, str) or hint is parameter.empty else hint
 
 
 def complete(value: Any, hint: Any, packages: Sequence[str]) -> Any:
     """`value` with the declared defaults of everything it leaves out, as far as records and nodes can be told apart.
 
-    Nothing is checked or converted: that is the work of `fit`, after overrides have been applied.
+    Nothing is checked or converted: that is the work of `fit`.
     """
     if _is_node(value):
         return _complete_node(value, packages)

@@ -98,5 +98,14 @@ def test_a_node_of_another_class_replaces_the_arguments_of_the_first():
     assert "momentum" not in config.optimizer and config.optimizer["weight_decay"] == 0.05
 
 
+def test_arguments_within_a_new_node_are_those_of_the_default_class():
+    cascade = "{_target_: fpn_det.models.cascade.CascadeROIHead, _partial_: true, box_head: {width: 512}}"
+    assert compose([f"model.roi_head={cascade}"]).model["roi_head"]["box_head"] == {
+        "_target_": "fpn_det.models.box_heads.TwoLayerHead",
+        "_partial_": True,
+        "width": 512,
+    }
+
+
 def test_configs_are_where_the_package_looks_for_them():
     assert CONFIGS == Path(__file__).parent.parent / "configs"

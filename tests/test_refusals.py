@@ -163,6 +163,7 @@ COMPOSED = [
     ("hydra.run.dir=x", "hydra.run.dir: has no effect here: the folder of a run is run_dir=<folder>."),
     # the form of the command line
     ("trainer.early_stop.patience=3", "trainer.early_stop: is null, so it has no patience."),
+    ("trainer.epochs.x=1", "trainer.epochs: is 12.28, so it has no x. Set it as a whole: trainer.epochs=..."),
     ("resume", "command line: expected name=value, got 'resume'."),
     ("--epochs=3", "command line: expected name=value, got '--epochs=3'."),
     ("data.root=a=b", "command line: expected name=value, got 'data.root=a=b'."),

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from fpn_det.schema import Range, describe, fit, locate
+from fpn_det.schema import Range, complete, describe, fit, locate
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class Outer:
 
 class Part:
     def __init__(self, width: int, ratios: Sequence[float] = (), inner: Callable[..., Part] | None = None) -> None:
+        self.width = width
+
+
+class Open:
+    def __init__(self, width: int, *args: Any, **kwargs: Any) -> None:
         self.width = width
 
 
@@ -89,11 +94,17 @@ def test_fit_checks_nodes_by_the_signature_of_their_class(node, words):
     assert words in str(refusal.value)
 
 
-def test_fit_keeps_good_nodes_and_adds_the_defaults_of_what_they_leave_out():
+def test_complete_adds_the_defaults_of_what_a_node_leaves_out():
     node = {**PART, "width": 3, "inner": {**PART, "_partial_": True, "ratios": [2.0]}}
-    complete = {**node, "ratios": [], "inner": {**node["inner"], "inner": None}}
-    assert fitted(node=node).node == complete
-    assert fitted(node=complete).node == complete
+    completed = complete(node, Any, (__name__,))
+    assert completed == {**node, "ratios": [], "inner": {**node["inner"], "inner": None}}
+    assert complete(completed, Any, (__name__,)) == completed
+    assert fitted(node=node).node == node and fitted(node=completed).node == completed
+
+
+def test_a_class_may_take_arguments_of_any_name():
+    node = {"_target_": f"{__name__}.Open", "width": 3, "depth": 4}
+    assert fitted(node=complete(node, Any, (__name__,))).node == node
 
 
 @pytest.mark.parametrize(
