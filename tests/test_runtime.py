@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from fpn_det.runtime import _adopt_slurm_variables
+from fpn_det.composition import compose
+from fpn_det.runtime import _adopt_slurm_variables, process_group
 
 STEP = {"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "1234567"}
 OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -73,3 +75,22 @@ def test_freed_memory_is_used_again_without_being_mapped_anew():
     done = subprocess.run([sys.executable, "-c", FREES], capture_output=True, text=True, env=environment, check=True)
     mapped_anew = 8 * 190 * (1 << 20) // os.sysconf("SC_PAGE_SIZE")
     assert int(done.stdout) < 0.05 * mapped_anew
+
+
+def test_a_gpu_chosen_by_number_is_the_current_one(environment, monkeypatch: pytest.MonkeyPatch):
+    """Libraries allocate on the current device, which is the first GPU unless it is set."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    with process_group("cuda:1", 1.0) as (ranks, device):
+        assert ranks.world_size == 1 and device == torch.device("cuda:1")
+        assert current == [device]
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("tf32", True), ("bf16", True)])
+def test_precision_decides_about_tf32(monkeypatch: pytest.MonkeyPatch, precision: str, allowed: bool):
+    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        monkeypatch.setattr(backend, "allow_tf32", not allowed)
+    compose([f"precision={precision}"]).set_precision()
+    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == allowed
