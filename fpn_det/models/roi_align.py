@@ -138,8 +138,8 @@ class RoIAlign:
         num_images, num_cells, channels = cells.shape
         start, height, width, stride = (value[levels] for value in self._geometry(pyramid, len(self.strides)))
         first_row = start + torch.arange(num_images, device=boxes.device)[:, None] * num_cells
-        x, x_weight = self._axis(boxes[..., 0], boxes[..., 2], stride, width)
-        y, y_weight = self._axis(boxes[..., 1], boxes[..., 3], stride, height)
+        cell_xy, weight_xy = self._points(boxes / stride[..., None], torch.stack([width, height], dim=-1))
+        (x, y), (x_weight, y_weight) = cell_xy.unbind(2), weight_xy.unbind(2)
         rows = first_row[..., None, None] + y * width[..., None, None]
         # [B, R, bins_y, 1, 2 * points, 1] and [B, R, 1, bins_x, 1, 2 * points] -> one bag of rows per bin
         bag = rows[:, :, :, None, :, None] + x[:, :, None, :, None, :]
@@ -151,17 +151,21 @@ class RoIAlign:
         # [B*R*bins*bins, C] -> [B*R, C, bins, bins]
         return bins.view(-1, self.output_size, self.output_size, channels).permute(0, 3, 1, 2)
 
-    def _axis(self, low: Tensor, high: Tensor, stride: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-        """Cells and their bilinear weights along one axis, [B, R, bins, 2 * points] each.
+    def _points(self, boxes: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+        """Cells and their bilinear weights along both axes, [B, R, 2, bins, 2 * points] each, x first.
 
         A sampling point more than one cell outside the map has weight 0; other points are clamped to the map.
+
+        Args:
+            boxes: [B, R, 4], in cells of their level.
+            limits: width and height [B, R, 2] of the level.
         """
-        low, high = low / stride, high / stride
+        low, high = boxes.unflatten(-1, (2, 2)).unbind(-2)  # [B, R, 2] each
         extent = high - low if self.aligned else (high - low).clamp(min=1)
         low = low - 0.5 if self.aligned else low
         num_points = self.output_size * self.sampling_ratio
         steps = (torch.arange(num_points, device=low.device) + 0.5) / num_points
-        limit = limit[..., None]
+        limit = limits[..., None]
         point = low[..., None] + steps * extent[..., None]
         inside = (point >= -1) & (point <= limit)
         point = torch.minimum(point.clamp(min=0), limit - 1)

@@ -185,12 +185,12 @@ class ROIHead(nn.Module):
     @torch.no_grad()
     def _statistics(self, boxes: Tensor, sample: Sample) -> dict[str, Tensor]:
         """Sampled boxes and positives of each level, per image."""
-        levels = self.pooler.assigner(boxes)
+        assigner = self.pooler.assigner
+        here = assigner(boxes)[..., None] == torch.arange(assigner.num_levels, device=boxes.device)  # [B, S, L]
         statistics = {}
-        for index in range(self.pooler.assigner.num_levels):
-            here, name = levels == index, f"P{self.pooler.assigner.first + index}"
-            statistics[f"rois/{name}"] = (here & sample.valid).sum() / len(boxes)
-            statistics[f"positives/{name}"] = (here & sample.positive).sum() / len(boxes)
+        for name, mask in (("rois", sample.valid), ("positives", sample.positive)):
+            per_level = (here & mask[..., None]).sum((0, 1)) / len(boxes)
+            statistics |= {f"{name}/P{assigner.first + index}": count for index, count in enumerate(per_level)}
         return statistics
 
 

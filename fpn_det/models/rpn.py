@@ -179,13 +179,12 @@ class RPN(nn.Module):
         level_scores, level_idxs = [], []
         for size in output.level_sizes:
             scores, idxs = select.top(logits[:, start : start + size])
-            level_scores.append(F.pad(scores, (0, widest - scores.shape[1]), value=-torch.inf))
-            level_idxs.append(F.pad(idxs + start, (0, widest - idxs.shape[1])))
+            if padding := widest - scores.shape[1]:
+                scores, idxs = F.pad(scores, (0, padding), value=-torch.inf), F.pad(idxs, (0, padding))
+            level_scores.append(scores)
+            level_idxs.append(idxs + start)
             start += size
-        scores, idxs = (
-            torch.stack(level_scores, dim=1),
-            torch.stack(level_idxs, dim=1).flatten(1),
-        )  # [B, L, K], [B, L*K]
+        scores, idxs = torch.stack(level_scores, dim=1), torch.cat(level_idxs, dim=1)  # [B, L, K], [B, L*K]
         valid = scores.isfinite()
         deltas = output.deltas.detach().gather(1, idxs[..., None].expand(-1, -1, 4))
         boxes = clip_boxes(self.coder.decode(deltas, output.anchors[idxs]), batch.sizes)
