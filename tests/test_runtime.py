@@ -89,8 +89,14 @@ def test_a_gpu_chosen_by_number_is_the_current_one(environment, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("tf32", True), ("bf16", True)])
-def test_precision_decides_about_tf32(monkeypatch: pytest.MonkeyPatch, precision: str, allowed: bool):
-    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
-        monkeypatch.setattr(backend, "allow_tf32", not allowed)
-    compose([f"precision={precision}"]).set_precision()
-    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == allowed
+def test_precision_decides_about_tf32(precision: str, allowed: bool):
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = not allowed
+        compose([f"precision={precision}"]).set_precision()
+        assert [backend.allow_tf32 for backend in backends] == [allowed, allowed]
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
