@@ -99,10 +99,32 @@ def test_contestants_train_the_same_parameters(contestants):
     assert numbers[0] == numbers[1] - background
 
 
-@pytest.mark.parametrize("part", ["train", "inference", "roi_align", "rpn_loss"])
+@pytest.mark.parametrize("part", ["train", "inference", "roi_align", "rpn_loss", "nms"])
 def test_contestants_run_every_part(contestants, part):
     runs = [getattr(contestant, part)() for contestant in contestants]
     assert all(seconds > 0 for seconds in alternate(runs, 1, CPU))
+
+
+def test_contestants_suppress_the_same_boxes(contestants):
+    keep, kept = (contestant.nms()() for contestant in contestants)
+    # [B * LEVELS, PROPOSALS] -> [B, LEVELS * PROPOSALS]
+    for mask, idxs in zip(keep.view(len(kept), -1), kept, strict=True):
+        assert mask.nonzero().flatten().tolist() == sorted(idxs.tolist()) and not mask.all()
+
+
+def test_a_captured_step_is_an_ordinary_one_without_a_gpu(capsys):
+    ours, _ = make_contestants(replace(SMALL, capture=True), CPU)
+    before = ours.model.roi_head.box_head.fc2.weight.clone()
+    ours.train()()
+    assert "CUDA graphs need a GPU" in capsys.readouterr().out
+    change = (ours.model.roi_head.box_head.fc2.weight - before).abs().max()
+    assert 0 < change < 1e-3  # the weights stay calibrated
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("tf32", True), ("fp32", False)])
+def test_precision_holds_for_both_contestants(precision, allowed):
+    make_contestants(replace(SMALL, precision=precision), CPU)
+    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == allowed
 
 
 def test_counter_counts_what_the_host_waits_for():

@@ -1,7 +1,7 @@
 """Measure on a GPU and write the figures to docs/gpu.md: python tools/gpu.py [batch_size=16] [size=[800,1344]] ...
 
-Runs the benchmark beside torchvision in each precision, lists the operators that deterministic mode cannot make deterministic,
-and trains the demo on drawn shapes. `make gpu` runs the gpu tests before it.
+Runs the benchmark beside torchvision in each precision, compiled and captured, lists the operators that deterministic mode cannot
+make deterministic, and trains the demo on drawn shapes. `make gpu` runs the gpu tests before it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import torchvision
@@ -27,6 +29,17 @@ from fpn_det.schema import Count
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- figures of tools/gpu.py -->", "<!-- end of the figures -->"
+Variant = Literal["fp32", "tf32", "bf16", "fp16", "compiled", "captured"]
+# options of the benchmark
+VARIANTS: dict[Variant, tuple[str, ...]] = {
+    "fp32": ("precision=fp32",),
+    "tf32": ("precision=tf32",),
+    "bf16": ("precision=bf16",),
+    "fp16": ("precision=fp16",),
+    "compiled": ("precision=bf16", "compile=true"),
+    "captured": ("precision=bf16", "capture=true"),
+}
+PARTS, ONCE = "train,inference,memory,roi_align", "nms,loader"  # measured in each variant, and in none of them
 NOT_DETERMINISTIC = re.compile(r"^(\S+) does not have a deterministic implementation")
 
 
@@ -36,7 +49,7 @@ class Setting:
 
     batch_size: Count = 16  # images of the benchmark
     size: tuple[Count, Count] = (800, 1344)  # of these images, (h, w) px
-    precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")
+    variants: tuple[Variant, ...] = get_args(Variant)  # what is measured; compiled and captured ones in bf16
     page: str = str(ROOT / "docs" / "gpu.md")  # file that has the marks between which the figures are written
 
 
@@ -45,18 +58,18 @@ class Figures:
     """Results of a card."""
 
     machine: str  # card and versions
-    benchmarks: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # by precision and measure
+    benchmarks: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # by variant and measure
     not_deterministic: list[str] = field(default_factory=list)  # operators
     training: str = ""  # time and AP of the short training
 
     def markdown(self) -> str:
         """The section of the page."""
         lines = [f"Measured on {self.machine}.", ""]
-        lines += ["| precision | measure | ours | torchvision | ratio |", "|---|---|---|---|---|"]
-        for precision, measures in self.benchmarks.items():
+        lines += ["| variant | measure | ours | torchvision | ratio |", "|---|---|---|---|---|"]
+        for variant, measures in self.benchmarks.items():
             for name, row in measures.items():
                 lines.append(
-                    f"| {precision} | {name} | {row['ours']:.4g} | {row['torchvision']:.4g} | {row['ratio']:.3f} |"
+                    f"| {variant} | {name} | {row['ours']:.4g} | {row['torchvision']:.4g} | {row['ratio']:.3f} |"
                 )
         operators = ", ".join(f"`{name}`" for name in self.not_deterministic) or "none"
         return "\n".join([*lines, "", f"Operators without a deterministic version: {operators}.", "", self.training])
@@ -81,11 +94,11 @@ def machine() -> str:
     return f"{card.name} ({card.total_memory / 2**30:.0f} GiB), {versions}"
 
 
-def benchmark(setting: Setting, precision: str, folder: Path) -> dict[str, dict[str, float]]:
-    """Measures of the benchmark in one precision, in a process of its own, so that no memory is left over."""
-    output = folder / f"{precision}.json"
-    words = ["device=cuda", f"precision={precision}", f"batch_size={setting.batch_size}", f"output={output}"]
-    words += ["size=[{},{}]".format(*setting.size), "only=[train,inference,memory,roi_align]"]
+def benchmark(setting: Setting, parts: str, options: Sequence[str], folder: Path) -> dict[str, dict[str, float]]:
+    """Measures of the benchmark with these options, in a process of its own, so that no memory is left over."""
+    output = folder / "benchmark.json"
+    words = ["device=cuda", f"only=[{parts}]", f"batch_size={setting.batch_size}", f"output={output}", *options]
+    words += ["size=[{},{}]".format(*setting.size)]
     subprocess.run([sys.executable, str(ROOT / "tools" / "benchmark.py"), *words], check=True)
     return {name: row for name, row in json.loads(output.read_text()).items() if "ratio" in row}
 
@@ -125,8 +138,9 @@ def measure(setting: Setting) -> None:
     put_into(page.read_text(), "")  # refuses a page without marks before time is spent
     figures = Figures(machine())
     with tempfile.TemporaryDirectory() as folder:
-        for precision in setting.precisions:
-            figures.benchmarks[precision] = benchmark(setting, precision, Path(folder))
+        for variant in setting.variants:
+            figures.benchmarks[variant] = benchmark(setting, PARTS, VARIANTS[variant], Path(folder))
+        figures.benchmarks["any"] = benchmark(setting, ONCE, [], Path(folder))
         figures.not_deterministic = not_deterministic()
         figures.training = train(Path(folder))
     page.write_text(put_into(page.read_text(), figures.markdown()))

@@ -18,7 +18,13 @@ from fpn_det.benchmark.loaders import make_streams, write_images
 from fpn_det.benchmark.measures import alternate, count, peak_memory_mib, throughput
 from fpn_det.runtime import keep_freed_memory, pick_device
 
-SECONDS = {"train": "train_step_s", "inference": "inference_s", "roi_align": "roi_align_s", "rpn_loss": "rpn_loss_s"}
+SECONDS = {
+    "train": "train_step_s",
+    "inference": "inference_s",
+    "roi_align": "roi_align_s",
+    "rpn_loss": "rpn_loss_s",
+    "nms": "nms_s",
+}
 
 
 def measure(config: BenchmarkConfig) -> Iterator[tuple[str, list[float]]]:

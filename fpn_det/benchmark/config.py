@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from fpn_det.composition import compose
+from fpn_det.config import Precision
 from fpn_det.schema import Count, CountOrZero
 from fpn_det.training.config import TrainConfig
 
-Part = Literal["train", "inference", "memory", "reads", "roi_align", "rpn_loss", "loader", "gpu_counts", "export"]
+Part = Literal[
+    "train", "inference", "memory", "reads", "roi_align", "rpn_loss", "nms", "loader", "gpu_counts", "export"
+]
 ALL_PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -19,9 +22,10 @@ class BenchmarkConfig:
 
     only: tuple[Part, ...] = ALL_PARTS  # what to measure
     device: str = "auto"  # auto, cpu, cuda, cuda:<number>, mps
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of convolutions and matrix products
+    precision: Precision = "fp32"  # of convolutions and matrix products
     channels_last: bool | None = None  # memory format of both; null = the default of each
     compile: bool = False  # compile backbone and neck
+    capture: bool = False  # replay fpn_det's training step as a CUDA graph, where there is a GPU
     nms: Literal["auto", "torchvision", "batched"] = "auto"  # of fpn_det; auto takes batched on a GPU
     batch_size: Count = 2  # images
     size: tuple[Count, Count] = (480, 640)  # of the images, (h, w) px; multiples of 32

@@ -17,18 +17,23 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d, batched_nms
 
 from fpn_det.benchmark.config import BenchmarkConfig
 from fpn_det.interop.conversion import convert
 from fpn_det.models.detector import Detector
+from fpn_det.models.nms import nms_keep
 from fpn_det.schema import Node
 from fpn_det.structures import Batch, Pyramid, Targets
-from fpn_det.training.optimization import PRECISIONS
+from fpn_det.training.capture import make_step
+from fpn_det.training.config import TrainConfig
+from fpn_det.training.optimization import PRECISIONS, Optimization
 
 NUM_CLASSES = 80
 OBJECTS = 8  # per image, about as many as in COCO
 LEARNING_RATE = 1e-6  # small enough to keep the calibrated weights
+LEVELS, PROPOSALS = 5, 2000  # groups of an image and boxes of a group that suppression is measured with
+NMS_IOU = 0.7
 PEER_NORMS: dict[str, type[nn.Module]] = {
     "frozen": FrozenBatchNorm2d,
     "batch": nn.BatchNorm2d,
@@ -42,6 +47,7 @@ class Contestant(ABC):
 
     def __init__(self, model: nn.Module, config: BenchmarkConfig, device: torch.device) -> None:
         self.model: nn.Module = model.to(device)
+        self.config = config
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
         dtype = PRECISIONS[config.precision]
@@ -87,18 +93,36 @@ class Contestant(ABC):
     def rpn_loss(self) -> Run:
         """RPN head and losses, forward and backward."""
 
+    @abstractmethod
+    def nms(self) -> Run:
+        """Suppression within each level of each image, of as many boxes as in a training step."""
+
 
 class Ours(Contestant):
     """fpn_det's detector."""
 
     model: Detector
 
-    def __init__(self, model: Detector, batch: Batch, config: BenchmarkConfig, device: torch.device) -> None:
+    def __init__(
+        self, model: Detector, batch: Batch, settings: TrainConfig, config: BenchmarkConfig, device: torch.device
+    ) -> None:
         super().__init__(model, config, device)
         if config.compile:
             model.backbone.compile(dynamic=True)
             model.neck.compile(dynamic=True)
         self.batch = batch.to(device)
+        self.settings = settings
+
+    def train(self) -> Run:
+        """One training step; with `capture` a replayed one, guard against steps that are not finite included."""
+        if not self.config.capture:
+            return super().train()
+        optimizer = self.settings.build_recipe().build(self.model, len(self.batch))
+        schedule = self.settings.build_schedule()(steps=1)
+        optimization = Optimization(self.model.train(), optimizer, schedule, self.settings.precision)
+        step = make_step(optimization, True, tell=print)
+        step([self.batch], 0)  # an ordinary one; the next one is captured
+        return lambda: step([self.batch], 0)
 
     def loss(self) -> Tensor:
         return self.model(self.batch, 0).total()
@@ -125,6 +149,12 @@ class Ours(Contestant):
             losses.total().backward()
 
         return step
+
+    def nms(self) -> Run:
+        boxes, scores = make_crowd(len(self.batch), self.batch.pixels.device)
+        boxes, scores = boxes.flatten(0, 1), scores.flatten(0, 1)  # a level of an image is a group
+        valid = torch.ones_like(scores, dtype=torch.bool)
+        return lambda: nms_keep(boxes, scores, valid, NMS_IOU, method=self.config.nms)
 
     @torch.no_grad()
     def _pyramid(self) -> Pyramid:
@@ -184,6 +214,12 @@ class Torchvision(Contestant):
 
         return step
 
+    def nms(self) -> Run:
+        boxes, scores = make_crowd(len(self.images), self.images[0].device)
+        levels = torch.arange(LEVELS, device=boxes.device).repeat_interleave(PROPOSALS)
+        images = list(zip(boxes.flatten(1, 2), scores.flatten(1), strict=True))
+        return lambda: [batched_nms(*image, levels, NMS_IOU) for image in images]
+
     @torch.no_grad()
     def _features(self) -> tuple[ImageList, dict[str, Tensor]]:
         images, _ = self.model.transform(self.images)
@@ -195,15 +231,18 @@ class Torchvision(Contestant):
 
 
 def make_contestants(config: BenchmarkConfig, device: torch.device) -> tuple[Ours, Torchvision]:
-    """Both detectors with the same weights, on the same batch."""
+    """Both detectors with the same weights, on the same batch. Sets the precision of float32 operators on CUDA."""
     torch.manual_seed(0)
-    settings = config.compose()
+    settings = config.compose(
+        f"precision={config.precision}", f"optimizer.lr={LEARNING_RATE}", "optimizer.base_batch_size=null"
+    )
+    settings.set_precision()
     batch = make_batch(config.batch_size, config.size)
     peer = _make_torchvision(settings.model)
     _calibrate(peer, batch)
     model = settings.build_model(NUM_CLASSES)
     model.load_state_dict(convert(peer.state_dict(), "torchvision", "fpn_det").state)
-    return Ours(model, batch, config, device), Torchvision(peer, batch, config, device)
+    return Ours(model, batch, settings, config, device), Torchvision(peer, batch, config, device)
 
 
 def make_batch(batch_size: int, size: tuple[int, int]) -> Batch:
@@ -218,6 +257,16 @@ def make_batch(batch_size: int, size: tuple[int, int]) -> Batch:
     labels = torch.randint(NUM_CLASSES, (batch_size, OBJECTS))
     sizes = torch.tensor([size]).expand(batch_size, 2)
     return Batch(pixels, sizes, sizes, Targets.pad(list(boxes), list(labels)), torch.arange(batch_size))
+
+
+def make_crowd(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Boxes [B, LEVELS, PROPOSALS, 4] that overlap, and their scores [B, LEVELS, PROPOSALS]; always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, LEVELS, PROPOSALS)
+    corners = 600 * torch.rand(*shape, 2, generator=generator)
+    sides = 20 + 100 * torch.rand(*shape, 2, generator=generator)
+    boxes, scores = torch.cat([corners, corners + sides], dim=3), torch.rand(shape, generator=generator)
+    return boxes.to(device), scores.to(device)
 
 
 def _scatter_boxes(count: int, height: int, width: int) -> Tensor:
