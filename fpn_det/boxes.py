@@ -86,22 +86,17 @@ class BoxCoder:
         Returns:
             (dx, dy) in reference widths and heights, (dw, dh) as natural logs of the side ratios, times `weights`.
         """
-        reference_width, reference_height = box_sides(references)
-        width, height = box_sides(boxes)
-        dx = (boxes[..., 0] + 0.5 * width - references[..., 0] - 0.5 * reference_width) / reference_width
-        dy = (boxes[..., 1] + 0.5 * height - references[..., 1] - 0.5 * reference_height) / reference_height
-        deltas = (dx, dy, torch.log(width / reference_width), torch.log(height / reference_height))
+        size, reference_size = boxes[..., 2:] - boxes[..., :2], references[..., 2:] - references[..., :2]
+        shift = (boxes[..., :2] + 0.5 * size - references[..., :2] - 0.5 * reference_size) / reference_size
+        deltas = (*shift.unbind(-1), *torch.log(size / reference_size).unbind(-1))
         return torch.stack([delta * weight for delta, weight in zip(deltas, self.weights, strict=True)], dim=-1)
 
     def decode(self, deltas: Tensor, references: Tensor) -> Tensor:
         """Decode deltas [..., 4] of reference boxes [..., 4] to boxes [..., 4], float32."""
-        width, height = box_sides(references)
         # Python numbers, because a tensor of weights would have to be copied to the device
         dx, dy, dw, dh = (delta / weight for delta, weight in zip(deltas.float().unbind(-1), self.weights, strict=True))
-        center_x = references[..., 0] + 0.5 * width + dx * width
-        center_y = references[..., 1] + 0.5 * height + dy * height
-        half_width = 0.5 * torch.exp(dw.clamp(self.min_log_scale, MAX_LOG_SCALE)) * width
-        half_height = 0.5 * torch.exp(dh.clamp(self.min_log_scale, MAX_LOG_SCALE)) * height
-        return torch.stack(
-            [center_x - half_width, center_y - half_height, center_x + half_width, center_y + half_height], dim=-1
-        )
+        size = references[..., 2:] - references[..., :2]
+        center = references[..., :2] + 0.5 * size + torch.stack([dx, dy], dim=-1) * size
+        log_scale = torch.stack([dw, dh], dim=-1).clamp(self.min_log_scale, MAX_LOG_SCALE)
+        half = 0.5 * torch.exp(log_scale) * size
+        return torch.cat([center - half, center + half], dim=-1)

@@ -187,7 +187,7 @@ class ROIHead(nn.Module):
         """Sampled boxes and positives of each level, per image."""
         assigner = self.pooler.assigner
         here = assigner(boxes)[..., None] == torch.arange(assigner.num_levels, device=boxes.device)  # [B, S, L]
-        statistics = {}
+        statistics: dict[str, Tensor] = {}
         for name, mask in (("rois", sample.valid), ("positives", sample.positive)):
             per_level = (here & mask[..., None]).sum((0, 1)) / len(boxes)
             statistics |= {f"{name}/P{assigner.first + index}": count for index, count in enumerate(per_level)}
