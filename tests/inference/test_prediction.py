@@ -51,6 +51,8 @@ def test_to_pandas_has_a_row_for_each_detection():
     assert list(table.columns) == ["file", "class", "score", "x1", "y1", "x2", "y2"]
     assert table["class"].tolist() == ["dog", "cat"] and table["x2"].tolist() == [12.5, 40.0]
     assert table["file"].tolist() == ["street.jpg"] * 2
+    table = predict(frame=7).to_pandas()
+    assert list(table.columns[:3]) == ["file", "frame", "class"] and table["frame"].tolist() == [7, 7]
 
 
 def test_to_supervision_keeps_boxes_scores_and_names():
