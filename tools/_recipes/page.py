@@ -1,4 +1,4 @@
-"""The page: the table of ingredients, and what they changed, from the saved results."""
+"""The page: the table of ingredients, and what they changed, from the saved results, and notes on single runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def write_recipes(results: Results, tables: Sequence[Table], precision: str, fil
         if open_rows:
             parts.append(f"Not measured yet; `make recipes` trains them: {', '.join(open_rows)}.")
     parts += [
-        "## How it was measured",
+        (TEXTS / "notes.md").read_text().strip(),
+        "## How the tables were measured",
         f"Trained in {precision}. The weights are those of the last step, or their moving average where a row has one; no checkpoint was "
         f"chosen by its AP. {results.shown_conditions()}",
     ]
