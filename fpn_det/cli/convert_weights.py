@@ -7,7 +7,7 @@ the weights alone, with class names, category ids, thresholds and settings, whic
 Examples:
   fpn-det convert-weights target=fpn_det input=model_final.pkl output=model.pt
   fpn-det convert-weights target=torchvision input=best.pt output=best.pth
-  fpn-det convert-weights target=safetensors input=best.pt output=best.safetensors
+  fpn-det convert-weights target=safetensors input=best.pt output=b.safetensors
   fpn-det convert-weights target=fpn_det input=a.pth output=a.pt
 """
 
