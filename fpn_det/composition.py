@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -46,6 +46,10 @@ PACKAGES = (
     "fpn_det.training.schedule",
     "albumentations",
     "torch.optim",
+)
+# Hydra's sentence for a group without its part, such as `box_loss` for `box_loss@model.rpn.box_loss`.
+UNPLACED = re.compile(
+    r"Could not override '([^'@]+)\S*'\.\nDid you mean to override (?:one of )?(.+)\?\n[^+]*\+\S+?=(.*)"
 )
 COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)  # raised while settings are composed
 
@@ -144,9 +148,11 @@ def compose_as(schema: type[C], config_name: str, overrides: Sequence[str] = (),
     """
     try:
         selections, values = _parse(overrides, schema)
-        tree = compose_files(config_name, selections, saved)
+        tree, places = compose_files(config_name, selections, saved)
     except COMPOSING as error:
         raise ValueError(describe_refusal(error)) from None
+    for value in values:
+        _refuse_name_of_file(value, places)
     named = {value.key_or_group for value in values}
     if tree.get("allow_targets"):
         raise ValueError("allow_targets: expected on the command line only, got it from a file. Remove it there.")
@@ -235,21 +241,44 @@ def _folders(overrides: Sequence[Override]) -> list[Path]:
     return [CONFIGS, *(Path(str(path).removeprefix("file://")) for path in paths)]
 
 
-def compose_files(config_name: str, selections: Sequence[str], saved: Saved | None) -> Tree:
-    """Compose YAML files with Hydra, to plain values in which interpolations are not resolved yet."""
+def compose_files(config_name: str, selections: Sequence[str], saved: Saved | None) -> tuple[Tree, dict[str, str]]:
+    """Compose YAML files with Hydra.
+
+    Returns:
+        Plain values in which interpolations are not resolved yet; and by the dotted name of each part that a file fills,
+        the word before the `=` that selects the file.
+    """
     store = ConfigStore.instance()
     store.store("saved", OmegaConf.create(_escape(_follow_root(saved.tree)) if saved else {}))
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         composed = hydra.compose(config_name, list(selections), return_hydra_config=True)
         _check_hydra(composed.hydra, config_name, selections)
-    choice = composed.hydra.runtime.choices.get("experiment")
+    choices = composed.hydra.runtime.choices
+    choice = choices.get("experiment")
     tree: Any = OmegaConf.to_container(
         OmegaConf.masked_copy(composed, [str(name) for name in composed if name != "hydra"]), resolve=False
     )
     if choice is not None:
         tree["experiment"] = choice
-    return tree
+    places = {}
+    for word in choices:
+        group, _, place = str(word).partition("@")
+        places[place or (f"model.{group}" if group in tree.get("model", ()) else group)] = str(word)
+    return tree, places
+
+
+def _refuse_name_of_file(override: Override, places: Mapping[str, str]) -> None:
+    """Refuse the name of a file as the value of the part that it would fill.
+
+    Raises:
+        ValueError: with the word that selects the file.
+    """
+    word, value = places.get(override.key_or_group), override.value()
+    if word and isinstance(value, str) and (CONFIGS / word.split("@")[0] / f"{value}.yaml").is_file():
+        raise ValueError(
+            f"{override.key_or_group}: expected a class by name (_target_), got the name of a file. Set {word}={value}."
+        )
 
 
 def _check_hydra(node: DictConfig, config_name: str, selections: Sequence[str]) -> None:
@@ -436,6 +465,10 @@ def describe_refusal(error: Exception) -> str:
             f"command line: expected name=value, got '{error.override}'. "
             "Put quotes around special characters: 'name=\"a=b\"'."
         )
+    if isinstance(error, ConfigCompositionException) and (unplaced := UNPLACED.match(str(error))):
+        group, places, value = unplaced.groups()
+        forms = listed(f"{place}={value}" for place in places.split(", "))
+        return f"{group}: expected the part that it is for, got none or another. Set {forms}."
     if isinstance(error, ConfigCompositionException) and "Ambiguous value" in str(error):
         return f"command line: {str(error).splitlines()[0]}. Use -m to try them in turn, or name=[first,second] for a list."
     if isinstance(cause, InterpolationResolutionError):

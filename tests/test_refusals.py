@@ -44,6 +44,26 @@ COMPOSED = [
     ("neck=fpm", "neck: expected one of bifpn, bottom_up, "),
     ("optimizer=adam", "optimizer: expected one of adamw or sgd, got 'adam'. Did you mean adamw?"),
     ("schedule=cosinus", "Did you mean cosine?"),
+    (
+        "box_loss=ciou",
+        "box_loss: expected the part that it is for, got none or another. Set "
+        "box_loss@model.roi_head.box_loss=ciou or box_loss@model.rpn.box_loss=ciou.",
+    ),
+    ("box_loss@roi_head=ciou", "Set box_loss@model.roi_head.box_loss=ciou or box_loss@model.rpn.box_loss=ciou."),
+    ("cls_loss=weighted_cross_entropy", "Set cls_loss@model.roi_head.cls_loss=weighted_cross_entropy."),
+    ("objectness_loss=focal", "Set objectness_loss@model.rpn.cls_loss=focal."),
+    (
+        "roi_head/box_head=conv5",
+        "roi_head/box_head: expected the part that it is for, got none or another. Set "
+        "roi_head/box_head@model.roi_head.box_head=conv5.",
+    ),
+    ("box_loss@model.rpn.box_loss=cio", "box_loss: expected one of ciou, diou, "),
+    (
+        "model.roi_head.box_loss=ciou",
+        "model.roi_head.box_loss: expected a class by name (_target_), got the name of a "
+        "file. Set box_loss@model.roi_head.box_loss=ciou.",
+    ),
+    ("model.neck=bifpn", "Set neck=bifpn."),
     # deletions
     ("~trainer.epochs", "trainer.epochs: expected a value, got none: a setting cannot be deleted."),
     ("~model.rpn.anchors", "model.rpn.anchors: expected a value, got none"),
