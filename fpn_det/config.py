@@ -18,6 +18,7 @@ from fpn_det.data.config import DataConfig, SplitName
 from fpn_det.data.loaders import EvalLoader
 from fpn_det.data.tiles import Tiling
 from fpn_det.evaluation.config import EvaluationConfig
+from fpn_det.image_io import RGB
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
 from fpn_det.runtime import Ranks, set_float32_precision
@@ -62,6 +63,12 @@ class DetectorConfig:
     )  # more packages whose classes a `_target_` may name; command line only
 
     def __post_init__(self) -> None:
+        taken = (self.model.get("backbone") or {}).get("in_channels", 3)
+        if taken != self.data.channels:
+            raise ValueError(
+                f"data.channels: expected {taken}, which model.backbone takes, got {self.data.channels}. "
+                "A backbone of other channels has the argument in_channels, and is trained anew."
+            )
         if self.model.get("roi_head", "") is None and self.evaluation.target == "detections":
             raise ValueError(
                 "evaluation: expected proposals of a model without an ROI head, got detections. Set evaluation=proposals."
@@ -81,6 +88,11 @@ class DetectorConfig:
         size = self.data.tile.size if self.tile.size == "auto" else self.tile.size
         overlap = self.data.tile.overlap if self.tile.overlap == "auto" else self.tile.overlap
         return None if size is None else Tiling(size, overlap)
+
+    @property
+    def needs_normalization(self) -> bool:
+        """True if mean and deviation of the channels are to be measured: they are not set, and the images are not RGB of 8 bits."""
+        return self.data.pixel_format != RGB and self.model.get("pixel_mean", "") is None
 
     def build_model(self, num_classes: int | None) -> Detector:
         """The detector with random weights; no file is read.

@@ -1,4 +1,6 @@
-"""Decoding of image files to RGB pixels; the only place where images are decoded.
+"""Decoding of image files; the only place where images are decoded.
+
+Pixels are RGB in 8 bits, or what a `PixelFormat` says: any number of channels, with the values of the file.
 
 The orientation is that of Pillow's `exif_transpose` for every format and decoder, so the original frame is the upright
 image. `image_size`, `verify_image` and `read_image` agree on it. Files are untrusted: only regular files are opened, and
@@ -14,28 +16,30 @@ import stat
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal, get_args
 
 import cv2
 import numpy as np
 from PIL import ExifTags, Image
 
+from fpn_det.array_io import NPY_MAGIC, TIFF_MAGIC, StoredArray, is_array, open_array
+
 MAX_PIXELS = 1 << 28  # default limit of width * height: 768 MiB of RGB
 MAX_PNG_CHUNKS = 1 << 20
+MAX_NPY_HEADER = 1 << 16
 MAX_BYTES_PER_PIXEL, MAX_METADATA_BYTES = 8, 1 << 24  # limits of the file size
 Image.MAX_IMAGE_PIXELS = None  # replaced by the limit of this module, which also applies to OpenCV
 warnings.filterwarnings("ignore", module=r"PIL\.")  # such as corrupt EXIF data, which has no effect on the pixels
 
-# Suffixes of files that are taken for images in a folder. HEIC files are listed to be refused with a reason.
+# Suffixes of files that are taken for images in a folder, see `only_images`. HEIC files are listed to be refused with a reason.
 IMAGE_SUFFIXES = frozenset(
-    ".avif .bmp .dib .gif .heic .heif .j2k .jfif .jp2 .jpe .jpeg .jpg .mpo .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
+    ".avif .bmp .dib .gif .heic .heif .j2k .jfif .jp2 .jpe .jpeg .jpg .mpo .npy .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
 )
 
 JPEG_MAGIC = b"\xff\xd8"
-TIFF_MAGIC = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 OPENCV_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")  # decoded by OpenCV, which is faster; Pillow decodes the others
 COLOR = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION  # the former needs OpenCV 4.11
 REDUCED = {
@@ -67,6 +71,33 @@ class BadImage(ValueError):
         return self.args[1]
 
 
+Dtype = Literal["uint8", "uint16", "float32"]
+SHORT = {"uint8": "8 bits", "uint16": "16 bits"}
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """Channels and dtype of decoded images."""
+
+    channels: int = 3
+    dtype: str = "uint8"  # numpy's name
+
+    def __str__(self) -> str:
+        return f"{self.channels} channel{'s' * (self.channels != 1)} of {SHORT.get(self.dtype, self.dtype)}"
+
+    @property
+    def bytes_per_pixel(self) -> int:
+        return self.channels * np.dtype(self.dtype).itemsize
+
+    @property
+    def settings(self) -> str:
+        """The words that set this format."""
+        return f"data.channels={self.channels} data.dtype={self.dtype}"
+
+
+RGB = PixelFormat()  # pictures, for people: any file with up to four channels is read in this format
+
+
 @dataclass(frozen=True)
 class ImageHeader:
     """Properties of an image file that can be read without decoding its pixels."""
@@ -74,34 +105,80 @@ class ImageHeader:
     height: int  # px, upright
     width: int  # px, upright
     orientation: int  # EXIF, 1..8; the stored image is rotated by 90 degrees from 5 on
-    format: str  # Pillow's name
+    format: str  # Pillow's name; NPY for arrays
+    stored: PixelFormat = RGB  # of the file; from `verify_image` only
 
 
-def read_image(path: Path, reduction: int = 1, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode an image file to the upright image, u8 [h, w, 3] RGB.
+def read_image(
+    path: Path, reduction: int = 1, max_pixels: int = MAX_PIXELS, pixel_format: PixelFormat = RGB
+) -> np.ndarray:
+    """Decode an image file to the upright image [h, w, C].
 
-    Grey is repeated, 16-bit values are shifted to 8 bits, transparency is ignored, and of several frames the first is
-    returned.
+    RGB: grey is repeated, 16-bit values are shifted to 8 bits, transparency is ignored, and of several frames the first is
+    returned. Any other format: the values of the file, which must be of that format; floating-point numbers and wider
+    integers are converted to float32.
 
     Args:
         path: of the file.
-        reduction: 2, 4 or 8 decodes a JPEG file at that fraction of its size, which is faster; sides are rounded up.
+        reduction: 2, 4 or 8 decodes a JPEG file at that fraction of its size, which is faster; sides are rounded up. Of
+            RGB only.
         max_pixels: largest width * height.
+        pixel_format: of the result.
 
     Raises:
-        BadImage: the file is missing, not a regular file, empty, truncated, too large, or not an image.
+        BadImage: the file is missing, not a regular file, empty, truncated, too large, not an image, or of another format.
     """
-    return decode_image(read_file(path, max_pixels), path, reduction, max_pixels)
+    return decode_image(read_file(path, max_pixels, pixel_format), path, reduction, max_pixels, pixel_format)
 
 
-def read_file(path: Path, max_pixels: int = MAX_PIXELS) -> bytes:
+def read_for_display(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode an image file to u8 [h, w, 3] for people.
+
+    Of more or fewer than three channels the first three are shown, or the first as grey. Values of more than 8 bits are
+    stretched from their 2nd to their 98th percentile, channel by channel.
+
+    Raises:
+        BadImage: see `read_image`.
+    """
+    content = read_file(path, max_pixels)
+    try:
+        picture, header = _open_image(content, path, max_pixels)
+    except BadImage:
+        if not is_array(content):
+            raise
+        return to_display(_decode_stored(_open_stored(content, path, max_pixels), path))
+    if picture.mode[0] not in "IF":
+        return decode_image(content, path, max_pixels=max_pixels)
+    _load(picture, path, len(content))
+    return to_display(_upright_array(np.asarray(picture)[..., None], header.orientation))
+
+
+def to_display(pixels: np.ndarray) -> np.ndarray:
+    """Convert pixels [h, w, C] of any dtype to u8 [h, w, 3], see `read_for_display`."""
+    shown = pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, axis=2)
+    if shown.dtype == np.uint8:
+        return np.ascontiguousarray(shown)
+    low, high = np.percentile(shown, (2, 98), axis=(0, 1)).astype(np.float32)
+    share = (shown.astype(np.float32) - low) / np.maximum(high - low, np.float32(1e-6))
+    return (share.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def only_images(paths: Iterable[Path]) -> list[Path]:
+    """Select the image files among paths, by their suffix. A .npy file beside an image of the same name is a cache of it."""
+    images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    others = {path.with_suffix("") for path in images if path.suffix.lower() != ".npy"}
+    return [path for path in images if path.suffix.lower() != ".npy" or path.with_suffix("") not in others]
+
+
+def read_file(path: Path, max_pixels: int = MAX_PIXELS, pixel_format: PixelFormat = RGB) -> bytes:
     """Read the content of a regular file.
 
     Raises:
         BadImage: it cannot be read, is not a regular file, is empty, or is larger than any image of `max_pixels`.
     """
     with _open_regular(path) as file:
-        size, limit = os.fstat(file.fileno()).st_size, max_pixels * MAX_BYTES_PER_PIXEL + MAX_METADATA_BYTES
+        widest = max(MAX_BYTES_PER_PIXEL, 2 * pixel_format.bytes_per_pixel)  # float64 becomes float32
+        size, limit = os.fstat(file.fileno()).st_size, max_pixels * widest + MAX_METADATA_BYTES
         if size > limit:
             raise BadImage(path, f"{path}: expected an image file of at most {limit:,} bytes, got {size:,}.")
         try:
@@ -115,16 +192,21 @@ def read_file(path: Path, max_pixels: int = MAX_PIXELS) -> bytes:
     return content
 
 
-def decode_image(content: bytes, path: Path, reduction: int = 1, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode_image(
+    content: bytes, path: Path, reduction: int = 1, max_pixels: int = MAX_PIXELS, pixel_format: PixelFormat = RGB
+) -> np.ndarray:
     """Decode the content of an image file; see `read_image`.
 
     Args:
         content: of the file.
         path: for messages.
-        reduction: as of `read_image`.
-        max_pixels: as of `read_image`.
+        reduction, max_pixels, pixel_format: as of `read_image`.
     """
     try:
+        if pixel_format != RGB:
+            return _decode_as(content, path, max_pixels, pixel_format)
+        if content.startswith(NPY_MAGIC):
+            return _decode_array_to_rgb(content, path, max_pixels)
         picture, header = _open_image(content, path, max_pixels)
         if header.format in OPENCV_FORMATS:
             flags = COLOR | (REDUCED[reduction] if content.startswith(JPEG_MAGIC) else 0)
@@ -138,13 +220,36 @@ def decode_image(content: bytes, path: Path, reduction: int = 1, max_pixels: int
         ) from error
 
 
-def verify_image(content: bytes, path: Path, max_pixels: int = MAX_PIXELS) -> ImageHeader:
+def verify_image(
+    content: bytes, path: Path, max_pixels: int = MAX_PIXELS, pixel_format: PixelFormat | None = RGB
+) -> ImageHeader:
     """Check that the content of an image file decodes, at reduced size where that is faster, and return its header.
+
+    Args:
+        content: of the file.
+        path: for messages.
+        max_pixels: as of `read_image`.
+        pixel_format: None takes any.
 
     Raises:
         BadImage: `decode_image` would raise it.
     """
-    header = _open_image(content, path, max_pixels)[1]
+    if pixel_format is None:
+        try:
+            return verify_image(content, path, max_pixels)
+        except BadImage:
+            if not is_array(content):
+                raise
+            stored = _open_stored(content, path, max_pixels)
+            _decode_stored(stored, path)
+            return _header_of(stored)
+    if pixel_format != RGB or content.startswith(NPY_MAGIC):
+        decode_image(content, path, max_pixels=max_pixels, pixel_format=pixel_format)
+        if is_array(content):
+            return _header_of(_open_stored(content, path, max_pixels))
+        return replace(_open_image(content, path, max_pixels)[1], stored=pixel_format)
+    picture, header = _open_image(content, path, max_pixels)
+    header = replace(header, stored=_format_of(picture, content))
     if header.format in ("JPEG", "MPO") and min(header.height, header.width) >= 8:
         # An eighth of the size takes half of the time, and fails for the same files.
         if _decode_opencv(content, cv2.IMREAD_REDUCED_GRAYSCALE_8 | cv2.IMREAD_IGNORE_ORIENTATION) is not None:
@@ -157,11 +262,26 @@ def image_size(path: Path) -> tuple[int, int] | None:
     """Read the (h, w) of the upright image from the header of a file; None if that fails."""
     try:
         with _open_regular(path) as file:
+            if file.peek(len(NPY_MAGIC)).startswith(NPY_MAGIC):  # type: ignore[attr-defined]
+                header = _header_of(open_array(file.read(MAX_NPY_HEADER), os.fstat(file.fileno()).st_size))
+                return header.height, header.width
             picture = Image.open(file)
             if picture.width * picture.height > MAX_PIXELS and picture.format == "PNG":
                 return picture.height, picture.width  # its orientation may need decoding
             header = _read_header(picture, file)
     except Exception:  # Pillow's readers raise many types for broken files
+        return _size_of_tiff(path)
+    return header.height, header.width
+
+
+def _size_of_tiff(path: Path) -> tuple[int, int] | None:
+    """(h, w) of a TIFF file that Pillow does not open, such as one of many channels."""
+    try:
+        content = read_file(path)
+        if not content.startswith(TIFF_MAGIC):
+            return None
+        header = _header_of(open_array(content))
+    except ValueError:
         return None
     return header.height, header.width
 
@@ -223,6 +343,117 @@ def find_damaged_jpegs(paths: list[Path], decode: Callable[[list[Path]], None]) 
     return find_damaged_jpegs(paths[:half], decode) | find_damaged_jpegs(paths[half:], decode)
 
 
+# Channels and dtype of Pillow's modes.
+MODES = {
+    "1": PixelFormat(1),
+    "L": PixelFormat(1),
+    "LA": PixelFormat(2),
+    "RGBA": PixelFormat(4),
+    "CMYK": PixelFormat(4),
+    "I": PixelFormat(1, "int32"),
+    "F": PixelFormat(1, "float32"),
+}
+PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by color type; a palette has RGB
+
+
+def _format_of(picture: Image.Image, content: bytes) -> PixelFormat:
+    """Channels and dtype in the file of an opened picture."""
+    if picture.format == "PNG" and len(content) > 25:
+        return PixelFormat(PNG_CHANNELS.get(content[25], 3), "uint16" if content[24] == 16 else "uint8")
+    if picture.mode.startswith("I;16"):
+        return PixelFormat(1, "uint16")
+    return MODES.get(picture.mode, RGB)
+
+
+def _open_stored(content: bytes, path: Path, max_pixels: int) -> StoredArray:
+    """Open an array without decoding it, and check the size that it claims."""
+    try:
+        stored = open_array(content)
+    except ValueError as error:
+        raise BadImage(path, f"{path}: {error}.") from None
+    if stored.height * stored.width > max_pixels:
+        raise BadImage(path, _too_large(path, max_pixels, stored.width, stored.height))
+    return stored
+
+
+def _decode_stored(stored: StoredArray, path: Path) -> np.ndarray:
+    """Decode an opened array to the upright image [h, w, C]."""
+    try:
+        return _upright_array(stored.decode(), stored.orientation)
+    except ValueError as error:
+        raise BadImage(path, f"{path}: {error}.") from None
+
+
+def _header_of(stored: StoredArray) -> ImageHeader:
+    sides = (stored.height, stored.width) if stored.orientation < 5 else (stored.width, stored.height)
+    return ImageHeader(*sides, stored.orientation, stored.kind, PixelFormat(stored.channels, stored.dtype))
+
+
+def _decode_as(content: bytes, path: Path, max_pixels: int, wanted: PixelFormat) -> np.ndarray:
+    """Decode to the values of the file, which must be of the format that is wanted."""
+    if is_array(content):
+        stored = _open_stored(content, path, max_pixels)
+        _check_format(PixelFormat(stored.channels, stored.dtype), wanted, path)
+        pixels = _decode_stored(stored, path)
+    else:
+        picture, header = _open_image(content, path, max_pixels)
+        values = _decode_opencv(content, cv2.IMREAD_UNCHANGED) if header.format in OPENCV_FORMATS else None
+        if values is not None:
+            pixels = values.reshape(*values.shape[:2], -1)
+            if pixels.shape[2] >= 3:  # BGR or BGRA
+                pixels = np.concatenate([pixels[..., 2::-1], pixels[..., 3:]], axis=2)
+        else:
+            _load(picture, path, len(content))
+            has_values = picture.mode in ("L", "LA", "RGB", "RGBA", "I", "F") or picture.mode.startswith("I;16")
+            pixels = np.asarray(picture if has_values else picture.convert("RGB"))
+            pixels = pixels.reshape(*pixels.shape[:2], -1)
+        _check_format(PixelFormat(pixels.shape[2], pixels.dtype.name), wanted, path)
+        pixels = _upright_array(pixels, header.orientation)
+    if wanted.dtype == "float32":
+        pixels = pixels.astype(np.float32, copy=False)
+        if not np.isfinite(pixels).all():
+            raise BadImage(path, f"{path}: expected finite values, got NaN or infinity. Replace them in the file.")
+    return np.ascontiguousarray(pixels)
+
+
+def _check_format(found: PixelFormat, wanted: PixelFormat, path: Path) -> None:
+    """Refuse a file of another format. Any numbers may become float32."""
+    if found.channels != wanted.channels or (found.dtype != wanted.dtype and wanted.dtype != "float32"):
+        fitting = found if found.dtype in get_args(Dtype) else PixelFormat(found.channels, "float32")
+        raise BadImage(
+            path,
+            f"{path}: expected {wanted}, as data.channels and data.dtype say, got {found}. Set {fitting.settings}.",
+        )
+
+
+def _decode_array_to_rgb(content: bytes, path: Path, max_pixels: int) -> np.ndarray:
+    stored = _open_stored(content, path, max_pixels)
+    pixels = _decode_stored(stored, path)
+    rgb = array_to_rgb(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    if rgb is None:
+        found = PixelFormat(stored.channels, stored.dtype)
+        raise BadImage(path, f"{path}: expected a picture of 8 or 16 bits, got {found}. Set {found.settings}.")
+    return rgb
+
+
+def _too_large(path: Path, max_pixels: int, width: int, height: int) -> str:
+    return (
+        f"{path}: expected at most {max_pixels:,} pixels, got {width} x {height}. "
+        "Cut the image into tiles or set data.max_image_pixels."
+    )
+
+
+def _upright_array(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Transpose stored pixels [h, w, C] of any C by their EXIF orientation."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels
+
+
 def _open_regular(path: Path) -> IO[bytes]:
     """Open a file for reading, unless reading it could block or never end."""
     try:
@@ -253,17 +484,17 @@ def _open_image(content: bytes, path: Path, max_pixels: int) -> tuple[Image.Imag
         other = _other_content(content)
         if other:
             raise BadImage(path, f"{path}: expected an image, got {other}") from None
+        if content.startswith(TIFF_MAGIC):
+            stored = _open_stored(content, path, max_pixels)  # tells what is wrong with it, or what it holds
+            found = PixelFormat(stored.channels, stored.dtype)
+            raise BadImage(path, f"{path}: expected a picture, got {found}. Set {found.settings}.") from None
         reason = str(error).strip() or type(error).__name__
         reason = "the format is unknown" if "cannot identify" in reason else reason
         raise BadImage(
             path, f"{path}: expected a complete image, got {len(content):,} bytes that do not decode: {reason}."
         ) from error
     if header is None:
-        raise BadImage(
-            path,
-            f"{path}: expected at most {max_pixels:,} pixels, got {width} x {height}. "
-            "Cut the image into tiles or set data.max_image_pixels.",
-        )
+        raise BadImage(path, _too_large(path, max_pixels, width, height))
     return picture, header
 
 
@@ -337,6 +568,17 @@ def _decode_opencv(content: bytes, flags: int) -> np.ndarray | None:
 
 def _decode_pillow(picture: Image.Image, path: Path, size: int) -> np.ndarray:
     """Decode an opened image with Pillow, which either succeeds or gives a reason."""
+    _load(picture, path, size)
+    try:
+        return image_to_rgb(picture)
+    except MemoryError:
+        raise
+    except Exception as error:  # a mode that has no RGB
+        raise BadImage(path, f"{path}: {error}.") from error
+
+
+def _load(picture: Image.Image, path: Path, size: int) -> None:
+    """Let Pillow decode an opened image of `size` bytes."""
     try:
         picture.load()
     except MemoryError:
@@ -346,12 +588,6 @@ def _decode_pillow(picture: Image.Image, path: Path, size: int) -> np.ndarray:
         raise BadImage(
             path, f"{path}: expected a complete image, got {size:,} bytes that do not decode: {reason}."
         ) from error
-    try:
-        return image_to_rgb(picture)
-    except MemoryError:
-        raise
-    except Exception as error:  # a mode that has no RGB
-        raise BadImage(path, f"{path}: {error}.") from error
 
 
 def _other_content(content: bytes) -> str | None:

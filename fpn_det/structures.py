@@ -210,7 +210,7 @@ class Batch:
     the padding are irrelevant: the model sets it to zero after normalization.
     """
 
-    pixels: Tensor  # u8 [B, 3, H, W] RGB; or f32 in the range of the model's mean and standard deviation
+    pixels: Tensor  # u8 [B, 3, H, W] RGB, or of other channels and u16; or f32 in the range of the model's mean and deviation
     sizes: Tensor  # i64 [B, 2], (h, w) in the input frame, before padding
     original_sizes: Tensor  # i64 [B, 2], (h, w) in the original frame
     targets: Targets

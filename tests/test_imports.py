@@ -13,10 +13,22 @@ SOURCES = sorted([*(ROOT / "fpn_det").rglob("*.py"), *(ROOT / "tools").rglob("*.
 RANKS = {
     "": 0,
     **dict.fromkeys(
-        ["structures", "boxes", "runtime", "image_io", "migration", "safe_yaml", "locations", "terminal", "synonyms"], 0
+        [
+            "structures",
+            "boxes",
+            "runtime",
+            "array_io",
+            "image_io",
+            "migration",
+            "safe_yaml",
+            "locations",
+            "terminal",
+            "synonyms",
+        ],
+        0,
     ),
     "weight_files": 0,
-    "errors": 1,
+    **dict.fromkeys(["errors", "image_io"], 1),
     "schema": 2,
     "annotations": 3,
     **dict.fromkeys(["models", "data"], 4),
@@ -44,6 +56,7 @@ IMPORTERS = {
     "albumentations": {"fpn_det/data/transforms.py"},
     "torch.distributed": {"fpn_det/runtime.py"},
     "av": {"fpn_det/inference/video.py"},
+    "tifffile": {"fpn_det/array_io.py"},
     "timm": {"fpn_det/models/timm_backbone.py", "fpn_det/weight_files.py"},
     "huggingface_hub": {"fpn_det/weight_files.py"},
     "safetensors": {"fpn_det/weight_files.py"},

@@ -28,7 +28,7 @@ def weights_after(run: Path, step: int) -> dict:
         for name, slots in state["optimizer"]["state"].items()
         for slot, tensor in slots.items()
     }
-    return state["model"] | {f"ema.{name}": tensor for name, tensor in state["ema"].items()} | optimizer
+    return state["model"] | {f"ema.{name}": tensor for name, tensor in (state["ema"] or {}).items()} | optimizer
 
 
 def check_resume(run_tool, tmp_path: Path, words: list[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -15,7 +15,7 @@ from fpn_det.annotations.findings import SHOWN_PER_KIND, Finding, OnError
 from fpn_det.annotations.image_inspection import ImageInfo, ImageInspector, is_mislabeled
 from fpn_det.annotations.parsing import parse_id, parse_pixels
 from fpn_det.annotations.raw import RawDataset, RawImage
-from fpn_det.image_io import image_size
+from fpn_det.image_io import RGB, image_size
 
 MAX_SIDE = 1 << 31  # px; larger numbers are no size of an image
 
@@ -87,6 +87,7 @@ def check_images(
         paths.append(wanted if is_there or folder is None else listings.find_renamed(wanted, folder))
     infos = inspect((path for path in paths if path), folder) if inspect and folder else {}
     table = ImageTable(left_out=set(keys))
+    _note_channels(infos, findings)
     row_of_path: dict[str, int] = {}
     num_missing = 0
     for record, key, wanted, path in zip(raw.images, keys, wanted_paths, paths, strict=True):
@@ -139,6 +140,16 @@ def check_images(
                 key, image_id, str(name), path, checked, stated if min(stated) else checked, info
             )
     return table
+
+
+def _note_channels(infos: Mapping[str, ImageInfo], findings: list[Finding]) -> None:
+    """Count the channels that the files have, unless all are pictures of three."""
+    counts = Counter(info.channels for info in infos.values() if not info.fault)
+    if set(counts) - {str(RGB)}:
+        for channels, number in counts.most_common():
+            first = next(path for path, info in infos.items() if info.channels == channels and not info.fault)
+            message = f"{number} images have {channels}; data.channels and data.dtype say what is read of them"
+            findings.append(Finding("image_channels", message, "note", file_name=os.path.basename(first)))
 
 
 def _names_of_repeated(keys: list, records: list[RawImage]) -> dict[int | str | None, set[str]]:

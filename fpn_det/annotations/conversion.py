@@ -196,7 +196,9 @@ def _check(raws: Mapping[str, RawDataset], config: ConversionConfig) -> Conversi
     findings: list[Finding] = []
     remarks = []
     for split, raw in raws.items():
-        checked[split] = check_raw([raw], names, on_error=config.on_error, inspect=inspect_images)
+        checked[split] = check_raw(
+            [raw], names, on_error=config.on_error, inspect=partial(inspect_images, pixel_format=None)
+        )
         findings += checked[split].findings
     for split in HELD_OUT:
         if split in checked and are_same_images(checked["train"], checked[split]):

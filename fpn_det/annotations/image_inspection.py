@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -21,11 +22,11 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from fpn_det.image_io import MAX_PIXELS, BadImage, find_damaged_jpegs, read_file, verify_image
+from fpn_det.image_io import MAX_PIXELS, RGB, BadImage, PixelFormat, find_damaged_jpegs, read_file, verify_image
 
 MAX_THREADS = 32
 FILES_PER_ROUND = 512  # damage reported by the decoder is attributed by decoding the files of a round again
-DECODERS = f"2 {cv2.__version__} {PIL.__version__}"  # results of other versions are not used
+DECODERS = f"3 {cv2.__version__} {PIL.__version__}"  # results of other versions are not used
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class ImageInfo:
     orientation: int = 1  # EXIF, 1..8
     kind: str = ""  # Pillow's name of the format
     digest: str = ""  # of the file's bytes
+    channels: str = ""  # in the file, with their bits
     fault: str = ""  # why it cannot be used
 
     @property
@@ -48,21 +50,25 @@ class ImageInfo:
 ImageInspector = Callable[[Iterable[str], Path], Mapping[str, ImageInfo]]
 
 
-def inspect_images(paths: Iterable[str], folder: Path, max_pixels: int = MAX_PIXELS) -> dict[str, ImageInfo]:
+def inspect_images(
+    paths: Iterable[str], folder: Path, max_pixels: int = MAX_PIXELS, pixel_format: PixelFormat | None = RGB
+) -> dict[str, ImageInfo]:
     """Inspect image files; files without a valid cache entry are decoded in many threads.
 
     Args:
         paths: the files; those that do not exist are left out of the result.
         folder: root of the data set, which has a cache file of its own.
         max_pixels: largest width * height; larger images have a fault.
+        pixel_format: of the images; those that cannot be read in it have a fault. None takes any.
     """
     cache_file = _cache_file(folder)
-    decoders = f"{DECODERS} {max_pixels}"
+    decoders = f"{DECODERS} {max_pixels} {pixel_format}"
+    inspect = partial(_inspect, max_pixels=max_pixels, pixel_format=pixel_format)
     seen = _read_cache(cache_file, decoders)
     stamps = {path: stamp for path in dict.fromkeys(paths) if (stamp := _stamp(path)) is not None}
     new = [path for path, stamp in stamps.items() if path not in seen or seen[path][0] != stamp]
     if new:
-        seen |= {path: (stamps[path], info) for path, info in _inspect_all(new, max_pixels).items()}
+        seen |= {path: (stamps[path], info) for path, info in _inspect_all(new, inspect).items()}
         _write_cache(cache_file, decoders, seen)
     return {path: seen[path][1] for path in stamps}
 
@@ -73,7 +79,7 @@ def is_mislabeled(path: str, info: ImageInfo) -> bool:
     return bool(by_suffix and info.kind) and by_suffix != info.kind and {by_suffix, info.kind} != {"JPEG", "MPO"}
 
 
-def _inspect_all(paths: Sequence[str], max_pixels: int) -> dict[str, ImageInfo]:
+def _inspect_all(paths: Sequence[str], inspect: Callable[[str], ImageInfo]) -> dict[str, ImageInfo]:
     """Inspect files in threads, in rounds whose decoder messages are searched for damaged JPEG data."""
     infos: dict[str, ImageInfo] = {}
     # A descriptor of its own, because descriptor 2 is redirected while images are decoded.
@@ -85,7 +91,7 @@ def _inspect_all(paths: Sequence[str], max_pixels: int) -> dict[str, ImageInfo]:
         ):
 
             def decode(some: list[Path]) -> None:
-                for path, info in zip(some, pool.map(lambda path: _inspect(str(path), max_pixels), some), strict=True):
+                for path, info in zip(some, pool.map(inspect, map(str, some)), strict=True):
                     infos[str(path)] = info
 
             task = progress.add_task("checking images", total=len(paths))
@@ -99,15 +105,15 @@ def _inspect_all(paths: Sequence[str], max_pixels: int) -> dict[str, ImageInfo]:
     return {path: infos[str(Path(path))] for path in paths}
 
 
-def _inspect(path: str, max_pixels: int = MAX_PIXELS) -> ImageInfo:
+def _inspect(path: str, max_pixels: int = MAX_PIXELS, pixel_format: PixelFormat | None = RGB) -> ImageInfo:
     digest = ""
     try:
-        content = read_file(Path(path), max_pixels)
+        content = read_file(Path(path), max_pixels, pixel_format or RGB)
         digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-        header = verify_image(content, Path(path), max_pixels)
+        header = verify_image(content, Path(path), max_pixels, pixel_format)
     except BadImage as error:
         return ImageInfo(digest=digest, fault=str(error).removeprefix(f"{Path(path)}: ").rstrip("."))
-    return ImageInfo(header.height, header.width, header.orientation, header.format, digest)
+    return ImageInfo(header.height, header.width, header.orientation, header.format, digest, str(header.stored))
 
 
 def _stamp(path: str) -> list[int] | None:

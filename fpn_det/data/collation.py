@@ -35,10 +35,10 @@ ResizeOn = Literal["worker", "device"]
 class PackedBatch:
     """A batch as a worker sends it to the main process."""
 
-    pixels: Tensor  # u8 or f32 [B, H, W, 3]; if flip and resize are left to the device, all decoded images flattened
+    pixels: Tensor  # [B, H, W, C] of the examples' dtype; if flip and resize are left to the device, all decoded images flattened
     canvas: Size
     flip_resizes: list[FlipResize]
-    decoded_sizes: list[Size]  # if flip and resize are left to the device; else empty
+    decoded_shapes: list[tuple[int, ...]]  # [h, w, C] each, if flip and resize are left to the device; else empty
     original_sizes: list[Size]
     boxes: list[np.ndarray]
     labels: list[np.ndarray]
@@ -63,20 +63,21 @@ class PackedBatch:
         )
 
     def finish(self, batch: Batch) -> Batch:
-        """Turn the pixels of the unpacked batch into [B, 3, H, W] on the device they are on.
+        """Turn the pixels of the unpacked batch into [B, C, H, W] on the device they are on.
 
         Channels stay last in memory, as files have them.
         """
-        pixels = self._flip_and_resize(batch.pixels) if self.decoded_sizes else batch.pixels
-        return replace(batch, pixels=pixels.permute(0, 3, 1, 2))  # [B, H, W, 3] -> [B, 3, H, W]
+        pixels = self._flip_and_resize(batch.pixels) if self.decoded_shapes else batch.pixels
+        return replace(batch, pixels=pixels.permute(0, 3, 1, 2))  # [B, H, W, C] -> [B, C, H, W]
 
     def _flip_and_resize(self, values: Tensor) -> Tensor:
-        """Return the canvas [B, H, W, 3]. On a CPU it is bit-identical to that of a worker."""
+        """Return the canvas [B, H, W, C]. On a CPU it is bit-identical to that of a worker."""
         dtype = torch.float32 if self.flip_resizes[0].returns_float else values.dtype
-        canvas = torch.zeros(len(self.flip_resizes), *self.canvas, 3, dtype=dtype, device=values.device)
-        images = values.split([3 * height * width for height, width in self.decoded_sizes])
-        for out, step, image, size in zip(canvas, self.flip_resizes, images, self.decoded_sizes, strict=True):
-            decoded, target = image.view(*size, 3), out[: step.size[0], : step.size[1]]
+        channels = self.decoded_shapes[0][2]
+        canvas = torch.zeros(len(self.flip_resizes), *self.canvas, channels, dtype=dtype, device=values.device)
+        images = values.split([math.prod(shape) for shape in self.decoded_shapes])
+        for out, step, image, shape in zip(canvas, self.flip_resizes, images, self.decoded_shapes, strict=True):
+            decoded, target = image.view(shape), out[: step.size[0], : step.size[1]]
             if values.device.type == "cpu":
                 step.apply(decoded.numpy(), target.numpy())
             else:
@@ -143,7 +144,8 @@ class Collator:
         dtype = getattr(torch, examples[0].pixels.dtype.name)
         if self.resize_on == "worker":
             dtype = torch.float32 if steps[0].returns_float else dtype
-            pixels = allocate(len(examples), height, width, 3 * dtype.itemsize).view(dtype)
+            channels = examples[0].pixels.shape[2]
+            pixels = allocate(len(examples), height, width, channels * dtype.itemsize).view(dtype)
             for image, example, step in zip(pixels.numpy(), examples, steps, strict=True):
                 h, w = step.size
                 step.apply(example.pixels, image[:h, :w])
@@ -158,7 +160,7 @@ class Collator:
             pixels,
             (height, width),
             steps,
-            [example.pixels.shape[:2] for example in examples] if self.resize_on == "device" else [],
+            [example.pixels.shape for example in examples] if self.resize_on == "device" else [],
             [example.original_size for example in examples],
             [example.boxes for example in examples],
             [example.labels for example in examples],

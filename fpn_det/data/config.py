@@ -20,6 +20,7 @@ from fpn_det.annotations.reading import CheckedDataset, load_raw
 from fpn_det.annotations.splits import TrainData, are_same_images, drop_images, find_overlap
 from fpn_det.annotations.subsets import drop_empty, select_images, split_images
 from fpn_det.data.bad_images import OnBadImage
+from fpn_det.data.channel_statistics import ChannelStatistics, measure_channels
 from fpn_det.data.collation import Canvas, Collator, ResizeOn
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.image_cache import ImageCache
@@ -29,7 +30,7 @@ from fpn_det.data.sampling import GlobalBatches, repeat_factors
 from fpn_det.data.tiles import Tiles, Tiling, TrainTiles
 from fpn_det.data.transforms import Pipeline
 from fpn_det.data.workers import StartMethod, Workers
-from fpn_det.image_io import MAX_PIXELS, read_image
+from fpn_det.image_io import MAX_PIXELS, Dtype, PixelFormat, read_image
 from fpn_det.runtime import Ranks, run_on_main
 from fpn_det.schema import Amount, Count, CountOrZero, Fraction, Node, Part, Positive, Share, build
 from fpn_det.structures import Annotations
@@ -72,6 +73,8 @@ class DataConfig:
     classes: list[str] | None = None  # names of the classes to use; null = all
     on_error: OnError = "fail"  # faults of annotations and images: refuse, repair in memory, or leave out
     flagged_objects: FlaggedObjects = "crowd"  # difficult (VOC) or ignore (COCO): crowd regions, ordinary, or left out
+    channels: Count = 3  # of the images; 3 of 8 bits are RGB pictures, for which any file is converted
+    dtype: Dtype = "uint8"  # of their values, which files must have; float32 takes any numbers
     max_bad_fraction: Fraction = 0.1  # under on_error=skip, end the run if more of the images turn out to be bad
     max_image_pixels: Count = MAX_PIXELS  # largest width * height of an image file; larger ones are refused unread
     check: bool = True  # decode every image once before the run; the result is cached until the file changes
@@ -103,6 +106,11 @@ class DataConfig:
         if self.classes is not None and (not self.classes or len(set(self.classes)) < len(self.classes)):
             raise ValueError(f"data.classes: expected names, each once, got {self.classes}. null takes all.")
 
+    @property
+    def pixel_format(self) -> PixelFormat:
+        """Channels and dtype of the images."""
+        return PixelFormat(self.channels, self.dtype)
+
     def validate(self, stride: int) -> None:
         """Check the settings that can be checked before data is read.
 
@@ -125,7 +133,7 @@ class DataConfig:
         name = "train_transforms" if train else "eval_transforms"
         nodes: dict[str, Node | None] = getattr(self, name)
         chain = [build(node, f"data.{name}.{key}") for key, node in nodes.items() if node is not None]
-        return Pipeline(chain, self.min_visibility, self.min_area)
+        return Pipeline(chain, self.min_visibility, self.min_area, self.pixel_format)
 
     def read_train_and_val(self, seed: int) -> TrainData:
         """Read the training and validation sets, with the classes of the training set: on rank 0, for all ranks.
@@ -180,13 +188,14 @@ class DataConfig:
             ValueError: the files cannot be read, or do not say which images are of the split.
         """
         source: SplitConfig = getattr(self, split)
+        inspect = partial(inspect_images, max_pixels=self.max_image_pixels, pixel_format=self.pixel_format)
         checked = source.load(
             split,
             class_names=class_names,
             subset=self.classes is not None,
             on_error=self.on_error,
             flagged_objects=self.flagged_objects,
-            inspect=partial(inspect_images, max_pixels=self.max_image_pixels) if self.check else None,
+            inspect=inspect if self.check else None,
         )
         others = {"train": ["val"] if self.val_fraction is None else [], "val": ["train"], "test": ["train"]}[split]
         same = [other for other in others if getattr(self, other) == source]
@@ -263,6 +272,14 @@ class DataConfig:
         if self.max_images is None:
             return annotations
         return select_images(annotations, torch.arange(min(self.max_images, len(annotations))))
+
+    def measure_channels(self, annotations: Annotations) -> ChannelStatistics:
+        """Measure mean and deviation of the channels of training images: on rank 0, for all ranks.
+
+        Raises:
+            ValueError: no image can be read, or a channel does not vary.
+        """
+        return run_on_main(partial(measure_channels, annotations, self._image_reader()))
 
     def train_loader(
         self,
@@ -387,5 +404,5 @@ class DataConfig:
 
     def _image_reader(self) -> Callable[[Path, int], np.ndarray]:
         if self.cache:
-            return ImageCache(Path(self.cache), self.max_image_pixels).read
-        return partial(read_image, max_pixels=self.max_image_pixels)
+            return ImageCache(Path(self.cache), self.max_image_pixels, self.pixel_format).read
+        return partial(read_image, max_pixels=self.max_image_pixels, pixel_format=self.pixel_format)

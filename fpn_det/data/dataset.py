@@ -29,7 +29,7 @@ MAX_IDS_IN_MESSAGE = 8
 class Example:
     """One transformed image and its objects, without crowd regions."""
 
-    pixels: np.ndarray  # u8 or f32 [h, w, 3] RGB, before `flip_resize`
+    pixels: np.ndarray  # [h, w, C], u8 RGB or another format, or f32 after some transforms; before `flip_resize`
     flip_resize: FlipResize  # still to be applied to the pixels; the boxes are already moved
     boxes: np.ndarray  # f32 [G, 4] xyxy, input frame
     labels: np.ndarray  # i64 [G]
@@ -158,7 +158,7 @@ class DetectionDataset:
         return Scene(read(None), boxes, labels, np.ones(len(boxes)))
 
     def _read(self, index: int, size: Size, least: Size | None) -> np.ndarray:
-        """Decode the pixels [h, w, 3] of a row, in full (None) or reduced to at least (h, w)."""
+        """Decode the pixels [h, w, C] of a row, in full (None) or reduced to at least (h, w)."""
         path = self.annotations.path(index)
         reduction = reduction_to(size, least) if self.reduced_decoding and least else 1
         try:
@@ -177,7 +177,7 @@ class DetectionDataset:
         return pixels
 
     def _read_window(self, index: int, size: Size, window: Window, least: Size | None) -> np.ndarray:
-        """Return the pixels [h, w, 3] of a window. The image stays in memory until another one is asked for."""
+        """Return the pixels [h, w, C] of a window. The image stays in memory until another one is asked for."""
         if self._last is None or self._last[0] != index:
             self._last = index, self._read(index, size, None)
         left, top, right, bottom = window

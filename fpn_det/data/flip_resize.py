@@ -20,6 +20,7 @@ from torch import Tensor
 Backend = Literal["cv2", "pil", "torch_float"]
 Rounding = Literal["round", "floor"]
 Size = tuple[int, int]  # (h, w)
+OPENCV_CHANNELS = 4  # that OpenCV resizes at a time in every way; of a single one it drops the axis
 
 
 @dataclass(frozen=True)
@@ -51,20 +52,23 @@ class FlipResize:
         return (boxes * (width, height, width, height)).astype(np.float32)
 
     def apply(self, pixels: np.ndarray, out: np.ndarray) -> None:
-        """Write the flipped and resized `pixels` [h, w, 3] to `out` [*size, 3], which may be a view into a canvas."""
+        """Write the flipped and resized `pixels` [h, w, C] to `out` [*size, C], which may be a view into a canvas."""
         enlarges = out.size >= pixels.size
         if self.flip and enlarges:  # flip the smaller of the two
-            pixels = cv2.flip(pixels, 1)
+            pixels = cv2.flip(pixels, 1) if pixels.shape[2] == 3 else np.ascontiguousarray(pixels[:, ::-1])
         if out.shape == pixels.shape and not self.returns_float:
             out[:] = pixels
         else:
             resize(pixels, self.size, self.backend, self.antialias, out)
         if self.flip and not enlarges:
-            cv2.flip(out, 1, out)
+            if out.shape[2] == 3:
+                cv2.flip(out, 1, out)
+            else:
+                out[:] = out[:, ::-1].copy()
 
     def apply_on_device(self, pixels: Tensor, out: Tensor) -> None:
         """Do what `apply` does on any device; the result may differ from it by one grey level, due to interpolation."""
-        planes = pixels.permute(2, 0, 1)[None].float()  # [h, w, 3] -> [1, 3, h, w]
+        planes = pixels.permute(2, 0, 1)[None].float()  # [h, w, C] -> [1, C, h, w]
         planes = planes.flip(3) if self.flip else planes
         if planes.shape[2:] != self.size:
             area = self.antialias and self.backend == "cv2" and out.numel() < pixels.numel()
@@ -88,7 +92,7 @@ def resized_size(size: Size, side: int, max_side: int, rounding: Rounding) -> Si
 def resize(
     pixels: np.ndarray, size: Size, backend: Backend, antialias: bool, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Resize `pixels` [h, w, 3] bilinearly to `size`.
+    """Resize `pixels` [h, w, C] bilinearly to `size`.
 
     Args:
         antialias: average over the source pixels of each output pixel when shrinking.
@@ -100,7 +104,14 @@ def resize(
             return pixels
         shrinks = height < pixels.shape[0] and width < pixels.shape[1]
         interpolation = cv2.INTER_AREA if antialias and shrinks else cv2.INTER_LINEAR
-        return cv2.resize(pixels, (width, height), out, interpolation=interpolation)
+        if 1 < pixels.shape[2] <= OPENCV_CHANNELS:
+            return cv2.resize(pixels, (width, height), out, interpolation=interpolation)
+        out = np.empty((height, width, pixels.shape[2]), pixels.dtype) if out is None else out
+        for start in range(0, pixels.shape[2], OPENCV_CHANNELS):
+            some = np.ascontiguousarray(pixels[..., start : start + OPENCV_CHANNELS])
+            resized = cv2.resize(some, (width, height), interpolation=interpolation)
+            out[..., start : start + OPENCV_CHANNELS] = resized.reshape(height, width, -1)
+        return out
     if backend == "pil":
         resized = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
     else:

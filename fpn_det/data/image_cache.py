@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fpn_det.image_io import MAX_PIXELS, read_image
+from fpn_det.image_io import MAX_PIXELS, RGB, PixelFormat, read_image
 
 MIN_FREE_FRACTION = 0.1  # of the disk; the cache stops growing at this limit
 
@@ -24,14 +24,16 @@ class ImageCache:
     Args:
         folder: created if it does not exist.
         max_pixels: largest width * height of an image.
+        pixel_format: of the images.
 
     Raises:
         ValueError: the folder cannot be created.
     """
 
-    def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS, pixel_format: PixelFormat = RGB) -> None:
         self.folder = folder
         self.max_pixels = max_pixels
+        self.pixel_format = pixel_format
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -44,10 +46,10 @@ class ImageCache:
         """Return what `image_io.read_image` returns, from the cache if possible."""
         entry = self._entry(path, reduction)
         if entry is None:
-            return read_image(path, reduction, self.max_pixels)
+            return read_image(path, reduction, self.max_pixels, self.pixel_format)
         with suppress(OSError, ValueError, EOFError):  # no entry yet, or one cut short by a crash of the machine
             return np.load(entry)
-        pixels = read_image(path, reduction, self.max_pixels)
+        pixels = read_image(path, reduction, self.max_pixels, self.pixel_format)
         self._write(pixels, entry)
         return pixels
 
@@ -58,6 +60,7 @@ class ImageCache:
         except OSError:
             return None
         identity = f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns} {reduction}"
+        identity += "" if self.pixel_format == RGB else f" {self.pixel_format}"
         name = hashlib.sha256(identity.encode()).hexdigest()[:32]
         return self.folder / name[:2] / f"{name}.npy"  # 256 subfolders
 

@@ -35,7 +35,8 @@ def largest_batch(dataset: DetectionDataset, num_images: int, collator: Collator
     height, width = collator.canvas_size([example.flip_resize.size for example in examples])
     most_objects = max(examples, key=lambda example: len(example.boxes))
     dtype = np.float32 if most_objects.flip_resize.returns_float else most_objects.pixels.dtype
-    pixels = torch.from_numpy(np.zeros((num_images, height, width, 3), dtype)).permute(0, 3, 1, 2)
+    channels = most_objects.pixels.shape[2]
+    pixels = torch.from_numpy(np.zeros((num_images, height, width, channels), dtype)).permute(0, 3, 1, 2)
     boxes, labels = torch.from_numpy(most_objects.boxes), torch.from_numpy(most_objects.labels)
     sizes = torch.tensor([[height, width]] * num_images)
     targets = Targets.pad([boxes] * num_images, [labels] * num_images)

@@ -255,7 +255,7 @@ def sent_bytes(dataset: DetectionDataset, collator: Collator, size: Size) -> int
     if collator.resize_on == "worker":
         canvas = collator.canvas
         height, width = canvas if isinstance(canvas, tuple) else dataset.transform.largest(size)
-    return height * width * 3
+    return height * width * dataset.transform.pixel_format.bytes_per_pixel
 
 
 def _receive(
@@ -283,7 +283,7 @@ def _receive(
             batch = item.unpack()
             if item.buffer is not None:
                 buffers.keep(item.buffer, item.pixels.untyped_storage())
-            is_copied_by_finish = bool(item.decoded_sizes) and device.type == "cpu"
+            is_copied_by_finish = bool(item.decoded_shapes) and device.type == "cpu"
             if is_cuda:
                 batch = batch.pin_memory()  # copies the pixels only if their buffer could not be page-locked
             elif item.buffer is not None and not is_copied_by_finish:

@@ -20,7 +20,7 @@ from fpn_det.data.flip_resize import Size, resize
 class Scene:
     """The pixels and objects of one image."""
 
-    pixels: np.ndarray  # u8 [h, w, 3]
+    pixels: np.ndarray  # [h, w, C]
     boxes: np.ndarray  # f64 [G, 4] xyxy
     labels: np.ndarray  # i64 [G]
     visible: np.ndarray  # f64 [G], visible fraction of each box
@@ -73,7 +73,7 @@ class Mosaic(Mixing):
         size: (h, w) of the canvas, px.
         scale_range: each image is scaled to fit the canvas, times a factor drawn uniformly from (low, high).
         center_range: (low, high) of the center's position, as a fraction of the canvas.
-        fill: pixel value where no image lies, in 0..255.
+        fill: pixel value where no image lies.
         p: probability.
     """
 
@@ -105,7 +105,7 @@ class Mosaic(Mixing):
 
     def __call__(self, own: Scene, others: Sequence[Scene], draw: random.Random) -> Scene:
         height, width = self.size
-        pixels = np.full((height, width, 3), self.fill, np.uint8)
+        pixels = np.full((height, width, own.pixels.shape[2]), self.fill, own.pixels.dtype)
         y, x = (max(round(side * draw.uniform(*self.center_range)), 1) for side in self.size)
         parts = []
         for number, scene in enumerate([own, *others]):  # top left, top right, bottom left, bottom right
@@ -145,7 +145,8 @@ class MixUp(Mixing):
         )
         other = others[0].resized((height, width))
         pixels = own.pixels.copy()
-        pixels[:height, :width] = cv2.addWeighted(own.pixels[:height, :width], weight, other.pixels, 1 - weight, 0)
+        blended = cv2.addWeighted(own.pixels[:height, :width], weight, other.pixels, 1 - weight, 0)
+        pixels[:height, :width] = blended.reshape(other.pixels.shape)  # OpenCV drops the axis of a single channel
         return _joined(pixels, [own, other])
 
 

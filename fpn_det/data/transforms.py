@@ -1,7 +1,8 @@
 """Transforms of an image and its boxes: the adapter to albumentations, and transforms that albumentations lacks.
 
-The coordinate frame changes here: boxes enter in the original frame and leave in the input frame. Pixels are uint8
-in 0..255 throughout (float32 after `Normalize` or a resize by `torch_float`); the model normalizes them on the device.
+The coordinate frame changes here: boxes enter in the original frame and leave in the input frame. Pixels keep the values
+of the file throughout, uint8 in 0..255 for pictures (float32 after `Normalize` or a resize by `torch_float`); the model
+normalizes them on the device.
 This is the only file that imports albumentations.
 """
 
@@ -18,12 +19,14 @@ import numpy as np
 
 from fpn_det.data.flip_resize import Backend, FlipResize, Rounding, Size, resize, resized_size
 from fpn_det.data.mixing import Mixing, Scene
+from fpn_det.image_io import RGB, PixelFormat
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise the import checks the network for a newer version
 import albumentations as A
 
 MAX_ASPECT = 4  # longer side / shorter side up to which an image is resized to a given shorter side
-ReadPixels = Callable[[Size | None], np.ndarray]  # u8 [h, w, 3] RGB, in full (None), or reduced to at least this (h, w)
+TRIALS = 8  # random draws by which a transform shows that it takes a format of pixels
+ReadPixels = Callable[[Size | None], np.ndarray]  # [h, w, C], in full (None), or reduced to at least this (h, w)
 DrawScene = Callable[[random.Random], Scene]  # a random image of the same data set
 
 
@@ -35,20 +38,35 @@ class Pipeline:
     (see `flip_resize`).
 
     Args:
-        transforms: albumentations transforms or compositions with uint8 RGB output, in order; `Mixing` transforms first.
+        transforms: albumentations transforms or compositions, in order; `Mixing` transforms first.
         min_visibility: drop a box if less than this fraction of its area is left after all transforms; in [0, 1].
         min_area: drop a box that is smaller than this in the input frame; px^2.
+        pixel_format: of the images, which the transforms keep.
+
+    Raises:
+        ValueError: `Mixing` transforms come late, or a transform does not take images of the format.
     """
 
-    def __init__(self, transforms: Sequence[Any], min_visibility: float = 0.0, min_area: float = 1.0) -> None:
+    def __init__(
+        self,
+        transforms: Sequence[Any],
+        min_visibility: float = 0.0,
+        min_area: float = 1.0,
+        pixel_format: PixelFormat = RGB,
+    ) -> None:
         self.transforms = list(transforms)
         self.min_visibility = min_visibility
         self.min_area = min_area
+        self.pixel_format = pixel_format
         self.mixing, self.eager, self.deferred = _split(transforms)
-        in_float = any(
-            isinstance(step, Normalize) or getattr(step, "backend", "") == "torch_float" for step in self.eager
-        )
-        self.dtype = np.dtype(np.float32 if in_float else np.uint8)  # after the eager transforms
+        in_float = any(getattr(step, "backend", "") == "torch_float" for step in self.eager)
+        self.normalizes = any(isinstance(step, Normalize) for step in self.eager)
+        self.dtype = np.dtype(
+            np.float32 if in_float or self.normalizes else pixel_format.dtype
+        )  # after the eager transforms
+        if pixel_format != RGB:
+            for step in [*self.eager, *self.deferred]:
+                _check_takes(step, pixel_format)
         # NoOp accepts boxes, which albumentations requires of at least one transform.
         chain = [*self.eager, A.NoOp(p=0)]
         self.compose = A.Compose(
@@ -67,7 +85,7 @@ class Pipeline:
         steps = [step.to_side(side) if isinstance(step, ResizeShortestSide) else step for step in self.transforms]
         if not any(isinstance(step, ResizeShortestSide) for step in steps):
             steps.append(ResizeShortestSide([side], MAX_ASPECT * side))
-        return Pipeline(steps, self.min_visibility, self.min_area)
+        return Pipeline(steps, self.min_visibility, self.min_area, self.pixel_format)
 
     def __call__(
         self, pixels: np.ndarray, boxes: np.ndarray, labels: np.ndarray, key: tuple[int, ...]
@@ -75,7 +93,7 @@ class Pipeline:
         """Transform one image, deferred transforms included.
 
         Args:
-            pixels: u8 [h, w, 3] RGB.
+            pixels: [h, w, C], in the pipeline's format.
             boxes: f64 [G, 4] xyxy, original frame.
             labels: i64 [G].
             key: seed of all random choices.
@@ -85,7 +103,7 @@ class Pipeline:
         """
         height, width = pixels.shape[:2]
         pixels, boxes, labels, last = self.prepare((height, width), boxes, labels, lambda least: pixels, key)
-        out = np.empty((*last.size, 3), np.float32 if last.returns_float else pixels.dtype)
+        out = np.empty((*last.size, pixels.shape[2]), np.float32 if last.returns_float else pixels.dtype)
         last.apply(pixels, out)
         return out, boxes, labels
 
@@ -109,7 +127,7 @@ class Pipeline:
             draw_scene: draws another image for `Mixing` transforms.
 
         Returns:
-            Pixels (u8 or f32 [h, w, 3] RGB), boxes (f32 [G, 4], input frame, positive sides) and labels (i64 [G]) of the
+            Pixels ([h, w, C] in the pipeline's format or f32), boxes (f32 [G, 4], input frame, positive sides) and labels (i64 [G]) of the
             objects that are left, and the flip and resize that the pixels still need.
 
         Raises:
@@ -154,10 +172,11 @@ class Pipeline:
         return scene
 
     def _checked(self, pixels: np.ndarray) -> np.ndarray:
-        if pixels.dtype != self.dtype or pixels.ndim != 3 or pixels.shape[2] != 3:
+        channels = self.pixel_format.channels
+        if pixels.dtype != self.dtype or pixels.ndim != 3 or pixels.shape[2] != channels:
             found = f"{pixels.dtype} {list(pixels.shape)}"
             raise ValueError(
-                f"transforms: expected {self.dtype} [h, w, 3] at the end, got {found}. Leave normalization to the model."
+                f"transforms: expected {self.dtype} [h, w, {channels}] at the end, got {found}. Leave normalization to the model."
             )
         return pixels
 
@@ -224,6 +243,44 @@ def _split(transforms: Sequence[Any]) -> tuple[list[Mixing], list[Any], list[Any
     return mixing, eager, deferred
 
 
+def _check_takes(step: Any, pixel_format: PixelFormat) -> None:
+    """Refuse a transform that does not take images of a format other than RGB, as a trial shows.
+
+    Raises:
+        ValueError: it fails, changes dtype or channels, clips the values, or changes colors of more than 8 bits: for
+            those albumentations has other ranges.
+    """
+    name = type(step).__name__
+    if isinstance(step, _Resizing) and step.backend == "pil":
+        raise ValueError(f"{name}: expected backend cv2 or torch_float for {pixel_format}, got pil. Use backend=cv2.")
+    if pixel_format.dtype != "uint8":
+        for leaf in _leaves(step):
+            if isinstance(leaf, A.ImageOnlyTransform) and not isinstance(leaf, Normalize):
+                raise ValueError(
+                    f"{type(leaf).__name__}: expected images of 8 bits, which colors are changed for, got {pixel_format}. "
+                    "Use transforms of the geometry only."
+                )
+    high = 256 if pixel_format.dtype == "uint8" else 1000
+    values = np.random.default_rng(0).integers(0, high, (64, 64, pixel_format.channels)).astype(pixel_format.dtype)
+    for seed in range(TRIALS):
+        try:
+            found = A.Compose([step], seed=seed)(image=values)["image"]
+            if found.ndim != 3 or found.shape[2] != pixel_format.channels:
+                raise ValueError(f"it gives {list(found.shape)}")
+            if found.max() <= 1 and not any(isinstance(leaf, Normalize) for leaf in _leaves(step)):
+                raise ValueError("it clips the values")
+        except Exception as error:  # transforms may raise anything
+            reason = (" ".join(str(error).split()) or type(error).__name__)[:150]
+            raise ValueError(
+                f"{name}: expected a transform that takes {pixel_format}, got one that does not ({reason}). Leave it out."
+            ) from None
+
+
+def _leaves(step: Any) -> list[Any]:
+    """The transforms within a composition; a transform itself."""
+    return [leaf for inner in step.transforms for leaf in _leaves(inner)] if isinstance(step, A.BaseCompose) else [step]
+
+
 def _accept(table: np.ndarray, shape: Any) -> None:
     """Replace albumentations' check of boxes, which `_keep_visible` makes redundant."""
 
@@ -235,8 +292,8 @@ class Normalize(A.ImageOnlyTransform):
     makes no difference; in float32 it changes the last bits, and so the order of equal scores.
 
     Args:
-        mean: of the three channels, in 0..1.
-        std: standard deviation of the three channels, in 0..1.
+        mean: of the channels, in 0..1.
+        std: standard deviation of the channels, in 0..1.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], p: float = 1.0) -> None:

@@ -23,7 +23,7 @@ from fpn_det.data_report.charts import (
     table,
 )
 from fpn_det.data_report.report import Repair, Report, count_classes, summarize
-from fpn_det.image_io import read_image
+from fpn_det.image_io import read_for_display
 from fpn_det.structures import Annotations
 from fpn_det.visualization.panels import class_color, draw_boxes
 
@@ -153,7 +153,7 @@ def _random_pictures(annotations: Annotations) -> str:
 def _small_figure(annotations: Annotations, row: int, objects: np.ndarray, caption: str) -> str:
     """A small picture with objects in the colors of their classes; no text hides them."""
     try:
-        pixels = read_image(annotations.path(row))
+        pixels = read_for_display(annotations.path(row))
     except ValueError as error:
         return f"<figure><figcaption>{caption}<br>{escape(str(error))}</figcaption></figure>"
     labels = annotations.labels[objects].tolist()
@@ -182,7 +182,7 @@ def _figure_of(finding: Finding, split: str, annotations: Annotations, row: int)
 def _full_figure(annotations: Annotations, row: int, marked: Sequence[float] | None, caption: str) -> str:
     """A picture at its own size with all its boxes, one of them in red; a tiny one has a zoomed crop beside it."""
     try:
-        pixels = read_image(annotations.path(row))
+        pixels = read_for_display(annotations.path(row))
     except ValueError as error:
         return f"<figure><figcaption>{caption}<br>{escape(str(error))}</figcaption></figure>"
     rows = annotations.rows(row)

@@ -19,6 +19,7 @@ from fpn_det.export.exported import ExportedDetector, ExportedFile, is_exported
 from fpn_det.export.graph import Graph, on_canvas
 from fpn_det.export.proof import NUM_IMAGES, cases, compare
 from fpn_det.export.writing import OPSET, SUFFIXES, Format, Metadata, Precision, refuse_unsupported, write
+from fpn_det.image_io import RGB
 from fpn_det.models.detector import Detector
 from fpn_det.runs.checkpoint import fill_model, find_checkpoint
 from fpn_det.runs.folder import versions
@@ -50,6 +51,10 @@ class ExportConfig(DetectorConfig):
         if self.precision == "int8" and self.format != "openvino":
             raise ValueError(
                 f"precision: expected fp32 or fp16 for format={self.format}, got int8. Set format=openvino."
+            )
+        if self.data.pixel_format != RGB:
+            raise ValueError(
+                f"export: expected a detector of RGB pictures of 8 bits, got one of {self.data.pixel_format}. Predict with torch."
             )
         if self.model.get("rpn", "") is None:
             raise ValueError(

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from fpn_det.inference.images import ImageInput, read_pixels
+from fpn_det.inference.images import ImageInput, read_display
 from fpn_det.visualization.panels import draw_boxes
 
 NOTEBOOK_SIDE = 960  # px, longest side of the image that a notebook shows
@@ -100,7 +100,7 @@ class Prediction:
         Raises:
             ValueError: the image cannot be read, or has another size.
         """
-        pixels = read_pixels(image)
+        pixels = read_display(image)
         if pixels.shape[:2] != self.size:
             expected, got = (f"{width} x {height} px" for height, width in (self.size, pixels.shape[:2]))
             raise ValueError(f"draw: expected the image that was predicted, of {expected}, got one of {got}.")

@@ -21,7 +21,7 @@ from fpn_det.data.tiles import Tiles, Tiling
 from fpn_det.data.transforms import Pipeline
 from fpn_det.data.workers import Workers
 from fpn_det.image_io import MAX_PIXELS, BadImage, image_size
-from fpn_det.inference.images import ImageInput, find_images, is_video, read_pixels
+from fpn_det.inference.images import ImageInput, find_images, is_video, read_display, read_pixels
 from fpn_det.inference.prediction import Prediction
 from fpn_det.inference.selection import Selection, Thresholds
 from fpn_det.inference.video import read_batches, read_frame
@@ -60,7 +60,9 @@ class Preprocessing:
         """
 
         def read(path: Path, reduction: int) -> np.ndarray:
-            return pixels[path] if path in pixels else read_pixels(path, reduction, self.max_pixels)
+            if path in pixels:
+                return pixels[path]
+            return read_pixels(path, reduction, self.max_pixels, self.transform.pixel_format)
 
         reduced = self.reduced_decoding and not pixels
         workers = Workers() if pixels else self.workers  # their start takes longer than the resizing of a few images
@@ -137,7 +139,7 @@ class Predictor:
         Raises:
             ValueError: an image is of another type or cannot be read, or an option is impossible.
         """
-        images = find_images(source, download)
+        images = find_images(source, download, self.preprocessing.transform.pixel_format)
         for image in images:
             if isinstance(image, Path) and is_video(image):
                 raise ValueError(
@@ -222,7 +224,7 @@ class Predictor:
                     path=None if path in pixels else path,
                     image_id=int(annotations.image_ids[index]),
                     category_ids=self.category_ids,
-                    _read=partial(read_pixels, image, max_pixels=preprocessing.max_pixels),
+                    _read=partial(read_display, image, preprocessing.max_pixels),
                 )
 
     def stream_video(
@@ -274,7 +276,7 @@ class Predictor:
             if isinstance(image, str | Path):
                 size = image_size(path) or (1, 1)  # reading the pixels raises the error
             else:
-                pixels[path] = read_pixels(image)
+                pixels[path] = read_pixels(image, pixel_format=self.preprocessing.transform.pixel_format)
                 size = pixels[path].shape[:2]
             paths.append(str(path))
             sizes.append(size)

@@ -19,7 +19,7 @@ from fpn_det.interop.coco_classes import assumed_class_names
 from fpn_det.interop.conversion import EPS, convert, recognize
 from fpn_det.interop.naming import COUNTER, DELTAS, LOGITS, Layout, Project
 from fpn_det.interop.reading import read_weights
-from fpn_det.models.weights import refuse_nonfinite_weights
+from fpn_det.models.weights import refuse_nonfinite_weights, widen_input
 
 LEAST_SHARE = 0.5  # of a model's parameters that a file must provide
 # Files trained without the norms' epsilon, by the first digits of their SHA-256: fasterrcnn_resnet50_fpn_coco-258fb6c6.pth.
@@ -158,6 +158,11 @@ def load_weights(
             "on the 1x1, and this model gives RGB. Compare with experiment=compat/detectron2_r50_fpn"
         )
 
+    for key, value in own.items():
+        if key.startswith("backbone.") and key in state and _is_first_convolution(state[key], value):
+            state[key] = widen_input(state[key], value.shape[1])
+            remarks.append(f"{key} is adapted from 3 channels to {value.shape[1]}")
+
     wanted = tuple(class_names or weights.class_names or ())
     rows: list[tuple[int, int]] = []
     replaced: tuple[str, ...] = ()
@@ -193,6 +198,15 @@ def load_weights(
         dropped=dropped,
         remarks=tuple(remarks),
         share=share,
+    )
+
+
+def _is_first_convolution(weight: Tensor, own: Tensor) -> bool:
+    """True for weights of a convolution of RGB, where the model takes other channels."""
+    return (
+        weight.dim() == own.dim() == 4
+        and weight.shape[1] == 3 != own.shape[1]
+        and (weight.shape[0], *weight.shape[2:]) == (own.shape[0], *own.shape[2:])
     )
 
 

@@ -16,11 +16,13 @@ class Backbone(nn.Module, ABC):
         channels: of each map, fine to coarse.
         strides: of each map, input px per cell.
         divisor: what the sides of a batch must divide by: a multiple of every stride.
-        pixel_mean, pixel_std: of the pixels that its pretrained weights expect, on 0..255. The default is ImageNet's.
+        in_channels: of the images.
+        pixel_mean, pixel_std: of the RGB pixels that its pretrained weights expect, on 0..255. The default is ImageNet's.
     """
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
+    in_channels: int = 3
     pixel_mean: tuple[float, ...] = (123.675, 116.28, 103.53)
     pixel_std: tuple[float, ...] = (58.395, 57.12, 57.375)
 
@@ -30,7 +32,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Normalized images [B, 3, H, W] to maps [B, C_k, H / stride_k, W / stride_k], fine to coarse."""
+        """Normalized images [B, C, H, W] to maps [B, C_k, H / stride_k, W / stride_k], fine to coarse."""
 
     def truncate(self, num_maps: int) -> None:
         """Remove what follows the first `num_maps` maps. The neck does not read it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,8 +38,9 @@ class Detector(nn.Module):
         neck, rpn, roi_head: factories, called with the attributes that the preceding part declares. Without an ROI head (None) the RPN alone is
             trained, and its proposals are the detections, all of label 0. Without an RPN the ROI head is trained on the
             proposals of the batch (Fast R-CNN).
-        pixel_mean, pixel_std: of the three channels in `channel_order`, for pixels in 0..255; None = those of the backbone.
-        channel_order: of the backbone's weights, `rgb` or `bgr`; batches are always RGB.
+        pixel_mean, pixel_std: by channel, in `channel_order`, in units of the pixels; None = those of the backbone for three
+            channels, else to be given by `set_normalization`.
+        channel_order: of the backbone's weights, `rgb` or `bgr`; batches of three channels are always RGB.
         channels_last: memory format of the maps; None = channels last for detection on the CPU, where training was
             measured to be slower with it, and for half precision on a GPU.
         image_pyramid: scales of the input.
@@ -56,8 +57,8 @@ class Detector(nn.Module):
         neck: Callable[..., Neck] = FPN,
         rpn: Callable[..., RPN] | None = RPN,
         roi_head: Callable[..., ROIHead] | None = ROIHead,
-        pixel_mean: tuple[float, float, float] | None = None,
-        pixel_std: tuple[Positive, Positive, Positive] | None = None,
+        pixel_mean: tuple[float, ...] | None = None,
+        pixel_std: tuple[Positive, ...] | None = None,
         channel_order: Literal["rgb", "bgr"] = "rgb",
         channels_last: bool | None = None,
         image_pyramid: ImagePyramid = ImagePyramid(),
@@ -81,12 +82,20 @@ class Detector(nn.Module):
         self.views = Views(tuple(image_pyramid.test))
         self.train_views = Views(tuple(image_pyramid.train))
         self.channels_last = channels_last
-        for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
-            if values is None:
-                values = getattr(backbone, name)[:: -1 if self.flips_channels else 1]
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1), persistent=False)
-        self.pixel_mean: Tensor
-        self.pixel_std: Tensor
+        if self.flips_channels and backbone.in_channels != 3:
+            raise ValueError(f"model.channel_order: expected rgb for {backbone.in_channels} channels, got bgr.")
+        self.register_buffer("pixel_mean", None, persistent=False)
+        self.register_buffer("pixel_std", None, persistent=False)
+        self.pixel_mean: Tensor | None
+        self.pixel_std: Tensor | None
+        if backbone.in_channels == 3:
+            order = -1 if self.flips_channels else 1
+            pixel_mean = backbone.pixel_mean[::order] if pixel_mean is None else pixel_mean
+            pixel_std = backbone.pixel_std[::order] if pixel_std is None else pixel_std
+        if (pixel_mean is None) != (pixel_std is None):
+            raise ValueError("model.pixel_mean: expected with model.pixel_std, got one of them.")
+        if pixel_mean is not None and pixel_std is not None:
+            self.set_normalization(pixel_mean, pixel_std)
         if num_classes is not None:
             self.reset_classifier(num_classes)
 
@@ -99,6 +108,19 @@ class Detector(nn.Module):
             self.roi_head.reset_classifier(num_classes)
         if self.channels_last:
             self.to(memory_format=torch.channels_last)
+
+    def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Set mean and standard deviation of the channels.
+
+        Raises:
+            ValueError: their number is not that of the channels.
+        """
+        for name, values in (("pixel_mean", mean), ("pixel_std", std)):
+            if len(values) != self.backbone.in_channels:
+                raise ValueError(
+                    f"model.{name}: expected {self.backbone.in_channels} values, one for each channel, got {len(values)}."
+                )
+            setattr(self, name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
 
     def forward(self, batch: Batch, step: int | Tensor) -> Losses:
         """Compute all losses at an optimizer step, which determines the anchors and boxes that are sampled.
@@ -159,8 +181,17 @@ class Detector(nn.Module):
         return Pyramid(levels, self.neck.strides, batch.sizes, self.stride)
 
     def normalize(self, batch: Batch) -> Tensor:
-        """Normalize pixels [B, 3, H, W] to mean 0 and deviation 1, and set the padding of each image to 0."""
-        height, width = batch.pixels.shape[2:]
+        """Normalize pixels [B, C, H, W] to mean 0 and deviation 1, and set the padding of each image to 0."""
+        if self.pixel_mean is None or self.pixel_std is None:
+            raise ValueError(
+                f"model.pixel_mean: expected mean and deviation of {self.backbone.in_channels} channels, got none. Set "
+                "model.pixel_mean and model.pixel_std, or let a training measure them."
+            )
+        channels, height, width = batch.pixels.shape[1:]
+        if channels != self.backbone.in_channels:
+            raise ValueError(
+                f"expected images of {self.backbone.in_channels} channels, got {channels}. Set data.channels."
+            )
         assert height % self.stride == 0 and width % self.stride == 0, "the canvas must divide by the stride"
         pixels = batch.pixels.flip(1) if self.flips_channels else batch.pixels
         channels_last = self.channels_last

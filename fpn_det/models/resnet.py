@@ -13,7 +13,8 @@ from torchvision.ops import StochasticDepth
 
 from fpn_det.models.backbone import Backbone
 from fpn_det.models.layers import DeformableConv2d, Norm, conv_norm, make_norm
-from fpn_det.schema import Amount, Decay, listed
+from fpn_det.models.weights import widen_input
+from fpn_det.schema import Amount, Count, Decay, listed
 from fpn_det.weight_files import check_source, fetch, read_state, read_state_file
 
 TORCHVISION = "torchvision/"
@@ -69,12 +70,14 @@ class ResNet(torchvision_resnet.ResNet, Backbone):
         weights: `torchvision/IMAGENET1K_V1` or `V2`, `timm/<name>` such as timm/resnet50.a1_in1k, `pip/<package>`, the path
             of a ResNet state dict, or None for random ones.
         norm: one of `layers.NORMS`; None = frozen with pretrained weights, batch without.
-        frozen_stages: the first of stem, C2, C3, C4, C5 that are not trained; None = 2 with pretrained weights, 0 without.
+        frozen_stages: the first of stem, C2, C3, C4, C5 that are not trained; None = 2 with pretrained weights for three
+            channels, else 0.
         stride_in_1x1: stride on a bottleneck's first convolution, as in the original weights of MSRA; else on its 3x3.
         norm_eps: added to the variance; 0 for weights that were trained without it.
         deformable: stages whose 3x3 convolutions (of a basic block the second) are deformable, such as [3, 4, 5].
         stochastic_depth: rate at which the last block is skipped in training; it grows linearly from 0 (Huang et al. 2016).
             Random draws are those of torch's generator, which training seeds from (seed, step, rank).
+        in_channels: of the images. Pretrained weights of three are adapted, see `widen_input`.
 
     Raises:
         ValueError: unknown depth or norm, stages out of range, or a deformable stage that is frozen.
@@ -97,16 +100,21 @@ class ResNet(torchvision_resnet.ResNet, Backbone):
         norm_eps: Amount = 1e-5,
         deformable: tuple[int, ...] = (),
         stochastic_depth: Decay = 0.0,
+        in_channels: Count = 3,
     ) -> None:
         if depth not in _BLOCKS:
             raise ValueError(f"backbone.depth: expected one of {', '.join(map(str, _BLOCKS))}, got {depth}.")
         norm = norm or ("frozen" if weights else "batch")
-        frozen_stages = frozen_stages if frozen_stages is not None else (2 if weights else 0)
+        frozen_stages = frozen_stages if frozen_stages is not None else (2 if weights and in_channels == 3 else 0)
         if not 0 <= frozen_stages <= 5:
             raise ValueError(f"backbone.frozen_stages: expected 0 (none) to 5 (all), got {frozen_stages}.")
         kind, layers = _BLOCKS[depth]
         super().__init__(kind, layers, norm_layer=partial(make_norm, norm, eps=norm_eps))
         del self.fc, self.avgpool
+        self.in_channels = in_channels
+        if in_channels != 3:
+            self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
         self.depth = depth
         self.weights = weights
         self.norm = norm
@@ -160,7 +168,7 @@ class ResNet(torchvision_resnet.ResNet, Backbone):
         return self
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Normalized images [B, 3, H, W] to [C2, C3, C4, C5], or the first of them."""
+        """Normalized images [B, C, H, W] to [C2, C3, C4, C5], or the first of them."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen_stages < 1):
             x = self.maxpool(conv_norm(x, self.conv1, self.bn1).relu_())
         outputs = []
@@ -197,6 +205,8 @@ class ResNet(torchvision_resnet.ResNet, Backbone):
         state = pretrained_state(self.depth, self.weights)
         left_out = ("fc.", *(f"layer{number}." for number in range(len(self.channels) + 1, 5)))
         state = {name: value for name, value in state.items() if not name.startswith(left_out)}
+        if "conv1.weight" in state:
+            state["conv1.weight"] = widen_input(state["conv1.weight"], self.in_channels)
         load_state(self, state, self.depth, self.weights)
 
 

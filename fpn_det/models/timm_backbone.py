@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fpn_det.models.backbone import Backbone
 from fpn_det.models.layers import SyncBatchNorm2d
-from fpn_det.schema import Decay
+from fpn_det.schema import Count, Decay
 from fpn_det.weight_files import TIMM_EXTRA, check_source, read_state
 
 STRIDES = (4, 32)  # of the finest and the coarsest map
@@ -39,8 +39,9 @@ class TimmBackbone(Backbone):
         norm: of the model's batch norms: frozen, fixed_statistics, batch or sync; None = frozen with pretrained weights,
             batch without. Norms of other kinds are trained.
         frozen_stages: the first of stem, C2, C3, C4, C5 that are not trained; None = 2 with pretrained weights, 0 without
-            and where C2 depends on most of the model.
+            and where C2 depends on most of the model, or the images have other channels.
         drop_path: rate of stochastic depth at the last block, of models that have it.
+        in_channels: of the images. timm adapts pretrained weights of three, as `weights.widen_input` does.
 
     Raises:
         ValueError: timm is missing, has no such model, or its maps do not form a pyramid.
@@ -54,6 +55,7 @@ class TimmBackbone(Backbone):
         norm: Literal["frozen", "fixed_statistics", "batch", "sync"] | None = None,
         frozen_stages: int | None = None,
         drop_path: Decay = 0.0,
+        in_channels: Count = 3,
     ) -> None:
         super().__init__()
         if not re.fullmatch(r"[\w.]+", name):  # timm would fetch from other places
@@ -66,6 +68,7 @@ class TimmBackbone(Backbone):
         self.norm = norm or ("frozen" if weights else "batch")
         self.frozen_stages = frozen_stages
         self.drop_path = drop_path
+        self.in_channels = in_channels
         with torch.device("meta"):
             info = self._create().feature_info
         self.places = _places(info, name)
@@ -89,7 +92,7 @@ class TimmBackbone(Backbone):
                 sum(parameter.numel() for stage in stages for parameter in stage)
                 for stages in (self.stages[:2], self.stages)
             )
-            self.frozen_stages = 2 if self.weights and finest < MOST * total else 0
+            self.frozen_stages = 2 if self.weights and self.in_channels == 3 and finest < MOST * total else 0
         self._fix_parameters()
 
     @property
@@ -111,7 +114,7 @@ class TimmBackbone(Backbone):
         refusals = []
         for extra in ({**size, **rate} for rate in rates for size in ANY_SIZE):
             try:
-                return timm.create_model(self.name, features_only=True, **arguments, **extra)
+                return timm.create_model(self.name, features_only=True, in_chans=self.in_channels, **arguments, **extra)
             except TypeError as error:  # an argument that this model does not have
                 refusals.append(error)
             except (RuntimeError, AssertionError, AttributeError, ValueError) as error:
@@ -137,7 +140,7 @@ class TimmBackbone(Backbone):
         for divisor in dict.fromkeys([self.strides[-1], input_side]):
             try:
                 with torch.enable_grad():
-                    maps = self.forward(torch.zeros(1, 3, divisor, 2 * divisor))
+                    maps = self.forward(torch.zeros(1, self.in_channels, divisor, 2 * divisor))
             except (RuntimeError, AssertionError, ValueError) as error:
                 refusal = error
                 continue
@@ -217,7 +220,7 @@ class TimmBackbone(Backbone):
         return self
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Normalized images [B, 3, H, W] to maps [B, C_k, H / stride_k, W / stride_k], fine to coarse."""
+        """Normalized images [B, C, H, W] to maps [B, C_k, H / stride_k, W / stride_k], fine to coarse."""
         maps = self.model(x)
         return [found.permute(0, 3, 1, 2) for found in maps] if self.is_nhwc else list(maps)
 

@@ -1,4 +1,4 @@
-"""Validation of weights."""
+"""Validation of weights, and their adaptation to other input channels."""
 
 from __future__ import annotations
 
@@ -32,3 +32,18 @@ def refuse_nonfinite_weights(state: Mapping[str, Tensor], where: str) -> None:
         raise ValueError(
             f"{where}: expected finite weights, got NaN or infinity in {shown}. Use weights of an earlier step."
         )
+
+
+def widen_input(weight: Tensor, in_channels: int) -> Tensor:
+    """Weights of a first convolution [D, 3, k, k] for images of other channels, [D, in_channels, k, k].
+
+    For one channel, the sum over RGB: it gives for a grey image what RGB weights give for equal channels. For any other
+    number the RGB weights repeat in their order, times 3 / in_channels, so that equal channels give the same output. The
+    rule is timm's (`adapt_input_conv`).
+    """
+    if weight.shape[1] == in_channels:
+        return weight
+    if in_channels == 1:
+        return weight.sum(dim=1, keepdim=True)
+    repeated = weight.repeat(1, -(-in_channels // weight.shape[1]), 1, 1)[:, :in_channels]
+    return repeated * (weight.shape[1] / in_channels)

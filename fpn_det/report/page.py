@@ -20,7 +20,7 @@ from fpn_det.evaluation.bootstrap import Interval
 from fpn_det.evaluation.curves import Curve, calibrate, curve_of
 from fpn_det.evaluation.error_types import TYPES
 from fpn_det.evaluation.outcomes import HIT, IGNORED_KIND, OUTCOME_NAMES
-from fpn_det.image_io import read_image
+from fpn_det.image_io import read_for_display
 from fpn_det.report.analysis import Analysis, Comparison, mistakes
 from fpn_det.visualization.panels import OUTCOME_COLORS, draw_boxes
 
@@ -341,7 +341,7 @@ def _figure(
     if objects is None:
         objects = np.flatnonzero((outcomes.detection_of < 0) & (matches.images[matches.object_images] == row)).tolist()
     try:
-        pixels = read_image(path)
+        pixels = read_for_display(path)
     except ValueError as error:
         return f"<figure><figcaption>{caption}<br>{escape(str(error))}</figcaption></figure>"
     names = annotations.class_names

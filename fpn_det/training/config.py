@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
 
 import torch
 
@@ -28,6 +28,8 @@ from fpn_det.structures import Annotations
 from fpn_det.training.intervals import Interval
 from fpn_det.training.optimizers import Recipe
 from fpn_det.training.schedule import Schedule
+
+C = TypeVar("C", bound="TrainConfig")
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,10 @@ class TrainConfig(DetectorConfig):
             raise ValueError(
                 "resume: expected this or init_from, got both. resume continues a run, init_from starts a new one from its weights."
             )
+
+    def with_normalization(self: C, mean: Sequence[float], std: Sequence[float]) -> C:
+        """The same settings with mean and deviation of the channels."""
+        return replace(self, model=self.model | {"pixel_mean": list(mean), "pixel_std": list(std)})
 
     def build_recipe(self) -> Recipe:
         """The optimizer's rule with its learning rates and weight decays; `Recipe.build` makes torch's optimizer."""

@@ -105,6 +105,11 @@ class Trainer:
         self.model = config.build_model(num_classes=None)
         self.model.check_accumulation(trainer.accumulate)
         config.data.validate(self.model.stride)
+        if config.needs_normalization and config.data.transforms(train=True).normalizes:
+            raise ValueError(
+                "model.pixel_mean: expected values where the transforms normalize, got null. Set model.pixel_mean and "
+                "model.pixel_std, to 0 and 1 for each channel if the transforms do all."
+            )
         if config.init_from:
             check_detector(config.init_from, "init_from")
         if not (config.init_from or config.resume):
@@ -127,6 +132,8 @@ class Trainer:
         self.train_annotations, self.val_annotations = data.train, data.val
         self._report_findings(data.findings)
         state = load_on_all_ranks(lambda: folder.load(log.info))
+        if config.needs_normalization:
+            self._settle_normalization(state)
         self._prepare_model(is_new=state is None)
         if config.trainer.batch_size == "auto":
             self._settle_batch_size(resumes=state is not None)
@@ -176,6 +183,22 @@ class Trainer:
             if shown := [finding for finding in found if finding.severity != "note"]:
                 outcome = "warnings" if on_error == "fail" else "warnings, and faults that were repaired or left out"
                 self.log.info(f"data.{split}: {outcome}:\n{describe_findings(shown)}")
+
+    def _settle_normalization(self, state: State | None) -> None:
+        """Replace a mean and deviation of null by those of the training images, or by what the resumed run found.
+
+        Raises:
+            ValueError: they cannot be measured.
+        """
+        if state is None:
+            measured = self.config.data.measure_channels(self.train_annotations)
+            mean, std = measured.mean, measured.std
+            self.log.info(measured.describe())
+        else:
+            saved = read_settings(state["config"])
+            mean, std = saved["model.pixel_mean"], saved["model.pixel_std"]
+        self.config = self.config.with_normalization(mean, std)
+        self.model.set_normalization(mean, std)
 
     def _prepare_model(self, is_new: bool) -> None:
         """Give the model its classes and weights, and move it to the device."""

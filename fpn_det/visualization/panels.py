@@ -21,7 +21,7 @@ from fpn_det.evaluation.config import EvaluationConfig
 from fpn_det.evaluation.detection_table import DetectionTable
 from fpn_det.evaluation.matching import match_detections
 from fpn_det.evaluation.outcomes import IGNORED_KIND, OUTCOME_NAMES, find_outcomes
-from fpn_det.image_io import read_image
+from fpn_det.image_io import read_for_display, to_display
 from fpn_det.structures import Annotations, Batch, ScoreThresholds
 
 RGBImage = NDArray[np.uint8]
@@ -60,7 +60,7 @@ def draw_comparison(
         row: image row of `annotations`.
         config: of the evaluation, whose matcher decides on the outcomes.
     """
-    pixels, names = read_image(annotations.path(row)), annotations.class_names
+    pixels, names = read_for_display(annotations.path(row)), annotations.class_names
     thresholds = thresholds or ScoreThresholds(MIN_SCORE, {})
     truth = annotations
     if config.target == "proposals":
@@ -118,7 +118,9 @@ def draw_batch(batch: Batch, class_names: Sequence[str]) -> RGBImage:
 
 
 def to_rgb(pixels: Tensor) -> RGBImage:
-    """Convert pixels [3, H, W] to a u8 image [H, W, 3]; normalized pixels are stretched to [0, 255]."""
+    """Convert pixels [C, H, W] to a u8 image [H, W, 3], see `image_io.to_display`; normalized pixels are stretched to [0, 255]."""
+    if pixels.shape[0] != 3 or pixels.dtype == torch.uint16 or pixels.max() > 255:
+        return to_display(pixels.permute(1, 2, 0).numpy())  # [C, H, W] -> [H, W, C]
     if pixels.min() < 0:  # normalized
         pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()) * 255
     return pixels.byte().permute(1, 2, 0).numpy()  # [3, H, W] -> [H, W, 3]

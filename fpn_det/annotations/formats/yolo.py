@@ -18,7 +18,7 @@ from fpn_det.annotations.files import (
 from fpn_det.annotations.findings import Finding
 from fpn_det.annotations.parsing import parse_id, parse_number
 from fpn_det.annotations.raw import RawDataset, RawImage, split_aliases
-from fpn_det.image_io import IMAGE_SUFFIXES, image_size
+from fpn_det.image_io import IMAGE_SUFFIXES, image_size, only_images
 from fpn_det.safe_yaml import load_yaml
 
 PathT = TypeVar("PathT", bound=PurePath)
@@ -249,7 +249,7 @@ def _resolve(description: Description, entry: str) -> Path:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    return [path for path in walk_files(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+    return only_images(walk_files(folder))
 
 
 def _label_file(image: Path, listings: FolderListings) -> Path:
