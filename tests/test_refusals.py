@@ -78,7 +78,6 @@ COMPOSED = [
     ("data.classes=cat", "data.classes: expected a list, each item a string or null, got 'cat'."),
     ("data.canvas=[640]", "data.canvas: expected batch or bucket or a list of 2 values, got [640]."),
     ("model.rpn.sampler.num_samples=many", "model.rpn.sampler.num_samples: expected a whole number, got 'many'."),
-    ("model.pixel_mean=[1,2]", "model.pixel_mean: expected a list of 3 values, got [1, 2]."),
     ("model.backbone=null", "model.backbone: expected a class by name (Backbone, as _target_), got null."),
     ("optimizer.lr=null", "optimizer.lr: expected a number, got null."),
     # ranges

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from compare import assert_close
@@ -10,7 +12,11 @@ from tiny import INGREDIENTS, TINY
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fpn_det.composition import compose
+from fpn_det.models.box_heads import TwoLayerHead
 from fpn_det.models.detector import Detector
+from fpn_det.models.necks.fpn import FPN
+from fpn_det.models.roi_head import ROIHead
+from fpn_det.models.timm_backbone import TimmBackbone
 from fpn_det.structures import Detections
 
 CONTENTS = [
@@ -79,6 +85,17 @@ def test_detection_is_one_graph_for_any_content():
 @pytest.mark.parametrize("words", INGREDIENTS)
 def test_losses_and_detection_with_an_ingredient_are_one_graph_each(words: str):
     model = compose([*TINY, *words.split()]).build_model(3)
+    check_losses([(96, 128)], model)
+    check_detections([(96, 128)], model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["convnext_atto", "tf_efficientnet_lite0"])
+def test_losses_and_detection_with_a_backbone_of_timm_are_one_graph_each(name: str):
+    pytest.importorskip("timm", reason="needs the extra timm")
+    torch.manual_seed(0)
+    head = partial(ROIHead, box_head=partial(TwoLayerHead, width=64))
+    model = Detector(3, TimmBackbone(name), partial(FPN, channels=32), roi_head=head)
     check_losses([(96, 128)], model)
     check_detections([(96, 128)], model)
 

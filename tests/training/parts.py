@@ -11,6 +11,7 @@ import yaml
 from torch import Tensor, nn
 
 from fpn_det.data.config import TrainData, TrainTileConfig
+from fpn_det.image_io import RGB, PixelFormat
 from fpn_det.models.roi_align import LevelAssigner
 from fpn_det.runtime import Ranks
 from fpn_det.structures import Annotations, Batch, Detections, Losses, Targets
@@ -131,6 +132,8 @@ class TinyData:
 
     make_loader: Callable[..., TinyLoader]
     val_loader: list[Batch]
+    channels: int = 3
+    pixel_format: PixelFormat = RGB
     train_transforms: dict = field(default_factory=dict)
     eval_transforms: dict = field(default_factory=dict)
     eval_batch_size: int = 1

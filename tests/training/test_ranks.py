@@ -32,6 +32,7 @@ from fpn_det.models.necks.fpn import FPN
 from fpn_det.models.resnet import ResNet
 from fpn_det.models.roi_align import RoIAlign
 from fpn_det.models.roi_head import ROIHead
+from fpn_det.models.timm_backbone import TimmBackbone
 from fpn_det.runs.checkpoint import CheckpointFolder
 from fpn_det.runtime import Ranks, all_reduce_mean, broadcast_object, current_ranks, process_group, run_on_main
 from fpn_det.structures import Batch, Proposals, Targets
@@ -106,6 +107,20 @@ def detect_and_learn(ranks: Ranks, folder: Path) -> dict[str, list[float]]:
             curve += all_reduce_mean(terms).tolist()
         curves[f"{head.__name__}, {norm}, accumulate {accumulate}"] = curve
     return curves
+
+
+def learn_with_timm(ranks: Ranks, folder: Path) -> dict[str, list[float]]:
+    """Losses of two steps of a detector with a backbone of timm, whose batch norms see the images of all ranks."""
+    torch.manual_seed(0)
+    backbone = TimmBackbone("tf_efficientnet_lite0", norm="sync")
+    model = Detector(3, backbone, partial(FPN, channels=16), roi_head=partial(ROIHead, box_head=SMALL))
+    optimization = make_optimization(model.train(), SGD(lr=0.01, base_batch_size=None))
+    curve = []
+    for step in range(2):
+        (rows,) = micro_batches(torch.arange(4), ranks, 1).tolist()
+        (losses,) = optimization.step([drawn(rows)], step)
+        curve += all_reduce_mean(torch.stack(list(losses.terms.values()))).tolist()
+    return {"curve": curve}
 
 
 def learn_without_rpn(ranks: Ranks, folder: Path) -> dict[str, list[float]]:
@@ -325,6 +340,15 @@ def test_a_detector_without_rpn_learns_the_same_on_two_ranks(tmp_path):
     for name, curve in expected.items():
         assert one[name] == other[name]
         assert_close(torch.tensor(one[name]), torch.tensor(curve), 1e-5, name)
+
+
+@pytest.mark.slow
+def test_a_detector_with_a_backbone_of_timm_learns_the_same_on_two_ranks(tmp_path):
+    pytest.importorskip("timm", reason="needs the extra timm")
+    one, other = spawn(learn_with_timm, tmp_path)
+    expected = learn_with_timm(Ranks(), tmp_path)
+    assert one["curve"] == other["curve"]
+    assert one["curve"] == pytest.approx(expected["curve"], rel=1e-3, abs=1e-5)
 
 
 def test_bad_loss_on_one_rank_stops_all(two_ranks, ranks_folder):
