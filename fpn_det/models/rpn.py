@@ -179,7 +179,8 @@ class RPN(nn.Module):
         level_scores, level_idxs = [], []
         for size in output.level_sizes:
             scores, idxs = select.top(logits[:, start : start + size])
-            if padding := widest - scores.shape[1]:
+            padding = widest - scores.shape[1]
+            if not isinstance(padding, int) or padding:  # in a traced graph it is symbolic, and 0 on some canvases only
                 scores, idxs = F.pad(scores, (0, padding), value=-torch.inf), F.pad(idxs, (0, padding))
             level_scores.append(scores)
             level_idxs.append(idxs + start)
