@@ -27,16 +27,14 @@ from fpn_det.pretrained import settings_for, to_checkpoint
 from fpn_det.runs.checkpoint import save_checkpoint, save_weights
 from fpn_det.weight_files import SAFETENSORS
 
-Target = Literal["fpn_det", "torchvision", "detectron2", "mmdet", "safetensors"]
+Target = Literal[Project, "safetensors"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertWeightsConfig:
     """Options of `fpn-det convert-weights`."""
 
-    target: (
-        Project | Literal["safetensors"]
-    )  # torchvision, detectron2, mmdet, fpn_det; safetensors = fpn_det's weights alone
+    target: Target  # fpn_det, torchvision, detectron2, mmdet; or safetensors, weights alone
     input: str  # file of weights or checkpoint, in any form that its project writes
     output: str  # file to write
     source: Literal["auto", Project] = "auto"  # auto = recognized by the names of the tensors

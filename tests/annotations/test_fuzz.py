@@ -45,8 +45,9 @@ FRAGMENTS = [
 def make_coco(root: Path) -> Path:
     """The set of `make_csv` as COCO JSON."""
     MAKERS["csv"](root)
-    convert(ConversionConfig("csv", "coco", str(root / "train.csv"), str(root / "train.json"), images=str(root)))
-    document = json.loads((root / "train.json").read_text())
+    converted = root.parent / "converted"
+    convert(ConversionConfig("csv", "coco", str(root / "train.csv"), str(converted), images=str(root), pictures="none"))
+    document = json.loads((converted / "annotations/instances_train2017.json").read_text())
     for record in document["annotations"]:
         record["segmentation"] = [[1, 1, 5, 1, 5, 5]]
     (root / "train.csv").unlink()

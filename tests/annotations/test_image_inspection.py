@@ -23,9 +23,9 @@ def inspected(monkeypatch) -> list[str]:
     names: list[str] = []
     inspect = image_inspection._inspect
 
-    def record(path: str, max_pixels: int) -> image_inspection.ImageInfo:
+    def record(path: str, **options) -> image_inspection.ImageInfo:
         names.append(Path(path).name)
-        return inspect(path, max_pixels)
+        return inspect(path, **options)
 
     monkeypatch.setattr(image_inspection, "_inspect", record)
     return names
