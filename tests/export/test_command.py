@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 from test_detector import spread_out
 
 pytestmark = pytest.mark.slow
-IDS = [9, 4, 6, 2]
+IDS = [9, 4, 6, 2, 7, 1]
 
 
 def make_checkpoint(shapes_dataset: Path, folder: Path) -> Path:
