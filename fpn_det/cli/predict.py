@@ -44,11 +44,10 @@ from fpn_det.inference.folder import (
     sizes_of,
 )
 from fpn_det.inference.images import find_files, is_video
-from fpn_det.inference.predictor import Predictor, build_predictor
+from fpn_det.inference.predictor import Predictor, Preprocessing, build_predictor
 from fpn_det.inference.selection import Selection
 from fpn_det.inference.video import VideoHeader, check_support, read_header
 from fpn_det.models.detector import Detector
-from fpn_det.models.tiles import check_tiles
 from fpn_det.models.weights import refuse_nonfinite_weights
 from fpn_det.runs.checkpoint import fill_model, find_checkpoint, remark_on
 from fpn_det.runtime import Ranks, keep_freed_memory, pick_device
@@ -116,6 +115,7 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
     )
     thresholds = predictor.thresholds(config.score)
     selection = predictor.selection(config.score, config.classes, config.max_detections)
+    preprocessing = predictor.preprocessing_with(config.size)
     counts = [f"{len(rows)} {name}" for rows, name in ((images, "images"), (videos, "videos")) if rows]
     say(console, f"{', '.join(counts)}, {shown_path(path)}. Kept: {thresholds.origin}.")
 
@@ -141,12 +141,12 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
     with Progress(*columns, console=console, transient=True, expand=True, disable=not console.is_terminal) as bar:
         total = len(images) + sum(header.num_frames for header in headers.values())
         task = bar.add_task("", total=total, completed=len(images) - len(rows))
-        for entry in _predict_images(predictor, files, rows, drawings, selection, config.size):
+        for entry in _predict_images(predictor, files, rows, drawings, selection, preprocessing):
             folder.add([entry])
             bar.advance(task)
         for row, header in headers.items():
             before = bar.tasks[task].completed
-            for entry in _predict_video(predictor, files[row], row, header, drawings, selection, config.size):
+            for entry in _predict_video(predictor, files[row], row, header, drawings, selection, preprocessing):
                 folder.add([entry])
                 bar.advance(task, 0 if entry.ends_file else 1)
             total += int(bar.tasks[task].completed - before) - header.num_frames  # that of the header is an estimate
@@ -167,14 +167,16 @@ def _predict_images(
     rows: Sequence[int],
     drawings: Sequence[Path] | None,
     selection: Selection,
-    size: int | None,
+    preprocessing: Preprocessing,
 ) -> Iterator[Entry]:
     """Predict, and draw unless `drawings` is None, the files of these rows."""
     if not rows:
         return
     numbers = {files[row]: row for row in rows}
     bad: list[BadImage] = []
-    found = predictor.stream([files[row] for row in rows], selection, size, [row + 1 for row in rows], bad.append)
+    found = predictor.stream(
+        [files[row] for row in rows], selection, preprocessing, [row + 1 for row in rows], bad.append
+    )
     if drawings is not None:
         found = draw_pictures(found, lambda one: drawings[one.image_id - 1])
     for one in found:
@@ -192,11 +194,11 @@ def _predict_video(
     header: VideoHeader,
     drawings: Sequence[Path] | None,
     selection: Selection,
-    size: int | None,
+    preprocessing: Preprocessing,
 ) -> Iterator[Entry]:
     """Predict, and draw unless `drawings` is None, the frames of a video."""
     bad: list[BadImage] = []
-    frames = predictor.stream_video(file, selection, size, bad.append)
+    frames = predictor.stream_video(file, selection, preprocessing, bad.append)
     found = (one for _, one in frames) if drawings is None else draw_video(frames, drawings[row], header.rate)
     for one in found:
         yield Entry(row, one.size, one.to_coco(), frame=one.frame)
@@ -222,8 +224,6 @@ def _open(config: PredictConfig) -> tuple[Path, dict[str, Any], Detector | Expor
     """The file that is asked for, what it says about itself, and its detector with the device to run it on."""
     if is_exported(config.checkpoint):
         exported = open_exported(config.checkpoint)
-        if config.tiling is not None:
-            check_tiles(exported)
         return exported.file.path, exported.file.metadata, exported, pick_device("cpu")
     path, state = find_checkpoint(config.run, config.checkpoint)
     model = config.build_model(len(state["class_names"]))

@@ -147,7 +147,8 @@ class Predictor:
                     f"frame, or fpn-det predict source={image}."
                 )
         selection = self.selection(score, classes, max_detections)
-        found = {one.image_id: one for one in self.stream(images, selection, size, tile=tile, overlap=overlap)}
+        preprocessing = self.preprocessing_with(size, tile, overlap)
+        found = {one.image_id: one for one in self.stream(images, selection, preprocessing)}
         return [found[number] for number in sorted(found)]
 
     def predict_video(
@@ -172,7 +173,8 @@ class Predictor:
             ValueError: PyAV is not installed, or an option is impossible.
         """
         selection = self.selection(score, classes, max_detections)
-        frames = self.stream_video(Path(source), selection, size, tile=tile, overlap=overlap)
+        preprocessing = self.preprocessing_with(size, tile, overlap)
+        frames = self.stream_video(Path(source), selection, preprocessing)
         return (prediction for _, prediction in frames)
 
     def selection(
@@ -185,32 +187,50 @@ class Predictor:
         """Return the score thresholds that apply if the option `score` is given."""
         return Thresholds.choose(self.class_names, score, self.score_thresholds)
 
+    def preprocessing_with(
+        self, size: int | None = None, tile: int | None = None, overlap: float | None = None
+    ) -> Preprocessing:
+        """Build the preprocessing from the options of `predict`.
+
+        Raises:
+            ValueError: an option is impossible.
+        """
+        result = self.preprocessing
+        if size is not None:
+            if size < 1:
+                raise ValueError(f"size: expected a side of at least 1 px, got {size}.")
+            result = replace(result, transform=result.transform.resized_to(size))
+        tiling = result.tiling
+        if tile is not None:
+            if tile < 0:
+                raise ValueError(f"tile: expected a side in px, or 0 for whole images only, got {tile}.")
+            tiling = Tiling(tile, tiling.overlap if tiling else Tiling.overlap) if tile else None
+        if overlap is not None:
+            if not 0 <= overlap < 1 or tiling is None:
+                found = overlap if tiling else f"{overlap} without tiles"
+                raise ValueError(f"overlap: expected a fraction from 0 to below 1 of a tile, got {found}.")
+            tiling = replace(tiling, overlap=overlap)
+        if tiling is not None:
+            check_tiles(self.model)
+        return replace(result, tiling=tiling)
+
     def stream(
         self,
         images: Sequence[ImageInput],
         selection: Selection,
-        size: int | None = None,
+        preprocessing: Preprocessing,
         image_ids: Sequence[int] | None = None,
         on_bad_image: OnBadImage | None = None,
-        tile: int | None = None,
-        overlap: float | None = None,
     ) -> Iterator[Prediction]:
         """Yield the predictions batch by batch, in the order of aspect ratios.
 
         Args:
             images: files, PIL images or arrays.
             selection: of detections.
-            size: see `predict`.
+            preprocessing: see `preprocessing_with`.
             image_ids: of the images; None numbers them from 1 on.
             on_bad_image: called for each image that cannot be read, which has no prediction; None makes it an error.
-            tile, overlap: see `predict`.
-
-        Raises:
-            ValueError: an option is impossible.
         """
-        preprocessing = self._preprocessing_with(size, tile, overlap)
-        if preprocessing.tiling is not None:
-            check_tiles(self.model)
         annotations, pixels = self._describe(images, image_ids)
         batches = preprocessing.loader(annotations, pixels, self.device, on_bad_image)
         for batch, detections in detect_all(self.model, batches, self.dtype, self.tta):
@@ -231,25 +251,21 @@ class Predictor:
         self,
         path: Path,
         selection: Selection,
-        size: int | None = None,
+        preprocessing: Preprocessing,
         on_bad_video: OnBadImage | None = None,
-        tile: int | None = None,
-        overlap: float | None = None,
     ) -> Iterator[tuple[np.ndarray, Prediction]]:
         """Yield the frames of a video, u8 [h, w, 3] RGB, with their predictions.
 
         Args:
             path: of the file.
             selection: of detections.
-            size: see `predict`.
+            preprocessing: see `preprocessing_with`.
             on_bad_video: called after the last good frame if the file cannot be read to its end; None makes it an error.
-            tile, overlap: see `predict`.
         """
-        limit, number = self.preprocessing.max_pixels, 0
+        limit, number = preprocessing.max_pixels, 0
         try:
-            for frames in read_batches(path, self.preprocessing.batch_size, limit):
-                unordered = self.stream(frames, selection, size, tile=tile, overlap=overlap)
-                found = sorted(unordered, key=lambda one: one.image_id)
+            for frames in read_batches(path, preprocessing.batch_size, limit):
+                found = sorted(self.stream(frames, selection, preprocessing), key=lambda one: one.image_id)
                 for pixels, prediction in zip(frames, found, strict=True):
                     read = partial(read_frame, path, number, limit)
                     yield pixels, replace(prediction, path=path, frame=number, image_id=number + 1, _read=read)
@@ -282,25 +298,6 @@ class Predictor:
             sizes.append(size)
         ids = self.category_ids or range(1, len(self.class_names) + 1)
         return Annotations.without_objects(paths, sizes, self.class_names, ids, image_ids), pixels
-
-    def _preprocessing_with(self, size: int | None, tile: int | None, overlap: float | None) -> Preprocessing:
-        """Return the preprocessing with the options of `predict`."""
-        result = self.preprocessing
-        if size is not None:
-            if size < 1:
-                raise ValueError(f"size: expected a side of at least 1 px, got {size}.")
-            result = replace(result, transform=result.transform.resized_to(size))
-        tiling = result.tiling
-        if tile is not None:
-            if tile < 0:
-                raise ValueError(f"tile: expected a side in px, or 0 for whole images only, got {tile}.")
-            tiling = Tiling(tile, tiling.overlap if tiling else Tiling.overlap) if tile else None
-        if overlap is not None:
-            if not 0 <= overlap < 1 or tiling is None:
-                found = overlap if tiling else f"{overlap} without tiles"
-                raise ValueError(f"overlap: expected a fraction from 0 to below 1 of a tile, got {found}.")
-            tiling = replace(tiling, overlap=overlap)
-        return replace(result, tiling=tiling)
 
 
 def build_predictor(
