@@ -56,13 +56,13 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def keep_freed_memory() -> None:
-    """Let the C library keep freed memory for the next allocation, where it is glibc.
+def keep_freed_memory(device: torch.device) -> None:
+    """Let the C library keep freed memory for the next allocation, for work on the CPU and where the library is glibc.
 
     By default it returns large blocks to the system. A training step on the CPU frees and allocates the same tensors again and
     again, and the system clears every page each time, in 5 to 8 % of the step's time. The process stays at its peak size.
     """
-    if sys.platform != "linux":
+    if device.type != "cpu" or sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent in other C libraries
     if mallopt is not None:
@@ -143,8 +143,7 @@ def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Ranks, 
             f"distributed: WORLD_SIZE is set but {', '.join(missing)} are not. Launch with torchrun, or unset WORLD_SIZE."
         )
     chosen = pick_device(device)
-    if chosen.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(chosen)
     if missing:
         if chosen.type == "cuda" and chosen.index is not None:
             torch.cuda.set_device(chosen)  # libraries allocate on the current device

@@ -59,7 +59,7 @@ FREES = """
 import resource, torch
 from fpn_det.runtime import keep_freed_memory
 
-keep_freed_memory()
+keep_freed_memory(torch.device("cpu"))
 faults = []
 for _ in range(12):
     for size in (40, 90, 60):

@@ -30,7 +30,7 @@ SECONDS = {
 def measure(config: BenchmarkConfig) -> Iterator[tuple[str, list[float]]]:
     """Yield the name of each measure with its two values, fpn_det's first, as soon as they are known."""
     device = pick_device(config.device)
-    keep_freed_memory()  # as training and prediction do
+    keep_freed_memory(device)  # as training and prediction do
     if config.threads:
         torch.set_num_threads(config.threads)
     if "memory" in config.only:  # first, while this process is small

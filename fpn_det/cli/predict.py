@@ -97,8 +97,7 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
     if config.batch_size is not None:
         config = replace(config, data=replace(config.data, eval_batch_size=config.batch_size))
     path, state, model, device = _open(config)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     if remark := remark_on(path):
         say(console, remark)
     names = state["class_names"]
