@@ -67,6 +67,10 @@ class Idle(Protocol):
     def __call__(self, config: Any) -> str | None: ...
 
 
+def _without_training_tiles(config: Any) -> str | None:
+    return None if config.data.tile.size else "data.tile.size=null cuts no tiles"
+
+
 # Settings that are refused where they would change nothing, or not what they seem to.
 IDLE: list[tuple[str, Idle]] = [
     ("hydra.run.dir", lambda config: "the folder of a run is run_dir=<folder>"),
@@ -88,14 +92,8 @@ IDLE: list[tuple[str, Idle]] = [
             "the tiles of an evaluation are tile.size and tile.overlap" if isinstance(config, EvalConfig) else None
         ),
     ),
-    (
-        "data.tile.min_visible",
-        lambda config: "data.tile.size=null cuts no tiles" if not config.data.tile.size else None,
-    ),
-    (
-        "data.tile.empty_share",
-        lambda config: "data.tile.size=null cuts no tiles" if not config.data.tile.size else None,
-    ),
+    ("data.tile.min_visible", _without_training_tiles),
+    ("data.tile.empty_share", _without_training_tiles),
     ("tile.overlap", lambda config: "there are no tiles without tile.size" if config.tiling is None else None),
     (
         "schedule.warmup_factor",
