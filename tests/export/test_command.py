@@ -24,13 +24,22 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 from test_detector import spread_out
 
 pytestmark = pytest.mark.slow
+# Sides of at least 97 px, which a file does not pad to a canvas of its own.
+RESIZE = (
+    "data.eval_transforms.resize={_target_: fpn_det.data.transforms.ResizeShortestSide, sides: [128], max_side: 192}"
+)
 IDS = [9, 4, 6, 2, 7, 1]
+
+
+def require_libraries() -> None:
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(library)
 
 
 def make_checkpoint(shapes_dataset: Path, folder: Path) -> Path:
     """A detector that is sure of what it sees, as a run leaves it."""
     torch.manual_seed(0)
-    config = compose([*TINY, f"data.root={shapes_dataset}"])
+    config = compose([*TINY, f"data.root={shapes_dataset}", RESIZE])
     names = list(config.data.read_train_and_val(seed=0).train.class_names)
     state = {
         "model": spread_out(config.build_model(len(names))).state_dict(),
@@ -58,8 +67,7 @@ def export_config(checkpoint: Path, *words: str) -> ExportConfig:
 @pytest.fixture(scope="module")
 def files(shapes_dataset, tmp_path_factory) -> tuple[Path, Path, list[str]]:
     """A checkpoint, its ONNX file, and what the export said."""
-    for library in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(library)
+    require_libraries()
     checkpoint = make_checkpoint(shapes_dataset, tmp_path_factory.mktemp("export") / "run")
     said: list[str] = []
     return checkpoint, export(export_config(checkpoint, "verify=ap"), said.append), said
@@ -98,6 +106,38 @@ def test_the_file_predicts_and_evaluates_as_its_checkpoint_does(files, shapes_da
         api.load(file, tta=Views(flip=True)).predict(pictures[:1])
 
 
+def test_the_commands_treat_the_file_of_a_run_like_its_checkpoint(run_tool, shapes_dataset, tmp_path):
+    require_libraries()
+    low = "model.roi_head.test_filter.score_threshold=0.01"
+    api.train(
+        [*TINY, f"data.root={shapes_dataset}", f"run_dir={tmp_path / 'run'}", "data.eval_batch_size=3", low, RESIZE]
+    )
+    assert run_tool("export.py", "run=run").returncode == 0
+    (exported,) = (tmp_path / "run").rglob("*.onnx")
+    source = f"source={shapes_dataset / 'val2017'}"
+    rows, metrics = {}, {}
+    for name, checkpoint in (("torch", "run=run"), ("onnx", f"checkpoint={exported}")):
+        result = run_tool("predict.py", checkpoint, source, "score=0", "draw=false", f"out={name}", "device=cpu")
+        assert result.returncode == 0, result.stderr
+        rows[name] = json.loads((tmp_path / name / "predictions.json").read_text())
+        result = run_tool("eval.py", checkpoint, "device=cpu")
+        assert result.returncode == 0, result.stderr
+        folder = exported.name if name == "onnx" else "best"
+        metrics[name] = json.loads((tmp_path / "run" / "eval" / folder / "metrics.json").read_text())
+    (one, other) = (_columns(rows[name]) for name in ("torch", "onnx"))
+    tolerance = np.array([0, 0, 0.01, 0.01, 0.01, 0.01, 1e-4])
+    same = (abs(one[:, None] - other) <= tolerance).all(axis=2)
+    # scores of two steps are so close that another order of equal ones may exchange a few at the limit of detections
+    assert len(one) == len(other) > 100 and same.any(axis=0).mean() > 0.98 and same.any(axis=1).mean() > 0.98
+    assert metrics["onnx"]["weights"] == "exported"
+    assert metrics["onnx"]["AP"] == pytest.approx(metrics["torch"]["AP"], abs=1e-4)
+
+
+def _columns(rows: list[dict]) -> np.ndarray:
+    """Image, category, box and score of each detection, f64 [D, 7]."""
+    return np.array([[row["image_id"], row["category_id"], *row["bbox"], row["score"]] for row in rows])
+
+
 def test_the_program_of_the_documentation_finds_the_same(files, shapes_dataset, tmp_path):
     checkpoint, file, _ = files
     text = (ROOT / "docs" / "export.md").read_text()
@@ -129,5 +169,5 @@ def test_a_file_that_differs_is_not_left(files, monkeypatch):
     monkeypatch.setattr(proof, "SCORE_TOLERANCE", -1.0)
     output = checkpoint.parent / "other.onnx"
     with pytest.raises(ValueError, match="export: expected the detections of torch, got others"):
-        export(export_config(checkpoint, "size=[160,160]", f"output={output}"), lambda line: None)
+        export(export_config(checkpoint, "size=[192,192]", f"output={output}"), lambda line: None)
     assert not output.exists()

@@ -18,6 +18,7 @@ from fpn_det.export.writing import write
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 from test_detector import make_batch, make_model, spread_out
+from test_parts import METADATA
 
 
 def test_a_damaged_onnx_file_is_refused(tmp_path: Path):
@@ -48,15 +49,7 @@ def test_an_onnx_file_detects_what_torch_detects(tmp_path: Path):
     for library in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(library)
     model, path = spread_out(make_model()).eval(), tmp_path / "model.onnx"
-    metadata = {
-        "class_names": ["a", "b", "c"],
-        "category_ids": [1, 2, 3],
-        "config": "",
-        "dtype": "uint8",
-        "size": None,
-        "step": 0,
-    }
-    write(Graph(model).trace(None, torch.uint8), "onnx", path, metadata)
+    write(Graph(model).trace(None, torch.uint8), "onnx", path, METADATA)
     exported = ExportedDetector(ExportedFile(path), model)
     found = compare(model, exported, cases([make_batch((1,)), make_batch((2,), (160, 224))]))
     assert found.detections > 50 and found.is_within_tolerance
