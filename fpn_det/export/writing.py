@@ -116,6 +116,7 @@ def _translations() -> dict[Any, Callable]:
         lowest = op.Constant(value_float=-3.0e38)
         scores = op.Unsqueeze(op.Where(valid, scores, lowest), op.Constant(value_ints=[1]))  # [P, K] -> [P, 1, K]
         most = op.Constant(value_ints=[2**31 - 1])
+        boxes = op.Reshape(boxes, op.Constant(value_ints=[0, -1, 4]))  # OpenVINO's quantization loses the 4 otherwise
         limits = op.Constant(value_floats=[iou_threshold]), op.Constant(value_floats=[-2.0e38])
         kept = op.Gather(op.NonMaxSuppression(boxes, scores, most, *limits), op.Constant(value_ints=[0, 2]), axis=1)
         number = op.Slice(op.Shape(kept), op.Constant(value_ints=[0]), op.Constant(value_ints=[1]))
