@@ -1,17 +1,20 @@
 """Arrays in files: NumPy's .npy, and TIFF with any number of channels and values of any width.
 
-A header is read before any pixel, so that its claims can be checked before memory is allocated. TIFF needs the package
-tifffile (extra `tiff`); of its vendor dialects nothing but the plain pages is read.
+A header is read before any pixel, so that its claims can be checked before memory is allocated, and pixels never take more
+than it claims. TIFF needs the package tifffile (extra `tiff`); of its vendor dialects nothing but the plain pages is read.
 """
 
 from __future__ import annotations
 
-import io
 import logging
+import lzma
 import math
+import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -20,6 +23,14 @@ TIFF_MAGIC = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 MAX_PAGES = 1024
 REDUCED_OR_MASK = 1 | 4  # bits of a TIFF page's NewSubfileType
 ORIENTATION = 274
+MAX_TILE = 1 << 26  # values in a tile or strip that is larger than its image
+# Compressions that tifffile unpacks without imagecodecs, but then whatever the size of the result.
+UNPACKERS: dict[int, Callable[[], Any]] = {
+    8: zlib.decompressobj,
+    32946: zlib.decompressobj,
+    34925: lzma.LZMADecompressor,
+    50013: zlib.decompressobj,
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,12 @@ class StoredArray:
     dtype: str  # numpy's name
     orientation: int  # EXIF, 1..8
     kind: str  # NPY or TIFF
-    decode: Callable[[], np.ndarray]  # gives [h, w, C], as stored
+    decode: Callable[[], np.ndarray]  # gives [h, w, C], as stored, in the byte order of the machine
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the decoded pixels take."""
+        return self.height * self.width * self.channels * np.dtype(self.dtype).itemsize
 
 
 def is_array(content: bytes) -> bool:
@@ -40,24 +56,22 @@ def is_array(content: bytes) -> bool:
     return content.startswith((NPY_MAGIC, *TIFF_MAGIC))
 
 
-def open_array(content: bytes, size: int | None = None) -> StoredArray:
-    """Read the header of a .npy or TIFF file.
+def open_array(file: BinaryIO) -> StoredArray:
+    """Read the header of a .npy or TIFF file, whose pixels can be decoded while the file is open.
 
     An array is [h, w, C], or [h, w] for one channel. The channels of a TIFF file are the samples of its page, or its pages
     of one sample; pages of a reduced size and masks are left out.
 
-    Args:
-        content: of the file. The start of a .npy file suffices for its header.
-        size: of the file; None = that of the content.
-
     Raises:
         ValueError: it is damaged or holds something else; gives the reason only.
     """
-    return _open_npy(content, size or len(content)) if content.startswith(NPY_MAGIC) else _open_tiff(content)
+    file.seek(0)
+    is_npy = file.read(len(NPY_MAGIC)) == NPY_MAGIC
+    file.seek(0)
+    return _open_npy(file) if is_npy else _open_tiff(file)
 
 
-def _open_npy(content: bytes, size: int) -> StoredArray:
-    file = io.BytesIO(content)
+def _open_npy(file: BinaryIO) -> StoredArray:
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -68,23 +82,26 @@ def _open_npy(content: bytes, size: int) -> StoredArray:
         raise ValueError(
             f"expected an array [h, w, C] or [h, w] of numbers, got {dtype} {list(shape)}. Move the channels to the end"
         )
-    if size - file.tell() < math.prod(shape) * dtype.itemsize:
+    start, size = file.tell(), file.seek(0, os.SEEK_END)
+    if size - start < math.prod(shape) * dtype.itemsize:
         raise ValueError(f"expected a complete .npy file, got {size:,} bytes that end too early")
 
     def decode() -> np.ndarray:
-        return np.load(io.BytesIO(content), allow_pickle=False).reshape(*shape[:2], -1)
+        file.seek(0)
+        values = np.load(file, allow_pickle=False).reshape(*shape[:2], -1)
+        return values.astype(dtype.newbyteorder("="), copy=False)
 
     return StoredArray(shape[0], shape[1], (*shape, 1)[2], dtype.name, 1, "NPY", decode)
 
 
-def _open_tiff(content: bytes) -> StoredArray:
+def _open_tiff(file: BinaryIO) -> StoredArray:
     try:
         import tifffile
     except ImportError:
         raise ValueError("expected the package tifffile, got none. Install it: pip install 'fpn_det[tiff]'") from None
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # damage is an error here, not a message beside it
     try:
-        pages = _plain_pages(tifffile.TiffFile(io.BytesIO(content)))
+        pages = _plain_pages(tifffile.TiffFile(file, name="image"))  # that of an open file may be a number
         first = pages[0]
         shape, axes, dtype = tuple(first.shape), str(first.axes), np.dtype(first.dtype)
         tag = first.tags.get(ORIENTATION)
@@ -98,9 +115,14 @@ def _open_tiff(content: bytes) -> StoredArray:
             f"expected one page with its channels as samples, or a page for each channel, got {len(pages)} pages with axes {axes} "
             f"{list(shape)}"
         )
+    if math.prod(first.chunks) > max(math.prod(shape), MAX_TILE):
+        raise ValueError(f"expected tiles no larger than the image, got {list(first.chunks)} for {list(shape)}")
 
     def decode() -> np.ndarray:
         try:
+            if find_spec("imagecodecs") is None:  # which stops at the declared size by itself
+                for page in pages:
+                    _check_unpacked_size(page, file)
             planes = [page.asarray() for page in pages]
         except MemoryError:
             raise
@@ -127,6 +149,22 @@ def _plain_pages(file: Any) -> list[Any]:
         if (page.shape, page.dtype, page.axes) == (first.shape, first.dtype, first.axes)
         and (page is first or not int(page.subfiletype) & REDUCED_OR_MASK)
     ]
+
+
+def _check_unpacked_size(page: Any, file: BinaryIO) -> None:
+    """Refuse a page whose compressed tiles or strips unpack to more than its header claims: a small file could fill the memory.
+
+    Raises:
+        ValueError: one does; or its compressed data is damaged, as zlib.error or lzma.LZMAError.
+    """
+    unpacker = UNPACKERS.get(int(page.compression))
+    if unpacker is None:
+        return
+    most = math.prod(page.chunks) * page.dtype.itemsize
+    for start, size in zip(page.dataoffsets, page.databytecounts, strict=True):
+        file.seek(start)
+        if len(unpacker().decompress(file.read(size), most + 1)) > most:
+            raise ValueError(f"{size:,} bytes unpack to more than the {most:,} that the header claims")
 
 
 def _first_line(error: Exception) -> str:

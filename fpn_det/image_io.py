@@ -10,16 +10,18 @@ the size that a header claims is checked before memory is allocated.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import stat
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, get_args
+from typing import BinaryIO, Literal, get_args
 
 import cv2
 import numpy as np
@@ -29,10 +31,10 @@ from fpn_det.array_io import NPY_MAGIC, TIFF_MAGIC, StoredArray, is_array, open_
 
 MAX_PIXELS = 1 << 28  # default limit of width * height: 768 MiB of RGB
 MAX_PNG_CHUNKS = 1 << 20
-MAX_NPY_HEADER = 1 << 16
 MAX_BYTES_PER_PIXEL, MAX_METADATA_BYTES = 8, 1 << 24  # limits of the file size
 Image.MAX_IMAGE_PIXELS = None  # replaced by the limit of this module, which also applies to OpenCV
 warnings.filterwarnings("ignore", module=r"PIL\.")  # such as corrupt EXIF data, which has no effect on the pixels
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # `array_io` may read what it cannot
 
 # Suffixes of files that are taken for images in a folder, see `only_images`. HEIC files are listed to be refused with a reason.
 IMAGE_SUFFIXES = frozenset(
@@ -106,7 +108,7 @@ class ImageHeader:
     width: int  # px, upright
     orientation: int  # EXIF, 1..8; the stored image is rotated by 90 degrees from 5 on
     format: str  # Pillow's name; NPY for arrays
-    stored: PixelFormat = RGB  # of the file; from `verify_image` only
+    stored: PixelFormat  # of the file
 
 
 def read_image(
@@ -146,11 +148,11 @@ def read_for_display(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     except BadImage:
         if not is_array(content):
             raise
-        return to_display(_decode_stored(_open_stored(content, path, max_pixels), path))
-    if picture.mode[0] not in "IF":
+        return to_display(_decode_values(content, path, max_pixels)[0])
+    if header.stored.dtype == "uint8":
         return decode_image(content, path, max_pixels=max_pixels)
-    _load(picture, path, len(content))
-    return to_display(_upright_array(np.asarray(picture)[..., None], header.orientation))
+    with _refusing_what_exceeds_memory(content, path):
+        return to_display(_upright(_picture_values(picture, header, content, path), header.orientation))
 
 
 def to_display(pixels: np.ndarray) -> np.ndarray:
@@ -202,9 +204,9 @@ def decode_image(
         path: for messages.
         reduction, max_pixels, pixel_format: as of `read_image`.
     """
-    try:
-        if pixel_format != RGB:
-            return _decode_as(content, path, max_pixels, pixel_format)
+    if pixel_format != RGB:
+        return _decode_values(content, path, max_pixels, pixel_format)[0]
+    with _refusing_what_exceeds_memory(content, path):
         if content.startswith(NPY_MAGIC):
             return _decode_array_to_rgb(content, path, max_pixels)
         picture, header = _open_image(content, path, max_pixels)
@@ -214,6 +216,12 @@ def decode_image(
             if pixels is not None:
                 return _upright(pixels, header.orientation)
         return _decode_pillow(picture, path, len(content))
+
+
+@contextmanager
+def _refusing_what_exceeds_memory(content: bytes, path: Path) -> Iterator[None]:
+    try:
+        yield
     except MemoryError as error:
         raise BadImage(
             path, f"{path}: expected an image that fits into memory, got one of {len(content):,} bytes that does not."
@@ -238,18 +246,13 @@ def verify_image(
         try:
             return verify_image(content, path, max_pixels)
         except BadImage:
-            if not is_array(content):
-                raise
-            stored = _open_stored(content, path, max_pixels)
-            _decode_stored(stored, path)
-            return _header_of(stored)
-    if pixel_format != RGB or content.startswith(NPY_MAGIC):
-        decode_image(content, path, max_pixels=max_pixels, pixel_format=pixel_format)
-        if is_array(content):
-            return _header_of(_open_stored(content, path, max_pixels))
-        return replace(_open_image(content, path, max_pixels)[1], stored=pixel_format)
-    picture, header = _open_image(content, path, max_pixels)
-    header = replace(header, stored=_format_of(picture, content))
+            return _decode_values(content, path, max_pixels)[1]
+    if pixel_format != RGB:
+        return _decode_values(content, path, max_pixels, pixel_format)[1]
+    if content.startswith(NPY_MAGIC):
+        decode_image(content, path, max_pixels=max_pixels)
+        return _header_of(_open_stored(content, path, max_pixels))
+    header = _open_image(content, path, max_pixels)[1]
     if header.format in ("JPEG", "MPO") and min(header.height, header.width) >= 8:
         # An eighth of the size takes half of the time, and fails for the same files.
         if _decode_opencv(content, cv2.IMREAD_REDUCED_GRAYSCALE_8 | cv2.IMREAD_IGNORE_ORIENTATION) is not None:
@@ -262,27 +265,25 @@ def image_size(path: Path) -> tuple[int, int] | None:
     """Read the (h, w) of the upright image from the header of a file; None if that fails."""
     try:
         with _open_regular(path) as file:
-            if file.peek(len(NPY_MAGIC)).startswith(NPY_MAGIC):  # type: ignore[attr-defined]
-                header = _header_of(open_array(file.read(MAX_NPY_HEADER), os.fstat(file.fileno()).st_size))
-                return header.height, header.width
+            return _size_in(file)
+    except Exception:  # the readers raise many types for broken files
+        return None
+
+
+def _size_in(file: BinaryIO) -> tuple[int, int]:
+    start = file.read(len(NPY_MAGIC))
+    file.seek(0)
+    if not start.startswith(NPY_MAGIC):
+        try:
             picture = Image.open(file)
             if picture.width * picture.height > MAX_PIXELS and picture.format == "PNG":
                 return picture.height, picture.width  # its orientation may need decoding
             header = _read_header(picture, file)
-    except Exception:  # Pillow's readers raise many types for broken files
-        return _size_of_tiff(path)
-    return header.height, header.width
-
-
-def _size_of_tiff(path: Path) -> tuple[int, int] | None:
-    """(h, w) of a TIFF file that Pillow does not open, such as one of many channels."""
-    try:
-        content = read_file(path)
-        if not content.startswith(TIFF_MAGIC):
-            return None
-        header = _header_of(open_array(content))
-    except ValueError:
-        return None
+            return header.height, header.width
+        except Exception:
+            if not is_array(start):
+                raise
+    header = _header_of(open_array(file))  # .npy, or a TIFF file that Pillow does not read
     return header.height, header.width
 
 
@@ -356,10 +357,10 @@ MODES = {
 PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by color type; a palette has RGB
 
 
-def _format_of(picture: Image.Image, content: bytes) -> PixelFormat:
-    """Channels and dtype in the file of an opened picture."""
-    if picture.format == "PNG" and len(content) > 25:
-        return PixelFormat(PNG_CHANNELS.get(content[25], 3), "uint16" if content[24] == 16 else "uint8")
+def _format_of(picture: Image.Image, start: bytes) -> PixelFormat:
+    """Channels and dtype of an opened picture, whose file begins with `start`."""
+    if picture.format == "PNG":
+        return PixelFormat(PNG_CHANNELS.get(start[25], 3), "uint16" if start[24] == 16 else "uint8")
     if picture.mode.startswith("I;16"):
         return PixelFormat(1, "uint16")
     return MODES.get(picture.mode, RGB)
@@ -368,7 +369,7 @@ def _format_of(picture: Image.Image, content: bytes) -> PixelFormat:
 def _open_stored(content: bytes, path: Path, max_pixels: int) -> StoredArray:
     """Open an array without decoding it, and check the size that it claims."""
     try:
-        stored = open_array(content)
+        stored = open_array(io.BytesIO(content))
     except ValueError as error:
         raise BadImage(path, f"{path}: {error}.") from None
     if stored.height * stored.width > max_pixels:
@@ -377,9 +378,9 @@ def _open_stored(content: bytes, path: Path, max_pixels: int) -> StoredArray:
 
 
 def _decode_stored(stored: StoredArray, path: Path) -> np.ndarray:
-    """Decode an opened array to the upright image [h, w, C]."""
+    """Decode an opened array to [h, w, C], as stored."""
     try:
-        return _upright_array(stored.decode(), stored.orientation)
+        return stored.decode()
     except ValueError as error:
         raise BadImage(path, f"{path}: {error}.") from None
 
@@ -389,35 +390,59 @@ def _header_of(stored: StoredArray) -> ImageHeader:
     return ImageHeader(*sides, stored.orientation, stored.kind, PixelFormat(stored.channels, stored.dtype))
 
 
-def _decode_as(content: bytes, path: Path, max_pixels: int, wanted: PixelFormat) -> np.ndarray:
-    """Decode to the values of the file, which must be of the format that is wanted."""
-    if is_array(content):
-        stored = _open_stored(content, path, max_pixels)
-        _check_format(PixelFormat(stored.channels, stored.dtype), wanted, path)
-        pixels = _decode_stored(stored, path)
-    else:
-        picture, header = _open_image(content, path, max_pixels)
-        values = _decode_opencv(content, cv2.IMREAD_UNCHANGED) if header.format in OPENCV_FORMATS else None
-        if values is not None:
-            pixels = values.reshape(*values.shape[:2], -1)
-            if pixels.shape[2] >= 3:  # BGR or BGRA
-                pixels = np.concatenate([pixels[..., 2::-1], pixels[..., 3:]], axis=2)
+def _decode_values(
+    content: bytes, path: Path, max_pixels: int, wanted: PixelFormat | None = None
+) -> tuple[np.ndarray, ImageHeader]:
+    """Decode to the values of the file, upright [h, w, C].
+
+    Args:
+        content, path, max_pixels: as of `decode_image`.
+        wanted: format that the file must have; None takes any of at most MAX_BYTES_PER_PIXEL on average.
+    """
+    with _refusing_what_exceeds_memory(content, path):
+        if is_array(content):
+            stored = _open_stored(content, path, max_pixels)
+            header = _header_of(stored)
+            limit = max_pixels * MAX_BYTES_PER_PIXEL
+            if wanted is None and stored.num_bytes > limit:
+                raise BadImage(path, f"{path}: expected an image of at most {limit:,} bytes, got {stored.num_bytes:,}.")
+            _check_format(header.stored, wanted, path)
+            pixels = _decode_stored(stored, path)
         else:
-            _load(picture, path, len(content))
-            has_values = picture.mode in ("L", "LA", "RGB", "RGBA", "I", "F") or picture.mode.startswith("I;16")
-            pixels = np.asarray(picture if has_values else picture.convert("RGB"))
-            pixels = pixels.reshape(*pixels.shape[:2], -1)
-        _check_format(PixelFormat(pixels.shape[2], pixels.dtype.name), wanted, path)
-        pixels = _upright_array(pixels, header.orientation)
-    if wanted.dtype == "float32":
-        pixels = pixels.astype(np.float32, copy=False)
-        if not np.isfinite(pixels).all():
-            raise BadImage(path, f"{path}: expected finite values, got NaN or infinity. Replace them in the file.")
-    return np.ascontiguousarray(pixels)
+            picture, header = _open_image(content, path, max_pixels)
+            _check_format(header.stored, wanted, path)
+            pixels = _picture_values(picture, header, content, path)
+        pixels = _upright(pixels, header.orientation)
+        if wanted is not None and wanted.dtype == "float32":
+            pixels = pixels.astype(np.float32, copy=False)
+            if not np.isfinite(pixels).all():
+                raise BadImage(path, f"{path}: expected finite values, got NaN or infinity. Replace them in the file.")
+        return np.ascontiguousarray(pixels), header
 
 
-def _check_format(found: PixelFormat, wanted: PixelFormat, path: Path) -> None:
+def _picture_values(picture: Image.Image, header: ImageHeader, content: bytes, path: Path) -> np.ndarray:
+    """Decode an opened picture to [h, w, C] in the format of its file."""
+    stored = header.stored
+    values = _decode_opencv(content, cv2.IMREAD_UNCHANGED) if header.format in OPENCV_FORMATS else None
+    if values is not None:
+        pixels = values.reshape(*values.shape[:2], -1)
+        if pixels.shape[2] >= 3:
+            # BGR or BGRA; of grey and alpha, OpenCV repeats the grey
+            order = [0, 3] if stored.channels == 2 else [2, 1, 0, 3][: pixels.shape[2]]
+            pixels = pixels[..., order]
+        if PixelFormat(pixels.shape[2], pixels.dtype.name) == stored:
+            return pixels
+    _load(picture, path, len(content))
+    if MODES.get(picture.mode, RGB) == RGB and not picture.mode.startswith("I;16"):
+        picture = picture.convert("RGB")
+    pixels = np.asarray(picture.convert("L") if picture.mode == "1" else picture)
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _check_format(found: PixelFormat, wanted: PixelFormat | None, path: Path) -> None:
     """Refuse a file of another format. Any numbers may become float32."""
+    if wanted is None:
+        return
     if found.channels != wanted.channels or (found.dtype != wanted.dtype and wanted.dtype != "float32"):
         fitting = found if found.dtype in get_args(Dtype) else PixelFormat(found.channels, "float32")
         raise BadImage(
@@ -428,7 +453,7 @@ def _check_format(found: PixelFormat, wanted: PixelFormat, path: Path) -> None:
 
 def _decode_array_to_rgb(content: bytes, path: Path, max_pixels: int) -> np.ndarray:
     stored = _open_stored(content, path, max_pixels)
-    pixels = _decode_stored(stored, path)
+    pixels = _decode_stored(stored, path)  # an array has no orientation
     rgb = array_to_rgb(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     if rgb is None:
         found = PixelFormat(stored.channels, stored.dtype)
@@ -443,18 +468,7 @@ def _too_large(path: Path, max_pixels: int, width: int, height: int) -> str:
     )
 
 
-def _upright_array(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Transpose stored pixels [h, w, C] of any C by their EXIF orientation."""
-    if orientation >= 5:
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return pixels
-
-
-def _open_regular(path: Path) -> IO[bytes]:
+def _open_regular(path: Path) -> BinaryIO:
     """Open a file for reading, unless reading it could block or never end."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -498,9 +512,13 @@ def _open_image(content: bytes, path: Path, max_pixels: int) -> tuple[Image.Imag
     return picture, header
 
 
-def _read_header(picture: Image.Image, file: IO[bytes]) -> ImageHeader:
+def _read_header(picture: Image.Image, file: BinaryIO) -> ImageHeader:
     """Read the header of an image that was opened but not decoded."""
     kind = picture.format or ""
+    place = file.tell()
+    file.seek(0)
+    stored = _format_of(picture, file.read(26))
+    file.seek(place)
     width, height = picture.size
     if kind == "PNG" and "exif" not in picture.info and not _has_late_metadata(file):
         orientation = _orientation(Image.Image.getexif(picture))  # that of PngImageFile would decode the pixels
@@ -510,10 +528,10 @@ def _read_header(picture: Image.Image, file: IO[bytes]) -> ImageHeader:
         width, height = (int(picture.tag_v2[tag]) for tag in (256, 257))  # type: ignore[attr-defined]
     if orientation >= 5:
         width, height = height, width
-    return ImageHeader(height, width, orientation, kind)
+    return ImageHeader(height, width, orientation, kind, stored)
 
 
-def _has_late_metadata(file: IO[bytes]) -> bool:
+def _has_late_metadata(file: BinaryIO) -> bool:
     """True if a PNG file has metadata after its pixels, which Pillow finds by decoding only."""
     position, is_after_pixels = 8, False
     start = file.tell()
@@ -540,22 +558,18 @@ def _orientation(exif: Image.Exif) -> int:
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Transpose stored pixels [h, w, 3] by their EXIF orientation."""
+    """Transpose stored pixels [h, w, C] by their EXIF orientation."""
     if orientation == 1:
         return pixels
-    if orientation == 2:
-        return cv2.flip(pixels, 1)
-    if orientation == 3:
-        return cv2.rotate(pixels, cv2.ROTATE_180)
-    if orientation == 4:
-        return cv2.flip(pixels, 0)
-    if orientation == 5:
-        return cv2.transpose(pixels)
-    if orientation == 6:
-        return cv2.rotate(pixels, cv2.ROTATE_90_CLOCKWISE)
-    if orientation == 7:
-        return cv2.flip(cv2.rotate(pixels, cv2.ROTATE_90_CLOCKWISE), 0)
-    return cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE)
+    pixels = np.ascontiguousarray(pixels)
+    whole = pixels.view(f"V{pixels.shape[2] * pixels.itemsize}")[..., 0]  # [h, w]; moved twice as fast as by channels
+    if orientation >= 5:
+        whole = whole.T
+    if orientation in (2, 3, 6, 7):
+        whole = whole[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        whole = whole[::-1]
+    return np.ascontiguousarray(whole)[..., None].view(pixels.dtype)
 
 
 def _decode_opencv(content: bytes, flags: int) -> np.ndarray | None:

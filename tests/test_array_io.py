@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fpn_det import image_io
 from fpn_det.array_io import open_array
 from fpn_det.image_io import (
     BadImage,
@@ -118,6 +121,51 @@ def test_a_png_file_keeps_its_channels_and_bits(tmp_path, channels, dtype):
     assert verify_image(content, tmp_path / "a.png").stored == pixel_format  # read as RGB, it still tells
 
 
+@pytest.mark.parametrize(
+    ("mode", "kind", "channels"),
+    [
+        ("1", "PNG", 1),
+        ("1", "PPM", 1),
+        ("1", "BMP", 1),
+        ("L", "JPEG", 1),
+        ("LA", "PNG", 2),
+        ("LA", "TIFF", 2),
+        ("CMYK", "JPEG", 4),
+        ("CMYK", "TIFF", 4),
+        ("F", "TIFF", 1),
+        ("I;16", "PNG", 1),
+    ],
+)
+def test_a_picture_is_read_in_the_format_that_its_check_tells(tmp_path, mode, kind, channels):
+    pytest.importorskip("tifffile", reason="needs the extra tiff")
+    grey = (
+        Image.fromarray(VALUES[..., 0]) if mode == "I;16" else Image.fromarray((VALUES[..., :3] >> 8).astype(np.uint8))
+    )
+    picture = grey if mode == "I;16" else grey.convert(mode)
+    file = io.BytesIO()
+    picture.save(file, kind, **({"quality": 100, "subsampling": 0} if kind == "JPEG" else {}))
+    path = written(tmp_path, f"a.{kind.lower()}", file.getvalue())
+    stored = verify_image(file.getvalue(), path, pixel_format=None).stored
+    assert stored.channels == channels
+    found = read_image(path, pixel_format=stored)
+    expected = np.asarray(picture.convert("L") if mode == "1" else picture).reshape(20, 30, channels)
+    assert found.dtype == stored.dtype == expected.dtype
+    assert np.abs(found.astype(float) - expected).max() <= (4 if kind == "JPEG" else 0)
+
+
+def test_another_byte_order_becomes_that_of_the_machine(tmp_path):
+    for dtype in (">u2", "<u2"):
+        found = read_image(written(tmp_path, "a.npy", npy(VALUES.astype(dtype))), pixel_format=PixelFormat(8, "uint16"))
+        assert found.dtype.isnative and np.array_equal(found, VALUES)
+        picture = read_image(written(tmp_path, "b.npy", npy(VALUES[..., :3].astype(dtype))))
+        assert np.array_equal(picture, VALUES[..., :3] >> 8)
+    found = read_image(
+        written(tmp_path, "a.tif", tiff(VALUES, photometric="minisblack", planarconfig="contig", byteorder=">")),
+        pixel_format=PixelFormat(8, "uint16"),
+    )
+    assert found.dtype.isnative and np.array_equal(found, VALUES)
+
+
 def test_wider_numbers_become_float32(tmp_path):
     for dtype in ("uint8", "int16", "float64", "float16"):
         path = written(tmp_path, "a.npy", npy((VALUES[..., :4] >> 9).astype(dtype)))
@@ -158,6 +206,42 @@ def test_a_claim_of_many_pixels_is_refused_before_they_are_decoded(tmp_path):
             read_image(written(tmp_path, name, content), max_pixels=599, pixel_format=PixelFormat(8, "uint16"))
 
 
+def tiff_of_one_segment(segment: bytes, tile_side: int | None = None) -> bytes:
+    """A TIFF file of 30 x 20 px and 8 channels of 8 bits, compressed with deflate into one strip or tile."""
+    place = 4000
+    tags = [(256, 30), (257, 20), (258, 8), (259, 8), (262, 1), (277, 8), (284, 1)]
+    if tile_side is None:
+        tags += [(273, place), (278, 20), (279, len(segment))]
+    else:
+        tags += [(322, tile_side), (323, tile_side), (324, place), (325, len(segment))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags))
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    return header.ljust(place, b"\0") + segment
+
+
+def test_pixels_that_unpack_to_more_than_their_header_claims_are_refused(tmp_path):
+    pytest.importorskip("tifffile", reason="needs the extra tiff")
+    pixel_format = PixelFormat(8, "uint8")
+    sound = VALUES.astype(np.uint8)
+    path = written(tmp_path, "a.tif", tiff_of_one_segment(zlib.compress(sound.tobytes())))
+    assert np.array_equal(read_image(path, pixel_format=pixel_format), sound)
+    path = written(tmp_path, "a.tif", tiff_of_one_segment(zlib.compress(bytes(1 << 26))))  # 64 MiB from 64 KiB
+    with pytest.raises(BadImage, match="a.tif: expected a complete TIFF file, got pixels that do not decode"):
+        read_image(path, pixel_format=pixel_format)
+    path = written(
+        tmp_path, "a.tif", tiff_of_one_segment(zlib.compress(bytes(1 << 20)), tile_side=1 << 16)
+    )  # of 32 GiB
+    with pytest.raises(BadImage, match="expected tiles no larger than the image"):
+        read_image(path, pixel_format=pixel_format)
+
+
+def test_the_size_of_a_file_of_many_channels_needs_its_header_only(tmp_path, monkeypatch, capfd):
+    path = written(tmp_path, "a.tif", tiff(VALUES, photometric="minisblack", planarconfig="contig"))
+    monkeypatch.setattr(image_io, "read_file", None)
+    assert image_size(path) == (20, 30)
+    assert capfd.readouterr() == ("", "")  # Pillow logs that it does not read such files
+
+
 def test_values_that_are_not_finite_are_refused(tmp_path):
     values = VALUES.astype(np.float32)
     values[3, 4, 5] = np.nan
@@ -176,7 +260,7 @@ def test_a_damaged_tiff_file_is_refused(tmp_path, length, capfd):
 def test_stacks_of_several_axes_are_refused():
     content = tiff(np.stack([VALUES] * 2), photometric="minisblack", planarconfig="contig")
     with pytest.raises(ValueError, match="expected one page with its channels as samples, or a page for each channel"):
-        open_array(content)
+        open_array(io.BytesIO(content))
 
 
 def test_as_pictures_they_name_the_settings(tmp_path):
@@ -204,5 +288,7 @@ def test_three_channels_are_displayed_stretched(tmp_path):
     assert shown[0, :3].max() == 0 and shown[0, 98:].min() == 255
     assert shown[0, 50].tolist() == [128, 128, 128]
     assert np.array_equal(read_for_display(written(tmp_path, "a.npy", npy(ramp))), shown)
+    cv2.imwrite(str(tmp_path / "a.png"), ramp[..., 2::-1])
+    assert np.array_equal(read_for_display(tmp_path / "a.png"), shown)
     one = read_for_display(written(tmp_path, "b.npy", npy(ramp[..., 0])))
     assert np.array_equal(one[..., 0], one[..., 2]) and one.shape == (5, 101, 3)
