@@ -24,6 +24,7 @@ RANKS = {
             "locations",
             "terminal",
             "synonyms",
+            "pages",
         ],
         0,
     ),

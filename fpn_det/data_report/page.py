@@ -11,19 +11,10 @@ from PIL import Image, ImageDraw
 
 from fpn_det.annotations.findings import Finding, group_by_kind
 from fpn_det.data_report.anchor_coverage import AnchorCoverage
-from fpn_det.data_report.charts import (
-    bar,
-    bars_are_log,
-    coverage_map,
-    histogram,
-    linear_ticks,
-    log_ticks,
-    map_image,
-    picture,
-    table,
-)
 from fpn_det.data_report.report import Repair, Report, count_classes, summarize
 from fpn_det.image_io import read_for_display
+from fpn_det.pages.charts import bar, bars_are_log, coverage_map, histogram, linear_ticks, log_ticks, map_image
+from fpn_det.pages.document import figure, folded, gallery, hint, keys, picture, table, write_document
 from fpn_det.structures import Annotations
 from fpn_det.visualization.panels import class_color, draw_boxes
 
@@ -42,31 +33,6 @@ SIZES = 8  # of images that are listed
 ONE_LEVEL = 0.95  # part of the objects in one level that is worth a remark
 COMMON = 0.1  # part of the objects all of whose anchors are negative that is worth a remark
 RED = (214, 40, 40)
-
-STYLE = """
-:root { --bar: 10rem }
-* { box-sizing: border-box }
-body { font: 15px/1.45 system-ui, sans-serif; color: #1c2430; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; overflow-wrap: anywhere }
-h1 { margin-bottom: .2rem } h2 { margin-top: 2.2rem; border-bottom: 1px solid #d5dae2; padding-bottom: .2rem }
-.scroll { overflow-x: auto; max-width: 100% } table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums }
-td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top } th { color: #667; font-weight: 600 }
-th, td { white-space: nowrap; overflow-wrap: normal } td:first-child { white-space: normal; overflow-wrap: anywhere }
-td:first-child { min-width: 4rem }
-.verdict { font-size: 1.2rem; font-weight: 600 } .sound { color: #1a7f37 } .fatal, .error { color: #b3261e; font-weight: 600 }
-.warning { color: #9a6700; font-weight: 600 } .note { color: #33658a }
-pre { background: #f1f4f8; padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; border-radius: 4px }
-.bar { background: #4c8dcc; height: .8rem; display: inline-block; vertical-align: middle; width: calc(var(--bar) * var(--share)) }
-.count { display: inline-block; min-width: 3.2em }
-.key { display: inline-block; width: .8rem; height: .8rem; border: 1px solid #667; margin-right: .3rem }
-.keys span { margin-right: 1rem; white-space: nowrap }
-details { margin: .3rem 0 } summary { cursor: pointer } li { font: 13px ui-monospace, monospace }
-.small { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: .8rem }
-figure { margin: 0 0 1rem } img, svg { max-width: 100%; height: auto } .small img { width: 100% }
-.pictures { display: flex; flex-wrap: wrap; gap: .6rem; align-items: flex-start }
-.map { width: 26rem; image-rendering: pixelated; border: 1px solid #d5dae2 }
-figcaption { font-size: 13px } svg text { font: 11px system-ui, sans-serif; fill: #556 } p.hint { color: #556; max-width: 50rem }
-@media (max-width: 600px) { :root { --bar: 3.2rem } td, th { padding-right: .5rem } svg text { font-size: 19px } }
-"""
 
 
 def write_page(path: Path, report: Report, repair: Repair | None, coverage: AnchorCoverage | None) -> None:
@@ -87,11 +53,7 @@ def write_page(path: Path, report: Report, repair: Repair | None, coverage: Anch
         parts.append(_places(train))
     if train is not None and coverage is not None and len(coverage.boxes):
         parts += [_sizes(coverage), _ratios(coverage), _levels(coverage), _best_anchors(train, coverage)]
-    head = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>Data report</title><style>{STYLE}</style></head>'
-    )
-    path.write_text(f"{head}<body>{''.join(parts)}</body></html>", encoding="utf-8", errors="backslashreplace")
+    write_document(path, "Data report", "".join(parts))
 
 
 def _verdict(report: Report, repair: Repair | None) -> str:
@@ -116,8 +78,8 @@ def _splits(report: Report) -> str:
         )
         if row["most_boxes"]:
             fullest.append(f"{Path(row['image_with_most_boxes']).name} ({split})")
-    hint = f'<p class="hint">Most boxes: {escape(", ".join(fullest))}.</p>' if fullest else ""
-    return f"<h2>Splits</h2>{table(('split', 'images', 'empty', 'boxes', 'crowd', 'most'), rows)}{hint}"
+    names = hint(f"Most boxes: {', '.join(fullest)}.") if fullest else ""
+    return f"<h2>Splits</h2>{table(('split', 'images', 'empty', 'boxes', 'crowd', 'most'), rows)}{names}"
 
 
 def _findings(report: Report) -> str:
@@ -128,9 +90,7 @@ def _findings(report: Report) -> str:
             items = "".join(f"<li>{escape(str(finding))}</li>" for finding in members[:LISTED])
             more = f"<li>... and {len(members) - LISTED} more in data_report.json</li>" if len(members) > LISTED else ""
             title = f'<span class="{severity}">{severity}</span> {split}: {escape(kind)} ({len(members)})'
-            lines.append(
-                f"<details{' open' if severity in ('fatal', 'error') else ''}><summary>{title}</summary><ul>{items}{more}</ul></details>"
-            )
+            lines.append(folded(title, f"<ul>{items}{more}</ul>", severity in ("fatal", "error")))
     return f"<h2>Findings</h2>{''.join(lines) or '<p>None.</p>'}"
 
 
@@ -142,12 +102,8 @@ def _random_pictures(annotations: Annotations) -> str:
         labels |= set(annotations.labels[objects].tolist())
         caption = f"{escape(annotations.path(row).name)}: {objects.stop - objects.start} boxes"
         figures.append(_small_figure(annotations, row, np.arange(objects.start, objects.stop), caption))
-    keys = "".join(
-        f'<span><i class="key" style="background:rgb{class_color(label)}"></i>{escape(annotations.class_names[label])}</span>'
-        for label in sorted(labels)
-    )
-    title = f"<h2>{len(rows)} random pictures of the training set</h2>"
-    return f'{title}<p class="keys">{keys}</p><div class="small">{"".join(figures)}</div>'
+    legend = keys((annotations.class_names[label], f"rgb{class_color(label)}") for label in sorted(labels))
+    return f"<h2>{len(rows)} random pictures of the training set</h2>{legend}{gallery(figures)}"
 
 
 def _small_figure(annotations: Annotations, row: int, objects: np.ndarray, caption: str) -> str:
@@ -155,10 +111,10 @@ def _small_figure(annotations: Annotations, row: int, objects: np.ndarray, capti
     try:
         pixels = read_for_display(annotations.path(row))
     except ValueError as error:
-        return f"<figure><figcaption>{caption}<br>{escape(str(error))}</figcaption></figure>"
+        return figure("", f"{caption}<br>{escape(str(error))}")
     labels = annotations.labels[objects].tolist()
     drawn = draw_boxes(pixels, annotations.boxes[objects].numpy(), labels, [""] * len(labels), SIDE)
-    return f"<figure>{picture(Image.fromarray(drawn))}<figcaption>{caption}</figcaption></figure>"
+    return figure(picture(drawn, annotations.path(row).name), caption)
 
 
 def _worst(report: Report) -> str:
@@ -184,7 +140,7 @@ def _full_figure(annotations: Annotations, row: int, marked: Sequence[float] | N
     try:
         pixels = read_for_display(annotations.path(row))
     except ValueError as error:
-        return f"<figure><figcaption>{caption}<br>{escape(str(error))}</figcaption></figure>"
+        return figure("", f"{caption}<br>{escape(str(error))}")
     rows = annotations.rows(row)
     boxes, labels = annotations.boxes[rows].numpy(), annotations.labels[rows].tolist()
     side = min(max(*pixels.shape[:2], SIDE), FULL_SIDE)
@@ -194,8 +150,9 @@ def _full_figure(annotations: Annotations, row: int, marked: Sequence[float] | N
     if marked is not None:
         image = _with_marked_box(image, marked, scale)
         if max(abs(marked[2] - marked[0]), abs(marked[3] - marked[1])) * scale < TINY:
-            pictures.append(picture(_zoomed(pixels, marked)))
-    return f'<figure><div class="pictures">{picture(image)}{"".join(pictures)}</div><figcaption>{caption}</figcaption></figure>'
+            pictures.append(picture(np.asarray(_zoomed(pixels, marked)), "the object, enlarged"))
+    whole = picture(np.asarray(image), annotations.path(row).name)
+    return figure(f'<div class="pictures">{whole}{"".join(pictures)}</div>', caption)
 
 
 def _with_marked_box(image: Image.Image, box: Sequence[float], scale: float) -> Image.Image:
@@ -235,13 +192,9 @@ def _class_counts(report: Report) -> str:
     most, log = max(numbers, default=0), bars_are_log(numbers)
     rows = [[escape(name), *(bar(count, most, log) for count in row)] for name, row in counts.items()]
     names = ("class", *report.parts)
-    scale = '<p class="hint">The bars are on a logarithmic scale.</p>' if log else ""
-    folded = (
-        f"<details><summary>{len(rows) - UNFOLDED} more</summary>{table(names, rows[UNFOLDED:])}</details>"
-        if len(rows) > UNFOLDED
-        else ""
-    )
-    return f"<h2>Boxes of each class</h2>{scale}{table(names, rows[:UNFOLDED])}{folded}"
+    scale = hint("The bars are on a logarithmic scale.") if log else ""
+    rest = folded(f"{len(rows) - UNFOLDED} more", table(names, rows[UNFOLDED:])) if len(rows) > UNFOLDED else ""
+    return f"<h2>Boxes of each class</h2>{scale}{table(names, rows[:UNFOLDED])}{rest}"
 
 
 def _image_sizes(report: Report) -> str:
@@ -257,40 +210,40 @@ def _image_sizes(report: Report) -> str:
         rows.append([f"{width} x {height}", *(bar(number, int(counts.max())) for number in numbers)])
     (low_height, low_width), (high_height, high_width) = together.min(axis=0).tolist(), together.max(axis=0).tolist()
     more = f"{len(order) - SIZES} more sizes; widths" if len(order) > SIZES else "Widths"
-    hint = f"{more} are from {low_width} to {high_width} px, heights from {low_height} to {high_height} px."
-    return f'<h2>Sizes of the images</h2>{table(("width x height", *sizes), rows)}<p class="hint">{hint}</p>'
+    text = f"{more} are from {low_width} to {high_width} px, heights from {low_height} to {high_height} px."
+    return f"<h2>Sizes of the images</h2>{table(('width x height', *sizes), rows)}{hint(text)}"
 
 
 def _places(annotations: Annotations) -> str:
     owners = annotations.image_of_boxes.numpy()
     share, _ = coverage_map(annotations.boxes.numpy(), annotations.sizes.numpy()[owners])
-    hint = (
+    text = (
         f"All images of the training set on top of each other. At the darkest place {share.max():.1%} of the boxes cover the image, "
         f"at the lightest {share.min():.1%}."
     )
-    return f'<h2>Places of the boxes</h2>{map_image(share)}<p class="hint">{hint}</p>'
+    return f"<h2>Places of the boxes</h2>{map_image(share)}{hint(text)}"
 
 
 def _sizes(coverage: AnchorCoverage) -> str:
     sides = np.sqrt((coverage.boxes[:, 2:] - coverage.boxes[:, :2]).prod(axis=1))
     marks = [(size, f"{size:g}") for size in coverage.anchor_sizes]
-    hint = "Square root of the area in the input frame, after the resizing of the evaluation, px. Dashed: the sizes of the anchors."
+    text = "Square root of the area in the input frame, after the resizing of the evaluation, px. Dashed: the sizes of the anchors."
     smaller = float((sides < min(coverage.anchor_sizes) / 2).mean())
     if smaller > COMMON:
-        hint += (
+        text += (
             f" {smaller:.0%} of the objects have less than half the side of the smallest anchor and are seldom found: resize to larger "
             "sides (data.train_transforms.resize.sides, data.eval_transforms.resize.sides), or set smaller model.rpn.anchors.sizes."
         )
     chart = histogram(np.maximum(sides, 0.7), marks, log_ticks, log=True)
-    return f'<h2>Sizes of the boxes of the training set</h2>{chart}<p class="hint">{hint}</p>'
+    return f"<h2>Sizes of the boxes of the training set</h2>{chart}{hint(text)}"
 
 
 def _ratios(coverage: AnchorCoverage) -> str:
     sides = coverage.boxes[:, 2:] - coverage.boxes[:, :2]
     marks = [(ratio, f"{ratio:g}") for ratio in coverage.anchor_ratios]
-    hint = "Height / width. Dashed: the ratios of the anchors (model.rpn.anchors.ratios)."
+    text = "Height / width. Dashed: the ratios of the anchors (model.rpn.anchors.ratios)."
     chart = histogram(sides[:, 1] / sides[:, 0], marks, log_ticks, log=True)
-    return f'<h2>Aspect ratios</h2>{chart}<p class="hint">{hint}</p>'
+    return f"<h2>Aspect ratios</h2>{chart}{hint(text)}"
 
 
 def _levels(coverage: AnchorCoverage) -> str:
@@ -300,12 +253,12 @@ def _levels(coverage: AnchorCoverage) -> str:
         [name, bar(int(count), int(counts.max())), f"{part:.1%}"]
         for name, count, part in zip(coverage.level_names, counts, share, strict=True)
     ]
-    hint = "The level of the pyramid that the ROI head pools an object of this size from."
+    text = "The level of the pyramid that the ROI head pools an object of this size from."
     if len(counts) > 1 and share[most] >= ONE_LEVEL:
-        hint += f" {share[most]:.1%} of the objects are in {coverage.level_names[most]}: the ROI head hardly uses the other levels."
+        text += f" {share[most]:.1%} of the objects are in {coverage.level_names[most]}: the ROI head hardly uses the other levels."
         if most == 0:
-            hint += " Larger sides of the images (data.train_transforms.resize.sides, data.eval_transforms.resize.sides) spread them."
-    return f'<h2>Levels of the pyramid</h2>{table(("level", "objects", "share"), rows)}<p class="hint">{hint}</p>'
+            text += " Larger sides of the images (data.train_transforms.resize.sides, data.eval_transforms.resize.sides) spread them."
+    return f"<h2>Levels of the pyramid</h2>{table(('level', 'objects', 'share'), rows)}{hint(text)}"
 
 
 def _best_anchors(annotations: Annotations, coverage: AnchorCoverage) -> str:
@@ -327,8 +280,8 @@ def _best_anchors(annotations: Annotations, coverage: AnchorCoverage) -> str:
         )
         figures.append(_full_figure(annotations, row, box, caption))
     title = f"<h2>Objects and their best anchors: {coverage.num_below_positive} of {len(coverage.ious)} below {coverage.positive_iou:g}</h2>"
-    shown = f"<details><summary>The {len(figures)} objects with the worst anchors</summary>{''.join(figures)}</details>"
-    return f'{title}{chart}<p class="hint">{escape(anchor_advice(coverage))}</p>{shown}'
+    shown = folded(f"The {len(figures)} objects with the worst anchors", "".join(figures))
+    return f"{title}{chart}{hint(anchor_advice(coverage))}{shown}"
 
 
 def anchor_advice(coverage: AnchorCoverage) -> str:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import io
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from fpn_det.evaluation.bootstrap import Interval
 from fpn_det.evaluation.curves import Curve, calibrate, curve_of
 from fpn_det.evaluation.error_types import TYPES
 from fpn_det.evaluation.outcomes import HIT, IGNORED_KIND, OUTCOME_NAMES
 from fpn_det.image_io import read_for_display
+from fpn_det.pages.charts import line_chart
+from fpn_det.pages.document import cell, figure, gallery, hint, keys, picture, table, write_document
 from fpn_det.report.analysis import Analysis, Comparison, mistakes
 from fpn_det.visualization.panels import OUTCOME_COLORS, draw_boxes
 
@@ -29,37 +27,6 @@ PICTURES = 12  # of a gallery
 LISTED = 100  # suspects on the page; the files have all
 MAX_CLASSES = 20  # with a row and column of their own in the confusion matrix on the page
 POINTS = 150  # of a drawn curve
-
-STYLE = """
-:root { color-scheme: light dark; --text: #1c2430; --soft: #5a6577; --line: #d5dae2; --back: #fff; --accent: #2f74b5; }
-@media (prefers-color-scheme: dark) { :root { --text: #e4e8ee; --soft: #a0aab8; --line: #39424f; --back: #14181e; --accent: #6db0ee; } }
-* { box-sizing: border-box } body { font: 15px/1.45 system-ui, sans-serif; color: var(--text); background: var(--back);
-  margin: 1.5rem auto; max-width: 76rem; padding: 0 1rem; overflow-wrap: anywhere }
-h2 { margin-top: 2.2rem; border-bottom: 1px solid var(--line) } .hint { color: var(--soft); max-width: 52rem }
-.scroll { overflow-x: auto } table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums }
-td, th { padding: .2rem .8rem .2rem 0; text-align: right; white-space: nowrap } td:first-child, th:first-child { text-align: left }
-th { color: var(--soft) } table.sortable th { cursor: pointer; text-decoration: underline dotted }
-figure { display: inline-block; margin: .4rem .6rem .4rem 0; width: 320px; max-width: 100%; vertical-align: top }
-figure img, svg { max-width: 100%; height: auto } figcaption { font-size: 13px } svg text { font: 11px system-ui; fill: var(--soft) }
-.verdict { font-size: 1.1rem; font-weight: 600 } .key { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 .8rem }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); gap: 0 1.5rem }
-.charts svg { width: 100% } .charts p { margin: 0; font-size: 13px }
-"""
-SCRIPT = """
-for (const table of document.querySelectorAll('table.sortable')) table.querySelectorAll('th').forEach((head, column) => {
-  head.tabIndex = 0;
-  const sort = () => {
-    const down = head.dataset.down !== '1'; head.dataset.down = down ? '1' : '0';
-    const rows = [...table.querySelectorAll('tr')].slice(1), value = row => row.children[column].textContent;
-    const number = row => { const found = parseFloat(value(row)); return isNaN(found) ? -Infinity : found };
-    const numeric = rows.some(row => number(row) > -Infinity);
-    rows.sort((a, b) => (numeric ? number(b) - number(a) : value(a).localeCompare(value(b))) * (down ? 1 : -1));
-    rows.forEach(row => row.parentNode.appendChild(row));
-  };
-  head.addEventListener('click', sort);
-  head.addEventListener('keydown', event => { if (event.key === 'Enter') sort() });
-});
-"""
 
 
 @dataclass(frozen=True)
@@ -110,17 +77,12 @@ def write_report(
     if facts.settings:
         parts.append(
             "<h2>Settings that differ from the experiment's file</h2>"
-            + _table(("setting", "experiment", "run"), [map(escape, row) for row in facts.settings])
+            + table(("setting", "experiment", "run"), [map(escape, row) for row in facts.settings])
         )
-    parts.append("<h2>Versions and speed</h2>" + _table(("", ""), [map(escape, row) for row in facts.others.items()]))
-    parts.append(_table(("", "training", "evaluation"), [map(escape, row) for row in facts.versions]))
-    head = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{STYLE}</style></head>'
-    )
+    parts.append("<h2>Versions and speed</h2>" + table(("", ""), [map(escape, row) for row in facts.others.items()]))
+    parts.append(table(("", "training", "evaluation"), [map(escape, row) for row in facts.versions]))
     page = folder / "index.html"
-    content = f"{head}<body>{''.join(parts)}<script>{SCRIPT}</script></body></html>"
-    page.write_text(content, encoding="utf-8", errors="backslashreplace")
+    write_document(page, title, "".join(parts))
     return page
 
 
@@ -134,13 +96,13 @@ def _data(analysis: Analysis) -> str:
     )
     if point is not None:
         text += f" With one threshold for all classes, {point.score:.3f} has the best F1, {point.f1:.3f}."
-    return f"<p class=hint>{text}</p>"
+    return hint(text)
 
 
 def _numbers(analysis: Analysis) -> str:
     rows = [[name, *_interval(interval)] for name, interval in analysis.intervals.items()]
-    hint = "The intervals hold the number of the population of images with a confidence of 95 % (bootstrap over the images)."
-    return f"<h2>Metrics</h2>{_table(('metric', 'value', 'from', 'to'), rows)}<p class=hint>{hint}</p>"
+    text = "The intervals hold the number of the population of images with a confidence of 95 % (bootstrap over the images)."
+    return f"<h2>Metrics</h2>{table(('metric', 'value', 'from', 'to'), rows)}{hint(text)}"
 
 
 def _class_rows(analysis: Analysis) -> list[dict[str, Any]]:
@@ -158,8 +120,8 @@ def _class_rows(analysis: Analysis) -> list[dict[str, Any]]:
 
 
 def _classes(rows: Sequence[Mapping[str, Any]]) -> str:
-    cells = [[_cell(value) for value in row.values()] for row in rows]
-    return f"<h2>Classes</h2>{_table(rows[0], cells, 'sortable')}<p class=hint>A click on a column sorts by it.</p>"
+    cells = [[cell(value) for value in row.values()] for row in rows]
+    return f"<h2>Classes</h2>{table(rows[0], cells, sortable=True)}{hint('A click on a column sorts by it.')}"
 
 
 def _curves(analysis: Analysis) -> str:
@@ -179,10 +141,10 @@ def _curves(analysis: Analysis) -> str:
     error = calibration.expected_error
     return (
         "<h2>Curves</h2><div class=charts>"
-        + _chart("Precision over recall", lines("recall", "precision"))
-        + _chart("F1 over the score threshold", lines("scores", "f1"))
-        + _chart("Share of hits over the score", reliability)
-        + f"</div><p class=hint>Expected calibration error: {_cell(error)}.</p>"
+        + line_chart("Precision over recall", lines("recall", "precision"))
+        + line_chart("F1 over the score threshold", lines("scores", "f1"))
+        + line_chart("Share of hits over the score", reliability)
+        + f"</div>{hint(f'Expected calibration error: {cell(error)}.')}"
     )
 
 
@@ -201,12 +163,11 @@ def _confusion(analysis: Analysis) -> str:
             [escape(names[i]), escape(names[j]), int(off[i, j])]
             for i, j in zip(*np.unravel_index(worst, off.shape), strict=True)
         ]
-        table = _table(("object", "detected as", "count"), [row for row in rows if row[2]])
+        shown = table(("object", "detected as", "count"), [row for row in rows if row[2]])
     else:
         rows = [[escape(name), *row] for name, row in zip([*names, "background"], matrix.tolist(), strict=True)]
-        table = _table(("object / detected as", *names, "missed"), rows)
-    hint = "Rows sum to the objects, columns to the detections."
-    return f"<h2>Confusion matrix</h2>{table}<p class=hint>{hint}</p>"
+        shown = table(("object / detected as", *names, "missed"), rows)
+    return f"<h2>Confusion matrix</h2>{shown}{hint('Rows sum to the objects, columns to the detections.')}"
 
 
 def _error_rows(analysis: Analysis) -> list[dict[str, Any]]:
@@ -257,15 +218,15 @@ def _errors(rows: Sequence[Mapping[str, Any]]) -> str:
         mine = [row for row in rows if row["by"] == kind]
         groups = dict.fromkeys(row["group"] for row in mine)
         cells = [
-            [escape(group), *(f"{_cell(row['AP50 gained'])} ({row['count']})" for row in mine if row["group"] == group)]
+            [escape(group), *(f"{cell(row['AP50 gained'])} ({row['count']})" for row in mine if row["group"] == group)]
             for group in groups
         ]
-        tables.append(_table((kind, *TYPES), cells, "sortable"))
-    hint = (
+        tables.append(table((kind, *TYPES), cells, sortable=True))
+    text = (
         "AP (at the match IoU) that would be gained if all errors of a type were repaired, and their number in brackets, over detections of "
         "every score (Bolya et al., TIDE). False detections are grouped by the size and level of their box, missed objects by those of the object."
     )
-    return f"<h2>Errors and what they cost</h2>{''.join(tables)}<p class=hint>{hint}</p>"
+    return f"<h2>Errors and what they cost</h2>{''.join(tables)}{hint(text)}"
 
 
 def _levels(analysis: Analysis) -> str:
@@ -275,9 +236,9 @@ def _levels(analysis: Analysis) -> str:
         objects, found = levels.objects == level, (levels.detections == level) & outcomes.shown
         counts = objects.sum(), (objects & ~outcomes.is_found).sum(), found.sum(), (found & outcomes.is_hit).sum()
         rows.append([name, *(int(count) for count in counts), int((found & ~outcomes.is_hit).sum())])
-    hint = "The level that a box of this size is pooled from: of an object, and of a detection's own box."
+    text = "The level that a box of this size is pooled from: of an object, and of a detection's own box."
     names = ("level", "objects", "missed", "detections", "hits", "false")
-    return f"<h2>Levels of the pyramid</h2>{_table(names, rows)}<p class=hint>{hint}</p>"
+    return f"<h2>Levels of the pyramid</h2>{table(names, rows)}{hint(text)}"
 
 
 def _galleries(analysis: Analysis) -> str:
@@ -285,30 +246,34 @@ def _galleries(analysis: Analysis) -> str:
     count = mistakes(analysis)
     worst = [row for row in np.argsort(-count, kind="stable")[:PICTURES].tolist() if count[row]]
     parts = ["<h2>Worst pictures</h2>", _legend()]
-    parts += [_figure(analysis, row, f"{count[row]} mistakes") for row in worst]
+    parts.append(gallery([_figure(analysis, row, f"{count[row]} mistakes") for row in worst]))
     false = np.flatnonzero(outcomes.shown & ~outcomes.is_hit)
     false = false[np.argsort(-matches.scores[false], kind="stable")][:PICTURES]
     parts.append("<h2>False detections by score, with the objects that they overlap</h2>")
     found_boxes = analysis.evaluation.detections.boxes[matches.detections]
-    boxes = analysis.annotations.boxes.numpy()[matches.objects]
+    boxes, figures = analysis.annotations.boxes.numpy()[matches.objects], []
     for index in false.tolist():
         image = matches.detection_images[index]
         near = np.flatnonzero((matches.object_images == image) & _overlaps(boxes, found_boxes[index])).tolist()
         name = analysis.annotations.class_names[matches.detection_labels[index]]
         ids = analysis.annotations.annotation_ids[matches.objects[near]].tolist()
         caption = f"{escape(name)} {matches.scores[index]:.2f}" + (f", over annotation {str(ids)[1:-1]}" if ids else "")
-        parts.append(_figure(analysis, int(matches.images[image]), caption, [index], near))
+        figures.append(_figure(analysis, int(matches.images[image]), caption, [index], near))
+    parts.append(gallery(figures))
     missed = np.flatnonzero(~outcomes.is_found)
     area = analysis.annotations.area.numpy()[matches.objects[missed]]
     parts.append("<h2>Missed objects, the largest first, with the detections that overlap them</h2>")
+    figures = []
     for index in missed[np.argsort(-area, kind="stable")][:PICTURES].tolist():
         row = int(matches.objects[index])
         name = analysis.annotations.class_names[matches.object_labels[index]]
         image = matches.object_images[index]
         is_near = (matches.detection_images == image) & outcomes.shown & _overlaps(found_boxes, boxes[index])
         caption = f"{escape(name)}, annotation {int(analysis.annotations.annotation_ids[row])}"
-        parts.append(_figure(analysis, int(matches.images[image]), caption, np.flatnonzero(is_near).tolist(), [index]))
-    return "".join(parts)
+        figures.append(
+            _figure(analysis, int(matches.images[image]), caption, np.flatnonzero(is_near).tolist(), [index])
+        )
+    return "".join([*parts, gallery(figures)])
 
 
 def _overlaps(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
@@ -318,11 +283,8 @@ def _overlaps(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 
 def _legend() -> str:
-    keys = (
-        f'<span class=key style="background:rgb{color}"></span>{name}'
-        for color, name in list(zip(OUTCOME_COLORS, OUTCOME_NAMES, strict=True))[:IGNORED_KIND]
-    )
-    return f"<p>{''.join(keys)}</p>"
+    shown = list(zip(OUTCOME_NAMES, OUTCOME_COLORS, strict=True))[:IGNORED_KIND]
+    return keys((name, f"rgb{color}") for name, color in shown)
 
 
 def _figure(
@@ -335,7 +297,7 @@ def _figure(
     """Draw an image with its shown detections and missed objects, or with some of them."""
     matches, outcomes, annotations = analysis.matches, analysis.outcomes, analysis.annotations
     path = annotations.path(row)
-    text = f"<figcaption>{caption}<br>{escape(path.name)}, image {int(annotations.image_ids[row])}</figcaption>"
+    text = f"{caption}<br>{escape(path.name)}, image {int(annotations.image_ids[row])}"
     if detections is None:
         detections = np.flatnonzero(outcomes.shown & (matches.images[matches.detection_images] == row)).tolist()
     if objects is None:
@@ -343,7 +305,7 @@ def _figure(
     try:
         pixels = read_for_display(path)
     except ValueError as error:
-        return f"<figure><figcaption>{caption}<br>{escape(str(error))}</figcaption></figure>"
+        return figure("", f"{caption}<br>{escape(str(error))}")
     names = annotations.class_names
     boxes = [analysis.evaluation.detections.boxes[matches.detections[index]] for index in detections]
     boxes += [annotations.boxes[int(matches.objects[index])].numpy() for index in objects]
@@ -357,11 +319,8 @@ def _figure(
         "" if kind == HIT else names[matches.object_labels[i]] for i, kind in zip(objects, of_objects, strict=True)
     ]
     kinds += of_objects
-    picture = draw_boxes(pixels, np.array(boxes, np.float64).reshape(-1, 4), kinds, texts, SIDE, OUTCOME_COLORS)
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=80)
-    source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return f'<figure><img alt="{escape(path.name)}" src="{source}">{text}</figure>'
+    drawn = draw_boxes(pixels, np.array(boxes, np.float64).reshape(-1, 4), kinds, texts, SIDE, OUTCOME_COLORS)
+    return figure(picture(drawn, path.name), text)
 
 
 def _suspect_rows(analysis: Analysis) -> list[dict[str, Any]]:
@@ -408,14 +367,14 @@ def _write_suspects(folder: Path, analysis: Analysis) -> None:
 
 def _suspects(analysis: Analysis) -> str:
     rows = _suspect_rows(analysis)
-    hint = (
+    text = (
         "class: detections of another class cover the object; place: the object is beside its annotation; missing: an object without "
         "annotation; unseen: no detection covers the annotation. All are in suspects.csv, and in suspects.json (COCO)."
     )
     if not rows:
-        return f"<h2>Annotations that look wrong</h2><p>None.</p><p class=hint>{hint}</p>"
+        return f"<h2>Annotations that look wrong</h2><p>None.</p>{hint(text)}"
     cells = [[escape(str(value)) for value in row.values()] for row in rows[:LISTED]]
-    return f"<h2>Annotations that look wrong</h2>{_table(rows[0], cells, 'sortable')}<p class=hint>{hint}</p>"
+    return f"<h2>Annotations that look wrong</h2>{table(rows[0], cells, sortable=True)}{hint(text)}"
 
 
 def _history(scalars: Mapping[str, Sequence[tuple[int, float]]]) -> str:
@@ -433,80 +392,35 @@ def _history(scalars: Mapping[str, Sequence[tuple[int, float]]]) -> str:
             if scalars.get(tag)
         ]
         if lines:
-            parts.append(_chart(f"{title} over the step", lines, None if title != "AP" else 1.0))
+            parts.append(line_chart(f"{title} over the step", lines, None if title != "AP" else 1.0))
     return f"<h2>Curves of the run</h2><div class=charts>{''.join(parts)}</div>" if parts else ""
 
 
 def _data_sets(facts: RunFacts) -> str:
     names = dict.fromkeys(name for summary in facts.splits.values() for name in summary)
     rows = [[escape(name), *(escape(one.get(name, "")) for one in facts.splits.values())] for name in names]
-    text = ", ".join(f"{escape(name)} {count}" for name, count in facts.findings.items())
-    findings = f"<p class=hint>Found by the check of the data before training: {text}.</p>" if text else ""
-    return f"<h2>Data</h2>{_table(('', *facts.splits), rows)}{findings}"
+    text = ", ".join(f"{name} {count}" for name, count in facts.findings.items())
+    findings = hint(f"Found by the check of the data before training: {text}.") if text else ""
+    return f"<h2>Data</h2>{table(('', *facts.splits), rows)}{findings}"
 
 
 def _comparison(title: str, analysis: Analysis, name: str, other: Analysis, comparison: Comparison) -> str:
     rows = [[metric, *_interval(interval, signed=True)] for metric, interval in comparison.differences.items()]
     classes = [[escape(label), *_interval(interval, signed=True)] for label, interval in comparison.per_class.items()]
     parts = [f"<h2>Against {escape(name)}</h2><p class=verdict>{escape(comparison.verdict(title, name))}</p>"]
-    parts.append(_table(("difference", "value", "from", "to"), rows))
-    parts.append("<h3>AP of the classes</h3>" + _table(("class", "difference", "from", "to"), classes, "sortable"))
+    parts.append(table(("difference", "value", "from", "to"), rows))
+    parts.append("<h3>AP of the classes</h3>" + table(("class", "difference", "from", "to"), classes, sortable=True))
     parts.append(_legend())
     for better, images in ((title, comparison.gained), (name, comparison.lost)):
         parts.append(f"<h3>Pictures on which {escape(better)} makes fewer mistakes: {len(images)}</h3>")
         for row in images[: PICTURES // 3]:
-            pair = _figure(analysis, row, escape(title)) + _figure(other, row, escape(name))
-            parts.append(f"<div>{pair}</div>")
+            parts.append(gallery([_figure(analysis, row, escape(title)), _figure(other, row, escape(name))]))
     return "".join(parts)
-
-
-def _chart(title: str, lines: Sequence[tuple[str, list[float], list[float]]], top: float | None = 1.0) -> str:
-    """Draw an SVG chart with its legend below.
-
-    Args:
-        title: above the chart.
-        lines: name, x and y of each. A line of one point is drawn as a dot.
-        top: of the y axis, which starts at 0; None is the largest value.
-    """
-    width, height, right = 400, 240, max([1e-9, *(x for _, xs, _ in lines for x in xs)])
-    right = 1.0 if right <= 1 else right
-    top = top or max([1e-9, *(y for _, _, ys in lines for y in ys if math.isfinite(y))])
-    shapes, keys = [], []
-    for number, (name, xs, ys) in enumerate(lines):
-        color = f"hsl({number * 137.5 % 360:.0f} 60% 50%)"
-        places = [
-            (40 + x / right * width, 10 + (1 - y / top) * height)
-            for x, y in zip(xs, ys, strict=True)
-            if math.isfinite(y)
-        ]
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        shapes.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.6"/>')
-        if len(places) == 1:
-            shapes.append(f'<circle cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3" fill="{color}"/>')
-        keys.append(f'<span class=key style="background:{color}"></span>{escape(name)}')
-    ticks = "".join(
-        f'<text x="{40 + width * part / 4:.0f}" y="{height + 26}" text-anchor="middle">{right * part / 4:.4g}</text>'
-        f'<text x="34" y="{14 + height * (1 - part / 4):.0f}" text-anchor="end">{top * part / 4:.2g}</text>'
-        for part in range(5)
-    )
-    frame = f'<rect x="40" y="10" width="{width}" height="{height}" fill="none" stroke="var(--line)"/>'
-    svg = f'<svg viewBox="0 0 {width + 60} {height + 36}" role="img" aria-label="{escape(title)}">'
-    return f"<div><h3>{escape(title)}</h3>{svg}{frame}{''.join(shapes)}{ticks}</svg><p>{' '.join(keys)}</p></div>"
 
 
 def _interval(interval: Interval, signed: bool = False) -> list[str]:
     numbers = (interval.value, interval.low, interval.high)
     return ["n/a" if number is None else f"{number:+.3f}" if signed else f"{number:.3f}" for number in numbers]
-
-
-def _cell(value: Any) -> str:
-    return "n/a" if value is None else f"{value:.3f}" if isinstance(value, float) else escape(str(value))
-
-
-def _table(names: Iterable[str], rows: Iterable[Iterable[object]], kind: str = "") -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class=scroll><table class="{kind}"><tr>{head}</tr>{body}</table></div>'
 
 
 def _write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Charts, map, crops and advice of the data report."""
+"""Crops and advice of the data report."""
 
 from __future__ import annotations
 
@@ -7,56 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from compare import assert_close
 from PIL import Image
 from torchvision.ops import box_iou
 
 from fpn_det.composition import compose
 from fpn_det.data_report.anchor_coverage import measure_coverage
-from fpn_det.data_report.charts import bar, bars_are_log, coverage_map, linear_ticks, log_ticks
 from fpn_det.data_report.page import CROP, LEAST_VIEW, RED, _levels, _with_marked_box, _zoomed, anchor_advice
 from fpn_det.structures import Annotations, pack_paths
-
-
-@pytest.mark.parametrize(
-    ("ticks", "low", "high", "expected"),
-    [
-        (log_ticks, 11.3, 300.0, [16, 32, 64, 128, 256]),
-        (log_ticks, 0.24, 4.1, [0.25, 0.5, 1, 2, 4]),
-        (log_ticks, 30.0, 61.0, [30, 35, 40, 45, 50, 55, 60]),
-        (linear_ticks, -0.01, 1.02, [0, 0.2, 0.4, 0.6, 0.8, 1]),
-        (linear_ticks, 0.28, 0.97, [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]),
-    ],
-)
-def test_ticks_are_round(ticks, low, high, expected):
-    assert_close(torch.tensor(ticks(low, high)).double(), torch.tensor(expected).double(), 1e-6)
-
-
-def test_ticks_of_any_range_are_few_and_inside():
-    random = np.random.default_rng(0)
-    for low, factor in zip(10 ** random.uniform(-2, 4, 200), 1 + 10 ** random.uniform(-2, 4, 200), strict=True):
-        for ticks in (linear_ticks, log_ticks):
-            found = ticks(low, low * factor)
-            assert 3 <= len(found) <= 21 and low <= found[0] and found[-1] <= low * factor
-
-
-def test_map_counts_the_boxes_over_every_cell():
-    random = np.random.default_rng(1)
-    sizes = np.array([(60, 120)] * 40)
-    first = random.uniform(0, (100, 45), (40, 2))
-    boxes = np.concatenate([first, first + random.uniform(1, (20, 15), (40, 2))], axis=1)
-    share, aspect = coverage_map(boxes, sizes)
-    assert aspect == 0.5 and share.shape == (24, 48)
-    for row, column in random.integers(0, (24, 48), (200, 2)):  # cells of 2.5 px
-        x, y = column * 2.5, row * 2.5
-        over = (boxes[:, 0] < x + 2.5) & (boxes[:, 2] > x) & (boxes[:, 1] < y + 2.5) & (boxes[:, 3] > y)
-        assert_close(torch.tensor(share[row, column]), torch.tensor(over.mean()), 1e-9)
-
-
-def test_bars_show_rare_classes():
-    assert bars_are_log([1, 100]) and not bars_are_log([2, 199, 0]) and not bars_are_log([])
-    assert "--share:0.1000" in bar(10, 100) and "--share:1.0000" in bar(100, 100, log=True)
-    assert "--share:0.1502" in bar(1, 100, log=True)  # log 2 / log 101
 
 
 @pytest.mark.parametrize("box", [(10.0, 20.0, 14.0, 23.0), (63.0, 47.0, 64.0, 48.0), (5.0, 5.0, 5.0, 5.0)])

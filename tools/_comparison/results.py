@@ -11,24 +11,7 @@ from typing import Any
 
 import markdown  # type: ignore[import-untyped]
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; }
-th { border-bottom: 2px solid #888; }
-img { max-width: 100%; }
-code, pre { background: #f4f4f4; border-radius: 3px; padding: 0.1rem 0.3rem; }
-"""
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-{body}
-</html>
-"""
+from fpn_det.pages.document import write_document
 
 
 @dataclass(frozen=True)
@@ -77,9 +60,10 @@ def write_page(title: str, parts: Sequence[str], file: Path) -> None:
     text = "\n\n".join([f"# {title}", *parts]) + "\n"
     file.write_text(text)
     html = markdown.markdown(text, extensions=["tables", "fenced_code"])
+    html = html.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
     for picture in file.parent.glob(f"{file.stem}_*.[jp][pn]g"):
         data = base64.b64encode(picture.read_bytes()).decode()
         html = html.replace(
             f'src="{picture.name}"', f'src="data:image/{picture.suffix[1:].replace("jpg", "jpeg")};base64,{data}"'
         )
-    file.with_suffix(".html").write_text(PAGE.format(title=title, style=STYLE, body=html))
+    write_document(file.with_suffix(".html"), title, html)

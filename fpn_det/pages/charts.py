@@ -1,18 +1,19 @@
-"""Charts of the data report as SVG and HTML: histograms with round ticks, bars, a map."""
+"""Charts as SVG and HTML: lines and histograms with round ticks, bars, a map."""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 import numpy as np
-from PIL import Image
+
+from fpn_det.pages.document import keys, picture
 
 BINS = 32
 WIDTH, HEIGHT = 640, 160  # px of a histogram
+LINES = 400, 240  # px, width and height of a chart of lines
+MARGIN = 40  # px left of it
 LOG_FROM = 100  # bars are on a log scale if the largest count is this many times the smallest
 CELLS = 48  # of the longer side of a map
 
@@ -43,7 +44,7 @@ def histogram(
 
     bars = "".join(
         f'<rect x="{position * WIDTH / BINS + 1:.1f}" y="{20 + HEIGHT * (1 - count / most):.1f}" width="{WIDTH / BINS - 2:.1f}" '
-        f'height="{HEIGHT * count / most:.1f}" fill="#4c8dcc"><title>{count}</title></rect>'
+        f'height="{HEIGHT * count / most:.1f}" fill="var(--accent)"><title>{count}</title></rect>'
         for position, count in enumerate(counts.tolist())
     )
     lines = "".join(_mark(place(value), text) for value, text in marks)
@@ -52,27 +53,66 @@ def histogram(
     return f'<svg viewBox="-20 0 {WIDTH + 40} {HEIGHT + 40}" width="{WIDTH + 40}" role="img">{bars}{lines}{texts}</svg>'
 
 
+def line_chart(
+    title: str, lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], top: float | None = 1.0
+) -> str:
+    """An SVG chart of lines with its title above and its legend below.
+
+    Args:
+        title: of the chart.
+        lines: name, x and y of each. A line of one point is drawn as a dot.
+        top: of the y axis, which starts at 0; None is the largest value.
+    """
+    (width, height), right = LINES, max([1e-9, *(x for _, xs, _ in lines for x in xs)])
+    right = 1.0 if right <= 1 else right
+    top = top or max([1e-9, *(y for _, _, ys in lines for y in ys if math.isfinite(y))])
+    shapes, colors = [], []
+    for number, (name, xs, ys) in enumerate(lines):
+        color = f"hsl({number * 137.5 % 360:.0f} 60% 50%)"
+        places = [
+            (MARGIN + x / right * width, 10 + (1 - y / top) * height)
+            for x, y in zip(xs, ys, strict=True)
+            if math.isfinite(y)
+        ]
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        shapes.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.6"/>')
+        if len(places) == 1:
+            shapes.append(f'<circle cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3" fill="{color}"/>')
+        colors.append((name, color))
+    below = "".join(
+        f'<text x="{MARGIN + width * tick / right:.0f}" y="{height + 26}" text-anchor="middle">{tick:g}</text>'
+        for tick in linear_ticks(0, right, 5)
+    )
+    beside = "".join(
+        f'<text x="{MARGIN - 6}" y="{14 + height * (1 - tick / top):.0f}" text-anchor="end">{tick:g}</text>'
+        for tick in linear_ticks(0, top, 5)
+    )
+    frame = f'<rect x="{MARGIN}" y="10" width="{width}" height="{height}" fill="none" stroke="var(--line)"/>'
+    svg = f'<svg viewBox="0 0 {width + MARGIN + 20} {height + 36}" role="img" aria-label="{escape(title)}">'
+    return f"<div><h3>{escape(title)}</h3>{svg}{frame}{''.join(shapes)}{below}{beside}</svg>{keys(colors)}</div>"
+
+
 def log_ticks(low: float, high: float) -> list[float]:
     """Powers of two in the range; in a narrow one round numbers in even steps."""
     powers = [2.0**power for power in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
     return powers if len(powers) >= 3 else linear_ticks(low, high)
 
 
-def linear_ticks(low: float, high: float) -> list[float]:
-    """At most eleven multiples of 1, 2 or 5 times a power of ten in the range."""
-    size = 10 ** math.floor(math.log10((high - low) / 10))
-    step = next(size * factor for factor in (1, 2, 5, 10) if (high - low) / (size * factor) <= 10)
+def linear_ticks(low: float, high: float, steps: int = 10) -> list[float]:
+    """At most `steps` + 1 multiples of 1, 2 or 5 times a power of ten in the range."""
+    size = 10 ** math.floor(math.log10((high - low) / steps))
+    step = next(size * factor for factor in (1, 2, 5, 10) if (high - low) / (size * factor) <= steps)
     return [round(step * number, 12) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _mark(x: float, text: str) -> str:
-    line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="16" y2="{20 + HEIGHT}" stroke="#b3261e" stroke-dasharray="4 3"/>'
+    line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="16" y2="{20 + HEIGHT}" stroke="var(--bad)" stroke-dasharray="4 3"/>'
     anchor = "start" if x < 60 else "end" if x > WIDTH - 60 else "middle"
     return f'{line}<text x="{x:.1f}" y="12" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _tick(x: float, text: str) -> str:
-    line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{20 + HEIGHT}" y2="{24 + HEIGHT}" stroke="#889"/>'
+    line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{20 + HEIGHT}" y2="{24 + HEIGHT}" stroke="var(--soft)"/>'
     return f'{line}<text x="{x:.1f}" y="{HEIGHT + 36}" text-anchor="middle">{escape(text)}</text>'
 
 
@@ -115,19 +155,4 @@ def map_image(share: np.ndarray) -> str:
     """The map as an <img>, the darker the more boxes."""
     part = (share / max(share.max(), 1e-9))[..., None]
     color = np.array([246, 249, 252]) * (1 - part) + np.array([13, 60, 110]) * part
-    return picture(Image.fromarray(color.round().astype(np.uint8)), "PNG", "map")
-
-
-def picture(image: Image.Image, kind: str = "JPEG", name: str = "") -> str:
-    """An <img> that holds the image itself."""
-    buffer = io.BytesIO()
-    image.save(buffer, kind, quality=85)
-    source = f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return f'<img alt="" class="{name}" width="{image.width}" height="{image.height}" src="{source}">'
-
-
-def table(names: Iterable[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table of HTML cells, which scrolls by itself where the screen is too narrow."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+    return f'<div class="map">{picture(color.round().astype(np.uint8), "places of the boxes", "PNG")}</div>'
