@@ -2,7 +2,7 @@
 
 Draws the batches of the first steps exactly as the model gets them, after all transforms and padding. The label
 `dog P4 x3` is a dog whose RoI is pooled from P4 and that is assigned to three anchors; these are drawn beside the image
-in the colors of their levels. Writes PNG files to the folder `output`, and the same for TensorBoard.
+in the colors of their levels, which the title names. Writes PNG files to the folder `output`, and the same for TensorBoard.
 
 Examples:
   fpn-det show-data experiment=small data=yolo data.root=datasets/my_data

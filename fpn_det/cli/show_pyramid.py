@@ -1,7 +1,7 @@
 """Draw the inside of a trained detector, level by level.
 
-For each image: the feature maps, the objectness of the RPN, the anchors that match an object, the best proposals, and
-the levels that these are pooled from. Writes a PNG file for each image, and index.html with all of them.
+For each image: the feature maps, the objectness of the RPN, the anchors that match an object, the best proposals,
+the levels that these are pooled from, and the detections. Writes a PNG file for each image, and index.html with all of them.
 
 Examples:
   fpn-det show-pyramid run=runs/demo
@@ -25,7 +25,7 @@ from fpn_det.models.detector import Detector
 from fpn_det.runs.checkpoint import fill_model, find_checkpoint, run_folder_of
 from fpn_det.runtime import pick_device
 from fpn_det.schema import Count
-from fpn_det.structures import Batch
+from fpn_det.structures import Batch, ScoreThresholds
 from fpn_det.terminal import shown_path
 from fpn_det.visualization.panels import pick_images
 from fpn_det.visualization.pyramid_page import write_pyramid_page
@@ -55,10 +55,12 @@ def show_pyramid(config: ShowPyramidConfig, words: Sequence[str]) -> None:
     model.to(device)
     folder = Path(config.output) if config.output else run_folder_of(path) / "pyramid"
     folder.mkdir(parents=True, exist_ok=True)
+    thresholds = ScoreThresholds.read(state.get("score_thresholds"), str(path))
+    min_scores = thresholds.of(state["class_names"]) if thresholds else None
     panels = []
     for name, batch in _batches(config, model, state["class_names"]):
         panels.append(folder / f"{name}.png")
-        Image.fromarray(draw_pyramid(inspect_pyramid(model, batch.to(device)), batch)).save(panels[-1])
+        Image.fromarray(draw_pyramid(inspect_pyramid(model, batch.to(device), min_scores), batch)).save(panels[-1])
     page = folder / "index.html"
     write_pyramid_page(page, str(path), panels)
     print(f"written: {shown_path(page)}")

@@ -463,16 +463,21 @@ class Trainer:
     def log_figures(self, step: int, evaluation: Evaluation) -> None:
         """Draw a training batch, and validation images with ground truth and detections, for TensorBoard. Rank 0 only."""
         config, log = self.config, self.log
-        shown = evaluation.detections, evaluation.score_thresholds
+        thresholds, class_names = evaluation.score_thresholds, self.train_annotations.class_names
         for row in self.shown:
             name = self.val_annotations.path(row).name
-            log.image(step, name, draw_comparison(self.val_annotations, *shown, row, config.evaluation))
+            log.image(
+                step,
+                name,
+                draw_comparison(self.val_annotations, evaluation.detections, thresholds, row, config.evaluation),
+            )
         batch = self.train_loader.rebuild(step)[0]
-        log.image(step, "train_batch", draw_batch(batch, self.train_annotations.class_names))
+        log.image(step, "train_batch", draw_batch(batch, class_names))
         if self.model.rpn is None:
             return
         for batch in config.single_images(self.val_annotations, self.shown[:1], self.model.stride, self.device):
-            log.image(step, "pyramid", draw_pyramid(inspect_pyramid(self.model, batch), batch))
+            inspection = inspect_pyramid(self.model, batch, thresholds.of(class_names) if thresholds else None)
+            log.image(step, "pyramid", draw_pyramid(inspection, batch))
 
     def _save(self, step: int, is_best: bool = False) -> None:
         """Write a checkpoint of the state after `step`. Rank 0 writes, all ranks call."""

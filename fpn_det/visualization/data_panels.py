@@ -12,7 +12,16 @@ from torch import Tensor
 
 from fpn_det.models.detector import Detector
 from fpn_det.structures import Batch, Pyramid
-from fpn_det.visualization.panels import SIDE, RGBImage, draw_boxes, make_grid, resize_longer_side, to_rgb
+from fpn_det.visualization.panels import (
+    SIDE,
+    RGBImage,
+    Title,
+    counted_title,
+    draw_boxes,
+    make_grid,
+    resize_longer_side,
+    to_rgb,
+)
 from fpn_det.visualization.pyramid_panels import LEVEL_COLORS, outline_boxes
 
 IMAGES_PER_SHEET = 6
@@ -31,12 +40,14 @@ class MatchedAnchors:
 def draw_anchors_and_objects(model: Detector, batch: Batch, class_names: Sequence[str]) -> Iterator[RGBImage]:
     """Yield sheets with two panels per image: its objects, and their positive anchors in the colors of the pyramid levels.
 
-    The label `dog P4 x3` is a dog with three positive anchors that the ROI head pools from P4.
+    The label `dog P4 x3` is a dog with three positive anchors that the ROI head pools from P4, as the title says.
     """
     names = [f"P{stride.bit_length() - 1}" for stride in model.neck.strides]
     anchored = match_anchors(model, batch)
+    words = ["class", *["level of the RoI"] * (model.roi_head is not None), *["x anchors"] * bool(anchored)]
+    meaning = f" ({', '.join(words)})" if len(words) > 1 else ""
     panels: list[RGBImage] = []
-    titles: list[str] = []
+    titles: list[str | Title] = []
     for row, (pixels, (height, width)) in enumerate(zip(batch.pixels.cpu(), batch.sizes.tolist(), strict=True)):
         valid = batch.targets.valid[row]
         boxes, labels = batch.targets.boxes[row][valid], batch.targets.labels[row][valid].tolist()
@@ -44,13 +55,12 @@ def draw_anchors_and_objects(model: Detector, batch: Batch, class_names: Sequenc
         if model.roi_head is not None:
             pooled = model.roi_head.pooler.assigner(boxes).tolist()
             texts = [f"{text} {names[level]}" for text, level in zip(texts, pooled, strict=True)]
-        title = f"{width} x {height} px, {len(labels)} objects"
         shown = to_rgb(pixels)
         if anchored:
             counts = torch.bincount(anchored[row].objects, minlength=len(labels)).tolist()
             texts = [f"{text} x{count}" for text, count in zip(texts, counts, strict=True)]
         panels.append(draw_boxes(shown, boxes.cpu().numpy(), labels, texts))
-        titles.append(title)
+        titles.append(f"{width} x {height} px, {len(labels)} objects{meaning if labels else ''}")
         if anchored:
             levels = anchored[row].levels.tolist()
             zoom = SIDE / max(shown.shape[:2])
@@ -61,10 +71,9 @@ def draw_anchors_and_objects(model: Detector, batch: Batch, class_names: Sequenc
             )
             white = np.full((len(labels), 3), 255)
             panels.append(outline_boxes(anchors, boxes.cpu().numpy() * zoom, white, brightness=1))
-            titles.append(
-                "anchors: "
-                + (", ".join(f"{levels.count(level)} on {names[level]}" for level in sorted(set(levels))) or "none")
-            )
+            on_levels = [f"on {name}: {levels.count(level)}" for level, name in enumerate(names)]
+            on_levels = [text if level in levels else "" for level, text in enumerate(on_levels)]
+            titles.append(counted_title("objects (white) and positive anchors", on_levels, LEVEL_COLORS))
     step = IMAGES_PER_SHEET * len(panels) // len(batch)
     for start in range(0, len(panels), step):
         yield make_grid(panels[start : start + step], titles[start : start + step], COLUMNS)

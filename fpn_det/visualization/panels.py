@@ -25,6 +25,8 @@ from fpn_det.image_io import read_for_display, to_display
 from fpn_det.structures import Annotations, Batch, ScoreThresholds
 
 RGBImage = NDArray[np.uint8]
+Color = tuple[int, int, int]
+Title = Sequence[tuple[str, Color]]  # parts of a line and their colors
 
 SIDE = 480  # px, longer side of a panel; smaller images are enlarged so that labels are readable
 FONT_SIZE = 13  # px
@@ -32,6 +34,7 @@ MAX_BOXES = 100  # drawn per image
 MIN_SCORE = 0.3  # of drawn detections where no evaluation has found a threshold
 GAP = 6  # px between panels
 GREY = (40, 40, 40)
+WHITE = (255, 255, 255)
 OUTCOME_COLORS = ((60, 200, 90), (240, 80, 70), (250, 190, 40), (190, 110, 240), (150, 150, 150))  # see OUTCOME_NAMES
 
 
@@ -87,8 +90,8 @@ def draw_comparison(
     ]
     right = _draw_outcomes(pixels, detections.boxes[rows], outcomes.detection_kinds[found[:MAX_BOXES]], texts)
     titles = (
-        f"{len(objects)} objects{_counts(kinds)}",
-        f"{len(found)} detections{_counts(outcomes.detection_kinds[found])}",
+        counted_title(f"{len(objects)} objects", _counts(kinds), OUTCOME_COLORS),
+        counted_title(f"{len(found)} detections", _counts(outcomes.detection_kinds[found]), OUTCOME_COLORS),
     )
     return make_grid([left, right], titles)
 
@@ -97,10 +100,18 @@ def _draw_outcomes(pixels: RGBImage, boxes: NDArray, kinds: NDArray[np.int64], t
     return draw_boxes(pixels, boxes, kinds.tolist(), texts, colors=OUTCOME_COLORS)
 
 
-def _counts(kinds: NDArray[np.int64]) -> str:
+def _counts(kinds: NDArray[np.int64]) -> list[str]:
     counts = np.bincount(kinds, minlength=len(OUTCOME_NAMES)).tolist()
-    shown = [f"{count} {name}" for count, name in zip(counts, OUTCOME_NAMES, strict=True) if count]
-    return f": {', '.join(shown)}" if shown else ""
+    return [f"{count} {name}" if count else "" for count, name in zip(counts, OUTCOME_NAMES, strict=True)]
+
+
+def counted_title(head: str, parts: Sequence[str], colors: Sequence[Color]) -> Title:
+    """Join a title and its parts, each in its color, which makes it the legend of the panel; empty parts are left out."""
+    shown = [(text, color) for text, color in zip(parts, colors, strict=False) if text]
+    return [
+        (head, WHITE),
+        *((f"{', ' if number else ': '}{text}", color) for number, (text, color) in enumerate(shown)),
+    ]
 
 
 def draw_batch(batch: Batch, class_names: Sequence[str]) -> RGBImage:
@@ -132,7 +143,7 @@ def draw_boxes(
     labels: Sequence[int],
     texts: Sequence[str],
     side: int = SIDE,
-    colors: Sequence[tuple[int, int, int]] | None = None,
+    colors: Sequence[Color] | None = None,
 ) -> RGBImage:
     """Resize an image to a longer side of `side` and draw labeled boxes, the first on top.
 
@@ -171,14 +182,14 @@ def resize_longer_side(pixels: RGBImage, side: int) -> RGBImage:
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
 
 
-def class_color(label: int) -> tuple[int, int, int]:
+def class_color(label: int) -> Color:
     """Return the RGB color of a class. Consecutive classes differ strongly in hue; all colors are bright enough for black text."""
     hue = label * 0.618034 % 1  # golden ratio
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.6, 1)
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def make_grid(panels: Sequence[RGBImage], titles: Sequence[str], columns: int | None = None) -> RGBImage:
+def make_grid(panels: Sequence[RGBImage], titles: Sequence[str | Title], columns: int | None = None) -> RGBImage:
     """Arrange titled images in a grid of `columns`; by default in about as many rows as columns."""
     columns = columns or math.ceil(math.sqrt(len(panels)))
     head = FONT_SIZE + 2 * GAP
@@ -188,6 +199,9 @@ def make_grid(panels: Sequence[RGBImage], titles: Sequence[str], columns: int | 
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
     for number, (panel, title) in enumerate(zip(panels, titles, strict=True)):
         x, y = number % columns * width, number // columns * height
-        canvas.text((x + GAP, y + GAP), title, fill=(255, 255, 255), font=font)
+        place = x + GAP
+        for text, color in [(title, WHITE)] if isinstance(title, str) else title:
+            canvas.text((place, y + GAP), text, fill=color, font=font)
+            place += round(font.getlength(text))
         sheet.paste(Image.fromarray(panel), (x, y + head))
     return np.asarray(sheet)

@@ -11,9 +11,10 @@ from fpn_det.pages.document import figure, hint, write_document
 
 ROWS = (
     "The columns are levels, from fine to coarse; the leftmost column shows all of them in the colors of the levels. The rows, from "
-    "the top: the norm of the feature vector in every cell, from the smallest of the map (black) to the largest; the objectness of the best "
-    "anchor in every cell; the anchors that are positive in training; the best proposals, at the level of their anchors; the same "
-    "proposals, at the level that the ROI head pools them from."
+    "the top: the norm of the feature vector in every cell, from the smallest of the map (black) to the largest; the objectness of "
+    "the best anchor in every cell; the anchors that are positive in training, if the image has objects; the best proposals, at the "
+    "level of their anchors; the same proposals, at the level that the ROI head pools them from; the detections, at the level that "
+    "a box of their size is pooled from, leftmost in the colors of their classes."
 )
 
 

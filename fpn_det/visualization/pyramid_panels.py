@@ -1,4 +1,4 @@
-"""Draw the pyramid levels of a detector for one image: features, objectness, positive anchors, proposals, RoIs.
+"""Draw the pyramid levels of a detector for one image: features, objectness, positive anchors, proposals, RoIs, detections.
 
 One column per level, fine to coarse, each level in its own color; the left column shows all levels.
 """
@@ -17,9 +17,18 @@ from torch import Tensor
 
 from fpn_det.evaluation.evaluate import evaluation_mode
 from fpn_det.models.detector import Detector
+from fpn_det.models.roi_align import LevelAssigner
 from fpn_det.models.rpn import RPNOutput
 from fpn_det.structures import Batch
-from fpn_det.visualization.panels import RGBImage, class_color, make_grid, resize_longer_side, to_rgb
+from fpn_det.visualization.panels import (
+    MIN_SCORE,
+    RGBImage,
+    Title,
+    class_color,
+    make_grid,
+    resize_longer_side,
+    to_rgb,
+)
 
 SIDE = 240  # px, longer side of a panel
 NUM_BOXES = 20  # proposals that are drawn, of highest objectness over all levels
@@ -45,11 +54,18 @@ class PyramidInspection:
     matched: list[NDArray[np.float32]]  # positive anchors
     proposed: list[NDArray[np.float32]]  # the best proposals, at the level of their anchors
     pooled: list[NDArray[np.float32]] | None  # the same proposals, at the level that the ROI head pools from
+    detected: list[NDArray[np.float32]] | None  # detections, at the level that a box of their size is pooled from
+    detected_labels: list[int]  # classes of the detections in this order
 
 
 @torch.no_grad()
-def inspect_pyramid(model: Detector, batch: Batch) -> PyramidInspection:
+def inspect_pyramid(model: Detector, batch: Batch, min_scores: Sequence[float] | None = None) -> PyramidInspection:
     """Run a detector on a batch of one image, on its device, and record intermediate results.
+
+    Args:
+        model: with an RPN.
+        batch: of one image.
+        min_scores: of the detections of each class; None is MIN_SCORE for all.
 
     Raises:
         ValueError: the model has no RPN.
@@ -74,11 +90,17 @@ def inspect_pyramid(model: Detector, batch: Batch) -> PyramidInspection:
             for part, shape in zip(parts, pyramid.shapes, strict=True)
         ]
         positive = match.positive[0].split(output.level_sizes)
-        pooled = None
+        pooled = detected = None
+        labels = torch.zeros(0, dtype=torch.int64)
         if model.roi_head is not None:
-            boxes = torch.cat(proposed)
-            levels = model.roi_head.pooler.assigner(boxes)
-            pooled = [_numpy(boxes[levels == level]) for level in range(len(proposed))]
+            assigner = model.roi_head.pooler.assigner
+            pooled, _ = _by_level(torch.cat(proposed), assigner, len(proposed))
+            proposals = model.rpn.propose(output, batch, model.rpn.test_filter)
+            ((boxes, scores, labels),) = model.select(model.roi_head.raw(pyramid, proposals, batch), batch).images()
+            least = torch.full_like(scores, MIN_SCORE) if min_scores is None else scores.new_tensor(min_scores)[labels]
+            boxes, labels = boxes[scores >= least], labels[scores >= least]
+            detected, order = _by_level(boxes, assigner, len(proposed))
+            labels = labels[order]
     size = batch.sizes[0].tolist()
     return PyramidInspection(
         names=[f"P{stride.bit_length() - 1}" for stride in pyramid.strides],
@@ -93,7 +115,16 @@ def inspect_pyramid(model: Detector, batch: Batch) -> PyramidInspection:
         matched=[_numpy(part.anchors[mask]) for part, mask in zip(parts, positive, strict=True)],
         proposed=[_numpy(boxes) for boxes in proposed],
         pooled=pooled,
+        detected=detected,
+        detected_labels=labels.tolist(),
     )
+
+
+def _by_level(boxes: Tensor, assigner: LevelAssigner, count: int) -> tuple[list[NDArray[np.float32]], Tensor]:
+    """Divide boxes [n, 4] by the level they are pooled from; and the indices [n] of the boxes in this order."""
+    levels = assigner(boxes)
+    parts = [(levels == level).nonzero()[:, 0] for level in range(count)]
+    return [_numpy(boxes[part]) for part in parts], torch.cat(parts)
 
 
 def _split_levels(output: RPNOutput) -> list[RPNOutput]:
@@ -114,32 +145,49 @@ def draw_pyramid(levels: PyramidInspection, batch: Batch, side: int = SIDE) -> R
     valid = batch.targets.valid[0]
     truth, labels = _numpy(batch.targets.boxes[0][valid]), batch.targets.labels[0][valid].tolist()
 
-    panels = [
-        outline_boxes(
-            image, truth * zoom, np.array([class_color(label) for label in labels]).reshape(-1, 3), brightness=1
-        )
-    ]
-    titles = [f"{len(labels)} objects"]
+    panels = [outline_boxes(image, truth * zoom, _class_colors(labels), brightness=1)]
+    titles: list[str | Title] = [f"{len(labels)} objects" if labels else "features"]
     panels += [heatmap(each, image) for each in levels.features]
-    titles += [f"{name}: stride {stride}" for name, stride in zip(levels.names, levels.strides, strict=True)]
+    titles += [
+        [(f"{name}, stride {stride}: features", color)]
+        for name, stride, color in zip(levels.names, levels.strides, LEVEL_COLORS, strict=False)
+    ]
 
     over_all = np.max(levels.objectness, axis=0)
     panels += [heatmap(each, image, 1.0) for each in (over_all, *levels.objectness)]
-    titles += ["objectness", *(f"up to {each.max():.2f}" for each in levels.objectness)]
+    titles += ["objectness", *_level_titles(levels.names, [f"up to {each.max():.2f}" for each in levels.objectness])]
 
-    kinds = {"matched anchors": levels.matched, "best proposals": levels.proposed, "RoIs": levels.pooled}
+    kinds = {
+        "positive anchors": levels.matched if labels else None,  # without objects none is
+        "best proposals, by anchor": levels.proposed,
+        "best proposals, by RoI": levels.pooled,
+        "detections, by RoI": levels.detected,
+    }
     for title, per_level in kinds.items():
         if per_level is None:
             continue
         boxes = np.concatenate(per_level) * zoom
         colors = np.repeat(LEVEL_COLORS[: len(per_level)], [len(each) for each in per_level], axis=0)
         starts = np.cumsum([len(each) for each in per_level])[:-1]
-        panels.append(outline_boxes(image, boxes, colors))
+        if per_level is levels.detected:
+            panels.append(outline_boxes(image, boxes, _class_colors(levels.detected_labels), brightness=1))
+        else:
+            panels.append(outline_boxes(image, boxes, colors))
         panels += [
             outline_boxes(image, *part) for part in zip(np.split(boxes, starts), np.split(colors, starts), strict=True)
         ]
-        titles += [f"{sum(map(len, per_level))} {title}", *(str(len(each)) for each in per_level)]
+        titles += [f"{len(boxes)} {title}", *_level_titles(levels.names, [str(len(each)) for each in per_level])]
     return make_grid(panels, titles, columns=1 + len(levels.names))
+
+
+def _class_colors(labels: Sequence[int]) -> NDArray:
+    return np.array([class_color(label) for label in labels]).reshape(-1, 3)
+
+
+def _level_titles(names: Sequence[str], texts: Sequence[str]) -> list[Title]:
+    return [
+        [(f"{name}: {text}", color)] for name, text, color in zip(names, texts, LEVEL_COLORS[: len(names)], strict=True)
+    ]
 
 
 def heatmap(values: NDArray[np.float32], under: RGBImage, top: float | None = None) -> RGBImage:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from tiny import TINY
 
 from fpn_det.composition import compose
 from fpn_det.models.detector import Detector
-from fpn_det.structures import Batch
+from fpn_det.structures import Batch, Targets
 from fpn_det.training.config import TrainConfig
 from fpn_det.visualization.pyramid_panels import (
     LEVEL_COLORS,
@@ -79,7 +81,27 @@ def test_inspection_restores_the_mode_of_the_model(model, batch):
 def test_a_sheet_has_a_row_for_each_kind_and_a_column_for_each_level(levels, batch, model):
     with_rois = draw_pyramid(levels, batch)
     without = draw_pyramid(inspect_pyramid(model.without_roi_head(), batch), batch)
-    assert with_rois.shape[1] >= 6 * SIDE and with_rois.shape[0] * 4 == without.shape[0] * 5
+    assert with_rois.shape[1] >= 6 * SIDE and with_rois.shape[0] * 4 == without.shape[0] * 6
+
+
+def test_a_sheet_without_objects_has_no_row_of_matches(levels, batch, model):
+    empty = replace(batch, targets=Targets.pad([torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)]))
+    without = draw_pyramid(inspect_pyramid(model, empty), empty)
+    assert draw_pyramid(levels, batch).shape[0] * 5 == without.shape[0] * 6
+
+
+def test_shown_detections_are_those_of_the_detector_above_the_scores_of_their_classes(model, batch):
+    with torch.no_grad():
+        ((boxes, scores, labels),) = model.eval().detect(batch).images()
+    least = [float(scores[labels == label].median()) if (labels == label).any() else 0.5 for label in range(6)]
+    keep = scores >= torch.tensor(least)[labels]
+    assert 0 < keep.sum() < len(keep)
+    levels = inspect_pyramid(model, batch, least)
+    shown = zip(np.concatenate(levels.detected).tolist(), levels.detected_labels, strict=True)
+    expected = zip(boxes[keep].tolist(), labels[keep].tolist(), strict=True)
+    assert sorted((label, box) for box, label in shown) == sorted((label, box) for box, label in expected)
+    for each, index in zip(levels.detected, range(5), strict=True):
+        assert (model.assigner(torch.from_numpy(each)) == index).all()
 
 
 def test_heatmap_is_monotonic_and_keeps_cells_square():
