@@ -50,7 +50,7 @@ def histogram(
     lines = "".join(_mark(place(value), text) for value, text in marks)
     first, last = (2 ** edges[0], 2 ** edges[-1]) if log else (edges[0], edges[-1])
     texts = "".join(_tick(place(value), f"{value:.4g}") for value in ticks(float(first), float(last)))
-    return f'<svg viewBox="-20 0 {WIDTH + 40} {HEIGHT + 40}" width="{WIDTH + 40}" role="img">{bars}{lines}{texts}</svg>'
+    return f'<svg class="histogram" viewBox="-20 0 {WIDTH + 40} {HEIGHT + 40}" width="{WIDTH + 40}" role="img">{bars}{lines}{texts}</svg>'
 
 
 def line_chart(

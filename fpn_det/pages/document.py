@@ -21,7 +21,6 @@ STYLE = """
   --good: #1a7f37; --bad: #b3261e; --warn: #9a6700; --bar: 10rem }
 @media (prefers-color-scheme: dark) { :root { --text: #e4e8ee; --soft: #a0aab8; --line: #39424f; --back: #14181e; --box: #222932;
   --accent: #6db0ee; --good: #57c474; --bad: #ff8f85; --warn: #e0b040 } }
-@media (max-width: 600px) { :root { --bar: 3.2rem } }
 * { box-sizing: border-box }
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--text); background: var(--back); margin: 1.5rem auto; max-width: 76rem;
   padding: 0 1rem; overflow-wrap: anywhere }
@@ -33,7 +32,7 @@ pre, code { background: var(--box); border-radius: 4px } code { padding: .1rem .
 pre { padding: .6rem .8rem; white-space: pre-wrap } pre code { padding: 0 }
 .scroll { overflow-x: auto } table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums }
 td, th { padding: .2rem .8rem .2rem 0; text-align: right; vertical-align: top; white-space: nowrap; overflow-wrap: normal }
-td:first-child, th:first-child { text-align: left } td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 4rem }
+td:first-child, th:first-child { text-align: left } td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 5rem }
 th { color: var(--soft); font-weight: 600 } table.sortable th { cursor: pointer; text-decoration: underline dotted }
 .count { display: inline-block; min-width: 3.2em }
 .bar { display: inline-block; width: var(--bar); height: .8rem; vertical-align: middle; background:
@@ -47,6 +46,7 @@ figure { margin: 0 0 1rem } figcaption { font-size: 13px } img, svg { max-width:
 .pictures { display: flex; flex-wrap: wrap; gap: .6rem; align-items: flex-start }
 .map img { width: 26rem; image-rendering: pixelated; border: 1px solid var(--line) }
 svg text { font: 11px system-ui, sans-serif; fill: var(--soft) }
+@media (max-width: 600px) { :root { --bar: 2.2rem } td, th { padding-right: .5rem } .histogram text { font-size: 19px } }
 """
 SCRIPT = """
 for (const table of document.querySelectorAll('table.sortable')) table.querySelectorAll('th').forEach((head, column) => {
