@@ -307,6 +307,7 @@ class Proposals:
     boxes: Tensor  # f32 [B, R, 4], input frame
     logits: Tensor  # f32 [B, R]; 0 for precomputed proposals
     valid: Tensor  # bool [B, R]
+    anchor_idxs: Tensor | None = None  # i64 [B, R] in [0, M), meaningful where valid; None for precomputed proposals
 
     @classmethod
     def stack(cls, boxes: list[Tensor]) -> Proposals:
@@ -326,6 +327,12 @@ class Candidates:
     boxes: Tensor  # f32 [B, R, K, 4], clipped, input frame; [B, R, 1, 4] if regression is class-agnostic
     scores: Tensor  # f32 [B, R, K] in [0, 1], without the background
     valid: Tensor  # bool [B, R]
+    anchor_levels: Tensor | None = None  # i64 [B, R] in [0, L), of the anchors that proposed them; None if none did
+
+    @classmethod
+    def join(cls, parts: Sequence[Candidates]) -> Candidates:
+        """Concatenate candidates of the same images."""
+        return cls(*(torch.cat(column, dim=1) for column in zip(*map(tensors_of, parts), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -336,6 +343,7 @@ class Detections:
     scores: Tensor  # f32 [B, D] in [0, 1]
     labels: Tensor  # i64 [B, D] in [0, K)
     valid: Tensor  # bool [B, D]
+    anchor_levels: Tensor | None = None  # i64 [B, D], see `Candidates`; None if they are unknown
 
     def to_original(self, batch: Batch) -> Detections:
         """Convert the boxes from the input frame to the original frame, by the ratio of the sides, and clip them to the image."""

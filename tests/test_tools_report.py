@@ -23,7 +23,10 @@ def test_report_of_a_run_and_against_itself(run_tool, shapes_dataset, tmp_path):
         assert int(row["hits"]) + int(row["missed"]) == int(row["objects"])
         assert int(row["hits"]) + int(row["false"]) == int(row["detections"])
     errors = list(csv.DictReader((folder / "errors.csv").open()))
-    assert {row["by"] for row in errors} == {"all", "size", "level", "class"}
+    assert {row["by"] for row in errors} == {"all", "size", "level", "proposed by", "class"}
+    levels = list(csv.DictReader((folder / "levels.csv").open()))
+    assert [row["level"] for row in levels] == ["P2", "P3", "P4", "P5", "P6"]
+    assert sum(int(row["proposed: hits"]) for row in levels) == sum(int(row["hits"]) for row in classes)
     suspects = json.loads((folder / "suspects.json").read_text())
     assert len(suspects["annotations"]) == len(list(csv.DictReader((folder / "suspects.csv").open())))
 

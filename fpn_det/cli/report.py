@@ -1,7 +1,8 @@
 """Write a report of a trained detector: what it reaches, where it fails, which annotations look wrong.
 
 Evaluates the best checkpoint of a run, as `fpn-det eval` does, and writes index.html, per_class.csv, errors.csv,
-suspects.csv and suspects.json (COCO) to <run>/report, or to <run>/report_<split> for another split than val.
+levels.csv, suspects.csv and suspects.json (COCO) to <run>/report, or to <run>/report_<split> for another split than
+val.
 
 Examples:
   fpn-det report run=runs/demo

@@ -37,27 +37,30 @@ class DetectionTable:
     boxes: NDArray[np.floating]  # [D, 4], xyxy
     scores: NDArray[np.floating]  # [D]
     labels: NDArray[np.int64]  # [D]
+    anchor_levels: NDArray[np.int64] | None = None  # [D], see `structures.Candidates`; None if they are unknown
 
     def __len__(self) -> int:
         return len(self.images)
 
     def take(self, rows: NDArray) -> DetectionTable:
         """Select rows, in the given order."""
-        return DetectionTable(self.images[rows], self.boxes[rows], self.scores[rows], self.labels[rows])
+        levels = None if self.anchor_levels is None else self.anchor_levels[rows]
+        return DetectionTable(self.images[rows], self.boxes[rows], self.scores[rows], self.labels[rows], levels)
 
     @classmethod
     def join(cls, tables: Sequence[DetectionTable]) -> DetectionTable:
         """Concatenate tables and sort by image, so that the result does not depend on how images were split over ranks."""
         empty = cls(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
-        tables = tables or [empty]
-        images = np.concatenate([table.images for table in tables])
+        tables = [table for table in tables if len(table)] or [empty]
+        levels = [table.anchor_levels for table in tables if table.anchor_levels is not None]
         joined = cls(
-            images,
+            np.concatenate([table.images for table in tables]),
             np.concatenate([table.boxes for table in tables]),
             np.concatenate([table.scores for table in tables]),
             np.concatenate([table.labels for table in tables]),
+            np.concatenate(levels) if len(levels) == len(tables) else None,
         )
-        return joined.take(np.argsort(images, kind="stable"))
+        return joined.take(np.argsort(joined.images, kind="stable"))
 
     @classmethod
     def from_results(cls, file: Path, annotations: Annotations) -> DetectionTable:

@@ -173,21 +173,25 @@ def to_host(detections: Detections, indices: Tensor) -> tuple[NDArray[np.int64],
         indices: i64 [B], rows of Annotations.
     """
     num_images, limit = detections.scores.shape
+    levels = [] if detections.anchor_levels is None else [detections.anchor_levels]
     columns = (
         indices[:, None].to(detections.scores.device),
         detections.labels,
         detections.valid,
         detections.scores.float().contiguous().view(torch.int32),
         detections.boxes.float().contiguous().view(torch.int32).flatten(1),
+        *levels,
     )
     packed = torch.cat([column.int() for column in columns], dim=1).cpu().numpy()  # the one transfer
-    images, labels, valid, scores, boxes = np.split(packed, np.cumsum([1, limit, limit, limit]), axis=1)
+    widths = [1, limit, limit, limit, 4 * limit]
+    images, labels, valid, scores, boxes, anchor_levels = np.split(packed, np.cumsum(widths), axis=1)
     kept = valid.astype(bool)
     table = DetectionTable(
         images.repeat(limit, axis=1)[kept].astype(np.int64),
         np.ascontiguousarray(boxes).view(np.float32).reshape(num_images, limit, 4)[kept],
         np.ascontiguousarray(scores).view(np.float32)[kept],
         labels[kept].astype(np.int64),
+        anchor_levels[kept].astype(np.int64) if levels else None,
     )
     return images[:, 0].astype(np.int64), table
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -172,7 +172,7 @@ class Detectron2Detections(BatchedNmsDetections):
         found = super().__call__(candidates, batch)
         valid = found.valid & (box_area(found.boxes) > 0)
         boxes = torch.where(valid[..., None], found.boxes, 0.0)
-        return Detections(boxes, found.scores.masked_fill(~valid, 0.0), found.labels, valid)
+        return replace(found, boxes=boxes, scores=found.scores.masked_fill(~valid, 0.0), valid=valid)
 
 
 @dataclass(frozen=True)

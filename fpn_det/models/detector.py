@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -165,7 +165,10 @@ class Detector(nn.Module):
     def _raw(self, batch: Batch) -> Candidates:
         pyramid = self.pyramid(batch)
         proposals = self._proposals(pyramid, batch)
-        return self.roi_head.raw(pyramid, proposals, batch) if self.roi_head else proposals.as_candidates()
+        found = self.roi_head.raw(pyramid, proposals, batch) if self.roi_head else proposals.as_candidates()
+        if self.rpn is None or proposals.anchor_idxs is None:
+            return found
+        return replace(found, anchor_levels=self.rpn.levels_of(proposals.anchor_idxs, pyramid))
 
     @torch.no_grad()
     def propose(self, batch: Batch) -> Proposals:

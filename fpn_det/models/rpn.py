@@ -196,8 +196,14 @@ class RPN(nn.Module):
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         valid, order = scores[:, : select.post_nms].isfinite(), order[:, : select.post_nms]
         boxes = torch.where(valid[..., None], boxes.gather(1, order[..., None].expand(-1, -1, 4)), 0.0)
-        logits = torch.where(valid, logits.gather(1, idxs.gather(1, order)), 0.0)
-        return Proposals(boxes, logits, valid)
+        anchor_idxs = idxs.gather(1, order)
+        logits = torch.where(valid, logits.gather(1, anchor_idxs), 0.0)
+        return Proposals(boxes, logits, valid, anchor_idxs)
+
+    def levels_of(self, anchor_idxs: Tensor, pyramid: Pyramid) -> Tensor:
+        """Levels [B, R] of anchors [B, R]."""
+        starts = self._geometry(pyramid, len(pyramid.levels)).start * self.anchors.num_per_cell
+        return (anchor_idxs[..., None] >= starts[1:]).sum(dim=2)
 
     def proposable(self, output: RPNOutput) -> Tensor:
         """Anchors [B, M] that may become proposals."""
@@ -214,7 +220,8 @@ class RPN(nn.Module):
         scores, order = scores[:, : keep.post_nms], order[:, : keep.post_nms]
         valid = scores >= 0
         boxes = torch.where(valid[..., None], boxes.gather(1, order[..., None].expand(-1, -1, 4)), 0.0)
-        return Detections(boxes, scores.clamp(min=0), torch.zeros_like(order), valid)
+        levels = None if candidates.anchor_levels is None else candidates.anchor_levels.gather(1, order)
+        return Detections(boxes, scores.clamp(min=0), torch.zeros_like(order), valid, levels)
 
     def _at(self, output: RPNOutput, pyramid: Pyramid, sample: Sample) -> tuple[Tensor, Tensor]:
         if not self.head.samples_loss:

@@ -97,9 +97,12 @@ class DetectionFilter:
         scores, best = scores.masked_fill(~keep, -1.0).sort(dim=1, descending=True, stable=True)
         scores, best = scores[:, : self.max_detections], best[:, : self.max_detections]
         valid = scores > 0
-        boxes = _boxes_at(candidates, best if order is None else order.gather(1, best))
+        chosen = best if order is None else order.gather(1, best)
+        boxes = _boxes_at(candidates, chosen)
         boxes = torch.where(valid[..., None], boxes, 0.0)
-        return Detections(boxes, scores.masked_fill(~valid, 0.0), labels.gather(1, best), valid)
+        return Detections(
+            boxes, scores.masked_fill(~valid, 0.0), labels.gather(1, best), valid, _levels_at(candidates, chosen)
+        )
 
     def suppress(self, boxes: Tensor, scores: Tensor, valid: Tensor, labels: Tensor, batch: Batch) -> Tensor:
         """Mask [B, P] of the boxes [B, P, 4] that survive suppression within their class."""
@@ -119,6 +122,12 @@ def _boxes_at(candidates: Candidates, idxs: Tensor) -> Tensor:
     if candidates.boxes.shape[2] == 1:  # one box for all classes
         idxs = idxs // candidates.scores.shape[2]
     return candidates.boxes.flatten(1, 2).gather(1, idxs[..., None].expand(-1, -1, 4))
+
+
+def _levels_at(candidates: Candidates, idxs: Tensor) -> Tensor | None:
+    """Anchor levels [B, P] of candidates `idxs` [B, P], which are numbered by proposal, then by class."""
+    levels, num_classes = candidates.anchor_levels, candidates.scores.shape[2]
+    return None if levels is None else levels.gather(1, idxs // num_classes)
 
 
 @dataclass(frozen=True)
@@ -159,7 +168,10 @@ class SoftDetectionFilter(DetectionFilter):
         idxs, scores = torch.cat(order, dim=1), torch.cat(found, dim=1)
         valid = scores > 0
         boxes = torch.where(valid[..., None], boxes.gather(1, idxs[..., None].expand(-1, -1, 4)), 0.0)
-        return Detections(boxes, scores, labels[idxs], valid)
+        levels = candidates.anchor_levels
+        if levels is not None:
+            levels = F.pad(levels, (0, 1)).gather(1, idxs // num_classes)
+        return Detections(boxes, scores, labels[idxs], valid, levels)
 
     def factor(self, iou: Tensor) -> Tensor:
         """Factor of a score, given the IoU with a better box."""

@@ -8,6 +8,7 @@ candidates at such an edge are left out, because a neighbouring tile or the whol
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fpn_det.boxes import clip_boxes
 from fpn_det.models.views import Views
-from fpn_det.structures import Batch, Candidates, Detections
+from fpn_det.structures import Batch, Candidates, Detections, tensors_of
 
 EDGE = 0.1  # a candidate that is closer to an edge than this part of its side counts as cut
 
@@ -86,7 +87,7 @@ class _Group:
     def __init__(self, model: Detects, whole: Batch, dtype: torch.dtype | None, views: Views | None) -> None:
         self.whole = whole
         self._model, self._dtype, self._views = model, dtype, views
-        self._found: dict[int, list[tuple[Tensor, Tensor]]] = {}  # boxes [P, K or 1, 4] and scores [P, K] by image row
+        self._found: dict[int, list[list[Tensor]]] = {}  # columns [P, ...] of candidates, by image row
 
     def add(self, tiles: Batch, windows: Tensor) -> None:
         """Detect on tiles, and keep the candidates that may be selected, in the frame of the whole images."""
@@ -100,8 +101,9 @@ class _Group:
         scores = found.scores.masked_fill(cut | ~usable[..., None], 0.0)
         boxes = move_to_whole(found.boxes, tiles, windows, self.whole.original_sizes[rows], self.whole.sizes[rows])
         keep = (scores > self._model.score_threshold).any(dim=2)
-        for row, tile_boxes, tile_scores, kept in zip(rows.tolist(), boxes, scores, keep, strict=True):
-            self._found.setdefault(row, []).append((tile_boxes[kept], tile_scores[kept]))
+        columns = tensors_of(replace(found, boxes=boxes, scores=scores))
+        for row, kept, *of_tile in zip(rows.tolist(), keep, *columns, strict=True):
+            self._found.setdefault(row, []).append([column[kept] for column in of_tile])
 
     def detections(self) -> Detections:
         """The detections of the whole images and their tiles; without tiles, exactly those of the model itself."""
@@ -114,14 +116,11 @@ class _Group:
 
     def _merged(self, whole: Candidates) -> Candidates:
         """Append the candidates of the tiles to those of the whole images, padded to the largest number."""
-        columns: list[list[Tensor]] = [[], [], []]
-        for row in range(len(self.whole)):
-            parts = [(whole.boxes[row], whole.scores[row]), *self._found.get(row, [])]
-            boxes, scores = (torch.cat(part) for part in zip(*parts, strict=True))
-            valid = torch.cat([whole.valid[row], whole.valid.new_ones(len(scores) - whole.valid.shape[1])])
-            for column, values in zip(columns, (boxes, scores, valid), strict=True):
-                column.append(values)
-        return Candidates(*(pad_sequence(column, batch_first=True) for column in columns))
+        images = []
+        for row, *of_image in zip(range(len(self.whole)), *tensors_of(whole), strict=True):
+            parts = [of_image, *self._found.get(row, [])]
+            images.append([torch.cat(part) for part in zip(*parts, strict=True)])
+        return Candidates(*(pad_sequence(list(column), batch_first=True) for column in zip(*images, strict=True)))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.whole.pixels.device.type, self._dtype, enabled=self._dtype is not None)

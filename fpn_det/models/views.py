@@ -52,10 +52,7 @@ class Views:
                 if view is batch
                 else replace(found, boxes=resize_boxes(found.boxes, view.sizes, batch.sizes, mirrored))
             )
-        if len(parts) == 1:
-            return parts[0]
-        boxes, scores, valid = zip(*((part.boxes, part.scores, part.valid) for part in parts), strict=True)
-        return Candidates(torch.cat(boxes, dim=1), torch.cat(scores, dim=1), torch.cat(valid, dim=1))
+        return parts[0] if len(parts) == 1 else Candidates.join(parts)
 
 
 def make_view(batch: Batch, scale: float, mirrored: bool, stride: int) -> Batch:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fpn_det.data.transforms import Pipeline
-from fpn_det.data_report.anchor_coverage import input_sizes
 from fpn_det.evaluation.bootstrap import Interval, Resampled, draw_weights, resample
 from fpn_det.evaluation.coco import Evaluation
 from fpn_det.evaluation.config import EvaluationConfig
@@ -19,18 +17,10 @@ from fpn_det.evaluation.matching import Matches, match_detections
 from fpn_det.evaluation.outcomes import Outcomes, find_outcomes
 from fpn_det.evaluation.suspects import Suspect, find_suspects
 from fpn_det.models.detector import Detector
+from fpn_det.report.levels import Levels, find_levels
 from fpn_det.structures import Annotations
 
 RESAMPLES = 500
-
-
-@dataclass(frozen=True)
-class Levels:
-    """Pyramid level that boxes are pooled from, by their size in the input frame."""
-
-    names: list[str]  # P2, ...
-    objects: NDArray[np.int64]  # [G], index in `names`
-    detections: NDArray[np.int64]  # [D]
 
 
 @dataclass(frozen=True)
@@ -89,16 +79,6 @@ def analyze(
     matches = match_detections(annotations, detections, images, config, np.array([config.match_iou]))
     outcomes = find_outcomes(matches, detections, evaluation.score_thresholds)
     by_area = match_detections(annotations, detections, images, config, IOU_THRESHOLDS, by_area=True)
-    sizes = annotations.sizes.numpy()
-    scale = np.tile((input_sizes(sizes, transform) / np.maximum(sizes, 1))[:, ::-1], 2)
-    assigner = model.assigner
-    of_boxes = [
-        assigner(torch.from_numpy(boxes.astype(np.float64) * scale[owners])).numpy()
-        for boxes, owners in (
-            (annotations.boxes.numpy()[matches.objects], matches.object_images),
-            (detections.boxes[matches.detections], matches.detection_images),
-        )
-    ]
     return Analysis(
         annotations,
         evaluation,
@@ -108,7 +88,7 @@ def analyze(
         find_errors(matches, detections),
         resample(by_area, outcomes, config, draw_weights(len(images), RESAMPLES)),
         find_suspects(matches, detections),
-        Levels([f"P{assigner.first + level}" for level in range(assigner.num_levels)], *of_boxes),
+        find_levels(matches, detections, model, transform),
     )
 
 

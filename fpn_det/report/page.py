@@ -17,9 +17,10 @@ from fpn_det.evaluation.curves import Curve, calibrate, curve_of
 from fpn_det.evaluation.error_types import TYPES
 from fpn_det.evaluation.outcomes import HIT, IGNORED_KIND, OUTCOME_NAMES
 from fpn_det.image_io import read_for_display
-from fpn_det.pages.charts import line_chart
+from fpn_det.pages.charts import bar, line_chart
 from fpn_det.pages.document import cell, figure, gallery, hint, keys, picture, table, write_document
 from fpn_det.report.analysis import Analysis, Comparison, mistakes
+from fpn_det.report.tables import class_rows, error_rows, suspect_rows
 from fpn_det.visualization.panels import OUTCOME_COLORS, draw_boxes
 
 SIDE = 320  # px of the longer side of a picture
@@ -48,7 +49,7 @@ def write_report(
     facts: RunFacts,
     against: tuple[str, Analysis, Comparison] | None = None,
 ) -> Path:
-    """Write index.html, per_class.csv, errors.csv, suspects.csv and suspects.json. Returns the page.
+    """Write index.html, per_class.csv, errors.csv, levels.csv, suspects.csv and suspects.json. Returns the page.
 
     Args:
         folder: created if it does not exist.
@@ -58,9 +59,10 @@ def write_report(
         against: name, analysis and comparison of another run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    classes, errors = _class_rows(analysis), _error_rows(analysis)
+    classes, errors = class_rows(analysis), error_rows(analysis)
     _write_csv(folder / "per_class.csv", classes)
     _write_csv(folder / "errors.csv", errors)
+    _write_csv(folder / "levels.csv", analysis.levels.counts(analysis.outcomes))
     _write_suspects(folder, analysis)
     parts = [f"<h1>{escape(title)}</h1>", _data(analysis)]
     if against is not None:
@@ -103,20 +105,6 @@ def _numbers(analysis: Analysis) -> str:
     rows = [[name, *_interval(interval)] for name, interval in analysis.intervals.items()]
     text = "The intervals hold the number of the population of images with a confidence of 95 % (bootstrap over the images)."
     return f"<h2>Metrics</h2>{table(('metric', 'value', 'from', 'to'), rows)}{hint(text)}"
-
-
-def _class_rows(analysis: Analysis) -> list[dict[str, Any]]:
-    matrix, rows = analysis.outcomes.confusion, []
-    for label, (name, row) in enumerate(analysis.evaluation.per_class.items()):
-        ap = Interval.of(row["AP"], analysis.resampled.per_class[name]["AP"])
-        objects, found, hits = int(matrix[label].sum()), int(matrix[:, label].sum()), int(matrix[label, label])
-        rows.append(
-            {"class": name, "AP": row["AP"], "AP from": ap.low, "AP to": ap.high, "AP50": row["AP50"], "AR": row["AR"]}
-            | {"F1": row["F1"], "score threshold": row["score"], "precision": hits / found if found else None}
-            | {"recall": hits / objects if objects else None, "objects": objects, "detections": found, "hits": hits}
-            | {"false": found - hits, "missed": objects - hits}
-        )
-    return rows
 
 
 def _classes(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -170,51 +158,9 @@ def _confusion(analysis: Analysis) -> str:
     return f"<h2>Confusion matrix</h2>{shown}{hint('Rows sum to the objects, columns to the detections.')}"
 
 
-def _error_rows(analysis: Analysis) -> list[dict[str, Any]]:
-    """Number and cost of each error type: over all, by class, by size and by level."""
-    errors, matches, levels = analysis.errors, analysis.matches, analysis.levels
-    sides = analysis.evaluation.detections.boxes[matches.detections].astype(np.float64)
-    areas = (sides[:, 2:] - sides[:, :2]).prod(axis=1)
-    object_areas = analysis.annotations.area.numpy()[matches.objects]
-    every = np.ones(len(matches.detections), bool), np.ones(len(matches.objects), bool)
-    groups = [("all", "all", *every)]
-    for name, (low, high) in analysis.config.area_ranges.items():
-        groups.append(("size", name, (areas >= low) & (areas < high), (object_areas >= low) & (object_areas < high)))
-    groups += [("level", name, levels.detections == k, levels.objects == k) for k, name in enumerate(levels.names)]
-    rows = []
-    for kind, name, detections, objects in groups:
-        costs = errors.costs(detections, objects)
-        if kind == "all":
-            by_class = costs
-        rows += [
-            {"by": kind, "group": name, "type": error, "count": _count(analysis, number, detections, objects)}
-            | {"AP50 gained": _mean(costs[number])}
-            for number, error in enumerate(TYPES)
-        ]
-    for label, name in enumerate(analysis.annotations.class_names):
-        mine = matches.detection_labels == label, matches.object_labels == label
-        rows += [
-            {"by": "class", "group": name, "type": error, "count": _count(analysis, number, *mine)}
-            | {"AP50 gained": _mean(by_class[number, label : label + 1])}
-            for number, error in enumerate(TYPES)
-        ]
-    return rows
-
-
-def _count(analysis: Analysis, number: int, detections: np.ndarray, objects: np.ndarray) -> int:
-    if TYPES[number] == "missed":
-        return int((analysis.errors.missed & objects).sum())
-    return int(((analysis.errors.types == number) & detections).sum())
-
-
-def _mean(values: np.ndarray) -> float | None:
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if len(defined) else None
-
-
 def _errors(rows: Sequence[Mapping[str, Any]]) -> str:
     tables = []
-    for kind in ("all", "size", "level", "class"):
+    for kind in dict.fromkeys(row["by"] for row in rows):
         mine = [row for row in rows if row["by"] == kind]
         groups = dict.fromkeys(row["group"] for row in mine)
         cells = [
@@ -224,21 +170,27 @@ def _errors(rows: Sequence[Mapping[str, Any]]) -> str:
         tables.append(table((kind, *TYPES), cells, sortable=True))
     text = (
         "AP (at the match IoU) that would be gained if all errors of a type were repaired, and their number in brackets, over detections of "
-        "every score (Bolya et al., TIDE). False detections are grouped by the size and level of their box, missed objects by those of the object."
+        "every score (Bolya et al., TIDE). False detections are grouped by the size and level of their box, and by "
+        "the level that proposed them; missed objects by those of the object."
     )
     return f"<h2>Errors and what they cost</h2>{''.join(tables)}{hint(text)}"
 
 
 def _levels(analysis: Analysis) -> str:
-    outcomes, levels = analysis.outcomes, analysis.levels
-    rows = []
-    for level, name in enumerate(levels.names):
-        objects, found = levels.objects == level, (levels.detections == level) & outcomes.shown
-        counts = objects.sum(), (objects & ~outcomes.is_found).sum(), found.sum(), (found & outcomes.is_hit).sum()
-        rows.append([name, *(int(count) for count in counts), int((found & ~outcomes.is_hit).sum())])
-    text = "The level that a box of this size is pooled from: of an object, and of a detection's own box."
-    names = ("level", "objects", "missed", "detections", "hits", "false")
-    return f"<h2>Levels of the pyramid</h2>{table(names, rows)}{hint(text)}"
+    levels, rows = analysis.levels, analysis.levels.counts(analysis.outcomes)
+    most = max(count for row in rows for count in row.values() if isinstance(count, int))
+    cells = [[value if isinstance(value, str) else bar(value, most) for value in row.values()] for row in rows]
+    text = (
+        "Proposed: the level of the anchor that a detection comes from. Pooled: the level that a box of its size is pooled from; "
+        "objects and missed objects count there too."
+    )
+    parts = ["<h2>Levels of the pyramid</h2>", table(rows[0], cells), hint(text)]
+    finders = levels.finders(analysis.outcomes)
+    if finders is not None:
+        cells = [[name, *row] for name, row in zip(levels.names, finders.tolist(), strict=True)]
+        parts.append(table(("objects of", *(f"found by {name}" for name in levels.names), "missed"), cells))
+        parts.append(hint("The level that proposed the hit of an object. Rows sum to the objects."))
+    return "".join(parts)
 
 
 def _galleries(analysis: Analysis) -> str:
@@ -323,25 +275,9 @@ def _figure(
     return figure(picture(drawn, path.name), text)
 
 
-def _suspect_rows(analysis: Analysis) -> list[dict[str, Any]]:
-    annotations, rows = analysis.annotations, []
-    for rank, suspect in enumerate(analysis.suspects, start=1):
-        x1, y1, x2, y2 = (round(value, 1) for value in suspect.box)
-        is_new = suspect.annotation is None
-        annotated = "" if is_new else annotations.class_names[int(annotations.labels[suspect.annotation])]
-        rows.append(
-            {"rank": rank, "suspicion": round(suspect.suspicion, 4), "kind": suspect.kind}
-            | {"image_id": int(annotations.image_ids[suspect.image]), "file": annotations.path(suspect.image).name}
-            | {"annotation_id": "" if is_new else int(annotations.annotation_ids[suspect.annotation])}
-            | {"annotated": annotated, "proposed": annotations.class_names[suspect.label]}
-            | {"x1": x1, "y1": y1, "x2": x2, "y2": y2}
-        )
-    return rows
-
-
 def _write_suspects(folder: Path, analysis: Analysis) -> None:
     """Write the suspects as CSV, and their proposed boxes as COCO JSON, which labelling tools import."""
-    annotations, rows = analysis.annotations, _suspect_rows(analysis)
+    annotations, rows = analysis.annotations, suspect_rows(analysis)
     _write_csv(folder / "suspects.csv", rows)
     shown = dict.fromkeys(suspect.image for suspect in analysis.suspects)
     content = {
@@ -366,7 +302,7 @@ def _write_suspects(folder: Path, analysis: Analysis) -> None:
 
 
 def _suspects(analysis: Analysis) -> str:
-    rows = _suspect_rows(analysis)
+    rows = suspect_rows(analysis)
     text = (
         "class: detections of another class cover the object; place: the object is beside its annotation; missing: an object without "
         "annotation; unseen: no detection covers the annotation. All are in suspects.csv, and in suspects.json (COCO)."

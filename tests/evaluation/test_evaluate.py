@@ -126,6 +126,15 @@ def test_to_host_keeps_bits_and_drops_empty_slots():
     torch.testing.assert_close(torch.from_numpy(table.boxes), detections.boxes[detections.valid], rtol=0, atol=0)
     torch.testing.assert_close(torch.from_numpy(table.scores), detections.scores[detections.valid], rtol=0, atol=0)
     assert table.labels.tolist() == detections.labels[detections.valid].tolist()
+    assert table.anchor_levels is None
+    levels = torch.randint(0, 5, (3, 4), generator=generator)
+    _, with_levels = to_host(replace(detections, anchor_levels=levels), torch.tensor([70_000_000, 2, 5]))
+    assert with_levels.anchor_levels.tolist() == levels[detections.valid].tolist()
+    assert (with_levels.boxes == table.boxes).all()
+    # an empty table knows no levels, and hides none
+    joined = DetectionTable.join([DetectionTable.join([]), with_levels.take(np.array([4, 0]))])
+    assert joined.anchor_levels.tolist() == [levels[2, 3], levels[0, 0]]
+    assert DetectionTable.join([table, with_levels]).anchor_levels is None
 
 
 def test_to_host_of_no_slots():
