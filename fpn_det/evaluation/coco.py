@@ -20,9 +20,8 @@ class Evaluation:
     """Metrics of one evaluation. Values are in [0, 1], or None where there is no object to define them."""
 
     metrics: dict[str, float | None]  # by the names of EvaluationConfig.metric_names
-    per_class: dict[
-        str, dict[str, float | None]
-    ]  # class name -> AP, AP50, AR, F1 and its score, precision, recall; objects, detections. Empty for proposals
+    # class name -> AP, AP50, AR, F1 and its score, precision, recall; objects, detections. Empty for proposals
+    per_class: dict[str, dict[str, float | None]]
     num_images: int
     max_detections: int  # per image
     capped_images: int  # images that have as many
@@ -74,16 +73,16 @@ def score(
     engine = describe_engine(choose_engine(config))
     if config.target == "proposals":
         recall = recall_of_proposals(annotations, detections, images, config)
-        metrics = dict(zip(config.metric_names, map(_mean, recall.reshape(len(recall), -1).T), strict=True))
+        metrics = dict(zip(config.metric_names, map(mean_of_defined, recall.reshape(len(recall), -1).T), strict=True))
         return Evaluation(metrics, {}, len(images), max_detections, capped_images, detections, engine=engine)
     precision, recall = precision_and_recall(annotations, detections, images, config)
     metrics = {
-        "AP": _mean(precision[..., 0, -1]),
-        "AP50": _mean(precision[0, ..., 0, -1]),
-        "AP75": _mean(precision[5, ..., 0, -1]),
-        **{f"AP{name}": _mean(precision[..., area, -1]) for area, name in enumerate(config.area_ranges, 1)},
-        **{f"AR{limit}": _mean(recall[..., 0, x]) for x, limit in enumerate(config.max_dets)},
-        **{f"AR{name}": _mean(recall[..., area, -1]) for area, name in enumerate(config.area_ranges, 1)},
+        "AP": mean_of_defined(precision[..., 0, -1]),
+        "AP50": mean_of_defined(precision[0, ..., 0, -1]),
+        "AP75": mean_of_defined(precision[5, ..., 0, -1]),
+        **{f"AP{name}": mean_of_defined(precision[..., area, -1]) for area, name in enumerate(config.area_ranges, 1)},
+        **{f"AR{limit}": mean_of_defined(recall[..., 0, x]) for x, limit in enumerate(config.max_dets)},
+        **{f"AR{name}": mean_of_defined(recall[..., area, -1]) for area, name in enumerate(config.area_ranges, 1)},
     }
     num_classes = annotations.num_classes
     evaluated = np.isin(annotations.image_of_boxes.numpy(), images) & ~annotations.iscrowd.numpy()
@@ -93,9 +92,9 @@ def score(
     best_f1, points = best_points(matches)
     per_class = {
         name: {
-            "AP": _mean(precision[:, :, k, 0, -1]),
-            "AP50": _mean(precision[0, :, k, 0, -1]),
-            "AR": _mean(recall[:, k, 0, -1]),
+            "AP": mean_of_defined(precision[:, :, k, 0, -1]),
+            "AP50": mean_of_defined(precision[0, :, k, 0, -1]),
+            "AR": mean_of_defined(recall[:, k, 0, -1]),
             **_at_best_f1(point),
             "objects": int(num_objects[k]),
             "detections": int(num_detections[k]),
@@ -122,6 +121,7 @@ def _at_best_f1(point: OperatingPoint | None) -> dict[str, float | None]:
     return {"F1": point.f1, "score": point.score, "precision": point.precision, "recall": point.recall}
 
 
-def _mean(values: NDArray[np.float64]) -> float | None:
+def mean_of_defined(values: NDArray[np.float64]) -> float | None:
+    """Average the values that are not NaN; None if there are none."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else None

@@ -92,10 +92,8 @@ def find_errors(matches: Matches, detections: DetectionTable) -> Errors:
         detections: in the original frame.
     """
     threshold, matched = float(matches.iou_thresholds[0]), matches.matched[0, 0]
-    object_at = np.full(len(matches.annotations.boxes), NOTHING)
-    object_at[matches.objects] = np.arange(len(matches.objects))
     rows, boxes, ious = find_pairs(matches.annotations, detections.take(matches.detections), least=0.0)
-    columns = object_at[boxes]
+    columns = matches.index_of[boxes]
     is_object = columns >= 0
     rows, columns, ious = rows[is_object], columns[is_object], ious[is_object]
     same = matches.object_labels[columns] == matches.detection_labels[rows]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,13 @@ class Matches:
     scores: NDArray[np.float64]  # [D]
     ranks: NDArray[np.int64]  # [D], position by score within its image and class
     matched: NDArray[np.int32]  # [E, T, D], index of the object, NOTHING or IGNORED
+
+    @cached_property
+    def index_of(self) -> NDArray[np.int64]:
+        """Index among the objects of each row of `Annotations.boxes`, [T]; NOTHING for crowd regions and other images."""
+        index = np.full(len(self.annotations.boxes), NOTHING)
+        index[self.objects] = np.arange(len(self.objects))
+        return index
 
     def of_class(self, label: int) -> slice:
         """Return the detections of one class."""

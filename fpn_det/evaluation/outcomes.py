@@ -104,9 +104,7 @@ def find_outcomes(matches: Matches, detections: DetectionTable, thresholds: Scor
     rows = rows[np.argsort(-matches.scores[rows], kind="stable")]
     others = detections.take(matches.detections[rows])
     found, boxes, ious = find_pairs(annotations, others, least=float(matches.iou_thresholds[0]))
-    object_at = np.full(len(annotations.boxes), NOTHING)
-    object_at[matches.objects] = np.arange(len(matches.objects))
-    columns = object_at[boxes]
+    columns = matches.index_of[boxes]
     kept = columns >= 0
     kept[kept] = free[columns[kept]]
     never = np.zeros(len(matches.objects), bool)

@@ -49,9 +49,7 @@ def find_suspects(matches: Matches, detections: DetectionTable) -> list[Suspect]
     covers = ious >= threshold
     has_object = np.zeros(len(labels), bool)
     has_object[rows[covers]] = True  # crowd regions included
-    object_at = np.full(len(matches.annotations.boxes), -1)
-    object_at[matches.objects] = np.arange(len(matches.objects))
-    columns = object_at[boxes]
+    columns = matches.index_of[boxes]
     rows, columns, covers = rows[columns >= 0], columns[columns >= 0], covers[columns >= 0]
     same = labels[rows] == matches.object_labels[columns]
     count = len(matches.objects)

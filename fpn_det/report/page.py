@@ -152,10 +152,12 @@ def _confusion(analysis: Analysis) -> str:
             for i, j in zip(*np.unravel_index(worst, off.shape), strict=True)
         ]
         shown = table(("object", "detected as", "count"), [row for row in rows if row[2]])
+        text = "The classes that are confused most often."
     else:
         rows = [[escape(name), *row] for name, row in zip([*names, "background"], matrix.tolist(), strict=True)]
         shown = table(("object / detected as", *names, "missed"), rows)
-    return f"<h2>Confusion matrix</h2>{shown}{hint('Rows sum to the objects, columns to the detections.')}"
+        text = "Rows sum to the objects, columns to the detections."
+    return f"<h2>Confusion matrix</h2>{shown}{hint(text)}"
 
 
 def _errors(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpn_det.evaluation.bootstrap import Interval
+from fpn_det.evaluation.coco import mean_of_defined
+from fpn_det.evaluation.detection_table import xyxy_to_xywh
 from fpn_det.evaluation.error_types import MISSED, TYPES
 from fpn_det.report.analysis import Analysis
 
@@ -32,8 +34,7 @@ def class_rows(analysis: Analysis) -> Rows:
 def error_rows(analysis: Analysis) -> Rows:
     """Number and cost of each error type: over all, by size, by level and by class. Missed objects have no level that proposed them."""
     errors, matches, levels = analysis.errors, analysis.matches, analysis.levels
-    sides = analysis.evaluation.detections.boxes[matches.detections].astype(np.float64)
-    areas = (sides[:, 2:] - sides[:, :2]).prod(axis=1)
+    areas = xyxy_to_xywh(analysis.evaluation.detections.boxes[matches.detections])[:, 2:].prod(axis=1)
     object_areas = analysis.annotations.area.numpy()[matches.objects]
     every = np.ones(len(areas), bool), np.ones(len(object_areas), bool)
     groups = [("all", "all", *every)]
@@ -51,7 +52,7 @@ def error_rows(analysis: Analysis) -> Rows:
         for number, error in enumerate(TYPES):
             if kind != "proposed by" or number != MISSED:
                 row = {"by": kind, "group": name, "type": error, "count": int(counts[number])}
-                rows.append(row | {"AP50 gained": _mean(costs[number])})
+                rows.append(row | {"AP50 gained": mean_of_defined(costs[number])})
 
     for kind, name, detections, objects in groups:
         add(kind, name, errors.costs(detections, objects), detections, objects)
@@ -77,8 +78,3 @@ def suspect_rows(analysis: Analysis) -> Rows:
             | {"x1": x1, "y1": y1, "x2": x2, "y2": y2}
         )
     return rows
-
-
-def _mean(values: NDArray[np.float64]) -> float | None:
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if len(defined) else None
