@@ -13,7 +13,7 @@ import yaml
 from tiny import ROOT
 
 from fpn_det.cli import help as help_texts
-from fpn_det.cli.arguments import fit_words
+from fpn_det.cli.arguments import fit_words, run_command
 from fpn_det.cli.declarations import as_word, declarations, describe_setting, experiments
 from fpn_det.cli.settings import describe_tree
 from fpn_det.composition import CONFIGS, compose
@@ -46,6 +46,17 @@ def test_help_fits_80_columns(monkeypatch):
 def test_tools_show_the_same_help():
     one = subprocess.run([sys.executable, "tools/train.py", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert one.returncode == 0 and one.stdout == start("train", "--help").stdout
+
+
+def test_scripts_of_the_checkout_show_their_options(monkeypatch, capsys):
+    @dataclass
+    class Setting:
+        """The name of the class of options in tools/storm.py."""
+
+    monkeypatch.setattr(sys, "argv", ["tools/storm.py", "--help"])
+    run_command(lambda options: pytest.fail("help only"), Setting)
+    shown = capsys.readouterr().out
+    assert __doc__ in shown and re.search(r"^  kills=30 +interruptions", shown, re.MULTILINE)
 
 
 def test_help_of_train_shows_experiments_groups_and_twenty_settings_with_meanings():

@@ -68,9 +68,9 @@ SETTINGS = (
 class Setting:
     """Options of the storm."""
 
-    kills: CountOrZero = 30
+    kills: CountOrZero = 30  # interruptions of a run
     ranks: tuple[Count, ...] = (1, 2)  # one storm for each number of ranks
-    seed: CountOrZero = 0
+    seed: CountOrZero = 0  # of the moments
 
 
 class Attempt:

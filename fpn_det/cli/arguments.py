@@ -9,8 +9,10 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from fpn_det.cli.help import script_help
 from fpn_det.cli.launch import USER_ERRORS, end_with
 from fpn_det.composition import parse_words
 from fpn_det.errors import translate_system_errors
@@ -20,7 +22,7 @@ S = TypeVar("S")
 
 
 def run_command(command: Callable[[S], object], schema: type[S], positional: str | None = None) -> None:
-    """Fit the words of the command line to `schema` and run `command` with the result.
+    """Fit the words of the command line to `schema` and run `command` with the result; --help of a script shows its options.
 
     Exit codes are those of `launch`: 2 with one sentence for wrong input, 1 with one sentence for a failure of the system.
 
@@ -29,6 +31,13 @@ def run_command(command: Callable[[S], object], schema: type[S], positional: str
         schema: dataclass of its options.
         positional: name of the option that a word without `=` sets.
     """
+    if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
+        print(
+            script_help(
+                sys.modules[schema.__module__].__doc__ or "", f"tools.{Path(sys.argv[0]).stem}.{schema.__name__}"
+            )
+        )
+        return
     try:
         with translate_system_errors():
             command(fit_words(sys.argv[1:], schema, positional))

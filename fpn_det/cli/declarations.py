@@ -45,14 +45,14 @@ class Declaration:
 
 @cache
 def declarations(class_path: str) -> dict[str, Declaration]:
-    """Fields or constructor arguments of a class of this package by name, those of its base classes first.
+    """Fields or constructor arguments of a class of this package, or of a script of the checkout, by name, those of its base classes first.
 
     Args:
-        class_path: `fpn_det.module.Class`; an unknown one has no declarations.
+        class_path: `fpn_det.module.Class` or `tools.script.Class`; an unknown one has no declarations.
     """
     module, _, class_name = class_path.rpartition(".")
     file = PACKAGE.parent / (module.replace(".", "/") + ".py")
-    if not module.startswith("fpn_det.") or not file.is_file():
+    if not module.startswith(("fpn_det.", "tools.")) or not file.is_file():
         return {}
     source = file.read_text(encoding="utf-8")
     tree = ast.parse(source)

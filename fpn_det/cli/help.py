@@ -109,6 +109,13 @@ def command_help(command: str) -> str:
     return "\n\n".join(parts)
 
 
+def script_help(text: str, options: str) -> str:
+    """The help of a script of the checkout: its docstring, and the class of its options."""
+    found = declarations(options).items()
+    rows = ((f"{name}={item.default}", item.describe()) for name, item in found if name != "overrides")
+    return "\n\n".join([*map(_wrapped, text.strip().split("\n\n")), f"Options:\n{format_rows(rows)}"])
+
+
 def _width() -> int:
     return max(60, min(120, shutil.get_terminal_size().columns)) - 1
 

@@ -44,8 +44,8 @@ class EarlyStopping:
 class TrainerConfig:
     """Length, batch size and intervals of a run. Steps are optimizer updates."""
 
-    epochs: Positive | None = None  # length of the run; or
-    max_steps: Count | None = None  # length of the run in steps
+    epochs: Positive | None = None  # length of the run, also a fraction of an epoch
+    max_steps: Count | None = None  # length of the run in steps, instead of epochs
     batch_size: Count | Literal["auto"] = (
         16  # images per step, over all ranks and accumulation; auto = as many as the GPUs hold
     )

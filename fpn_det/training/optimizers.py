@@ -42,12 +42,14 @@ class Recipe(ABC):
         return self.lr if self.base_batch_size is None else self.lr * batch_size / self.base_batch_size
 
     def describe_lr(self, batch_size: int, world_size: int, accumulate: int) -> str:
-        """One line, such as `lr 0.02 @16 -> 0.0025 @2 (1 rank x 2 x accumulate 1)`."""
-        scaling = f"lr {self.scaled_lr(batch_size):g} @{batch_size}"
-        if self.base_batch_size is not None:
-            scaling = f"lr {self.lr:g} @{self.base_batch_size} -> {scaling.removeprefix('lr ')}"
-        ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
-        return f"{scaling} ({ranks} x {batch_size // (world_size * accumulate)} x accumulate {accumulate})"
+        """One line, such as `0.0025 for 2 images a step (0.02 for 16)`, with the parts of a step if it has several."""
+        line = f"{self.scaled_lr(batch_size):g} for {batch_size} images a step"
+        if self.base_batch_size not in (None, batch_size):
+            line += f" ({self.lr:g} for {self.base_batch_size})"
+        per_part = f"{batch_size // (world_size * accumulate)} images"
+        ranks = f"{world_size} ranks x " if world_size > 1 else ""
+        parts = f" x {accumulate} accumulated" if accumulate > 1 else ""
+        return f"{line}, {ranks}{per_part}{parts}" if ranks or parts else line
 
     def groups(self, model: nn.Module, batch_size: int) -> list[dict[str, Any]]:
         """Parameter groups of norms, other biases, and weights, without empty ones; the schedule multiplies `peak_lr`.

@@ -17,9 +17,9 @@ from fpn_det.training.optimizers import SGD, AdamW
 @pytest.mark.parametrize(
     "world_size, accumulate, batch_size, line",
     [
-        (1, 1, 2, "lr 0.02 @16 -> 0.0025 @2 (1 rank x 2 x accumulate 1)"),
-        (8, 1, 16, "lr 0.02 @16 -> 0.02 @16 (8 ranks x 2 x accumulate 1)"),
-        (1, 8, 16, "lr 0.02 @16 -> 0.02 @16 (1 rank x 2 x accumulate 8)"),
+        (1, 1, 2, "0.0025 for 2 images a step (0.02 for 16)"),
+        (8, 1, 16, "0.02 for 16 images a step, 8 ranks x 2 images"),
+        (1, 8, 16, "0.02 for 16 images a step, 2 images x 8 accumulated"),
     ],
 )
 def test_lr_scales_with_the_batch(world_size, accumulate, batch_size, line):
@@ -31,7 +31,7 @@ def test_lr_scales_with_the_batch(world_size, accumulate, batch_size, line):
 def test_lr_stands_without_a_base():
     recipe = SGD(lr=0.02, base_batch_size=None)
     assert recipe.scaled_lr(4) == 0.02
-    assert recipe.describe_lr(4, 1, 2) == "lr 0.02 @4 (1 rank x 2 x accumulate 2)"
+    assert recipe.describe_lr(4, 1, 2) == "0.02 for 4 images a step, 2 images x 2 accumulated"
 
 
 def test_groups_follow_the_kind_of_parameter():
