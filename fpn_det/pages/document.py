@@ -32,14 +32,15 @@ pre, code { background: var(--box); border-radius: 4px } code { padding: .1rem .
 pre { padding: .6rem .8rem; white-space: pre-wrap } pre code { padding: 0 }
 .scroll { overflow-x: auto } table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums }
 td, th { padding: .2rem .8rem .2rem 0; text-align: right; vertical-align: top; white-space: nowrap; overflow-wrap: normal }
-td:first-child, th:first-child { text-align: left } td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 5rem }
+td:first-child, th:first-child { text-align: left } td:first-child { white-space: normal; overflow-wrap: break-word; min-width: 6rem }
+table.markdown td, table.markdown th { text-align: left }
 th { color: var(--soft); font-weight: 600 } table.sortable th { cursor: pointer; text-decoration: underline dotted }
 .count { display: inline-block; min-width: 3.2em }
 .bar { display: inline-block; width: var(--bar); height: .8rem; vertical-align: middle; background:
   linear-gradient(var(--accent), var(--accent)) no-repeat 0 0 / calc(100% * var(--share)) 100% }
 .keys span { margin-right: 1rem; display: inline-block }
 .keys i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem }
-details { margin: .3rem 0 } summary { cursor: pointer } li { font: 13px ui-monospace, monospace }
+details { margin: .3rem 0 } summary { cursor: pointer } details li { font: 13px ui-monospace, monospace }
 figure { margin: 0 0 1rem } figcaption { font-size: 13px } img, svg { max-width: 100%; height: auto }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(250px, 100%), 1fr)); gap: .8rem } .gallery img { width: 100% }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); gap: 0 1.5rem } .charts svg { width: 100% }

@@ -60,7 +60,7 @@ def write_page(title: str, parts: Sequence[str], file: Path) -> None:
     text = "\n\n".join([f"# {title}", *parts]) + "\n"
     file.write_text(text)
     html = markdown.markdown(text, extensions=["tables", "fenced_code"])
-    html = html.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
+    html = html.replace("<table>", '<div class="scroll"><table class="markdown">').replace("</table>", "</table></div>")
     for picture in file.parent.glob(f"{file.stem}_*.[jp][pn]g"):
         data = base64.b64encode(picture.read_bytes()).decode()
         html = html.replace(
