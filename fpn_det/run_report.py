@@ -77,7 +77,7 @@ def report_after_training(trainer: Trainer) -> None:
     except Exception as error:  # a report is not worth a run
         trainer.log.info(f"The report could not be written: {type(error).__name__}: {error}")
     else:
-        trainer.log.info(f"  report       {shown_path(page)}")
+        trainer.log.info(f"Report: {shown_path(page)}")
 
 
 def changed_settings(text: str) -> list[list[str]]:

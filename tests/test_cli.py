@@ -85,6 +85,17 @@ def test_every_experiment_is_listed_with_a_sentence():
     assert all(text for text in found.values())
 
 
+def test_a_pipe_that_is_closed_ends_a_command_quietly(tmp_path):
+    for number in range(200):  # more than a pipe holds
+        (tmp_path / f"{number:03}_{'x' * 200}").mkdir()
+        (tmp_path / f"{number:03}_{'x' * 200}" / "config.yaml").write_text("a: 1\n")
+    words = [sys.executable, "-m", "fpn_det.cli.main", "runs", "--json"]
+    with subprocess.Popen([*words, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141
+
+
 def test_an_unknown_command_is_refused_with_the_nearest():
     result = start("trian")
     assert result.returncode == 2

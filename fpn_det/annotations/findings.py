@@ -14,6 +14,7 @@ OnError = Literal["fail", "fix", "skip"]  # refuse faults; repair in memory; lea
 
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)  # the worst first
 SHOWN_PER_KIND = 5
+WITHOUT_OBJECTS = "without_objects"  # images that are not trained on
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Nothing else of weight is imported at the top, because Ctrl-C is handled from th
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from types import FrameType
 HELP = ("-h", "--help", "help")
 WRONG_COMMAND_LINE = 2  # exit code
 INTERRUPTED = 128 + signal.SIGINT  # exit code
+NO_READER = 141  # exit code, 128 + SIGPIPE
 
 
 def main() -> None:
@@ -56,6 +58,20 @@ def run(command: str) -> None:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        if not _has_no_reader(sys.stdout.fileno()):
+            raise  # another pipe broke
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
+        sys.exit(NO_READER)
+
+
+def _has_no_reader(descriptor: int) -> bool:
+    """True for a pipe whose reader, such as `head`, has ended."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 @contextmanager

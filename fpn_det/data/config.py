@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fpn_det.annotations.check_objects import FlaggedObjects
 from fpn_det.annotations.config import SplitConfig
-from fpn_det.annotations.findings import Finding, OnError, raise_for_faults
+from fpn_det.annotations.findings import WITHOUT_OBJECTS, Finding, OnError, raise_for_faults
 from fpn_det.annotations.image_inspection import inspect_images
 from fpn_det.annotations.reading import CheckedDataset, load_raw
 from fpn_det.annotations.splits import TrainData, are_same_images, drop_images, find_overlap
@@ -247,7 +247,10 @@ class DataConfig:
             message = "expected annotations to evaluate on, got a list of images without any"
             findings["val"].append(Finding("no_ground_truth", message, "fatal"))
         if not self.keep_empty:
-            train_images = drop_empty(train_images)
+            count, train_images = len(train_images), drop_empty(train_images)
+            if num_empty := count - len(train_images):
+                message = f"{num_empty} without objects are left out; data.keep_empty=true trains on them"
+                findings["train"].append(Finding(WITHOUT_OBJECTS, message, "note"))
             if not len(train_images):
                 message = "expected images with objects, got none. Set data.keep_empty=true to train on images without objects"
                 findings["train"].append(Finding("no_objects", message, "fatal"))

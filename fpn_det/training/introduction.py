@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fpn_det.annotations.findings import Finding, OnError, group_by_kind
+from fpn_det.annotations.findings import WITHOUT_OBJECTS, Finding, OnError, group_by_kind
 from fpn_det.data.tiles import Tiles, Tiling, TrainTiles
 from fpn_det.structures import Annotations
 
@@ -44,6 +44,7 @@ def describe_split(annotations: Annotations, findings: Sequence[Finding], on_err
         if members:
             kinds = ", ".join(f"{kind} ({len(same)})" for kind, same in group_by_kind(members).items())
             lines.append(f"{outcome}: {kinds}")
+    lines += [finding.message for finding in findings if finding.kind == WITHOUT_OBJECTS]
     return "\n".join(lines)
 
 

@@ -44,8 +44,12 @@ def draw_anchors_and_objects(model: Detector, batch: Batch, class_names: Sequenc
     """
     names = [f"P{stride.bit_length() - 1}" for stride in model.neck.strides]
     anchored = match_anchors(model, batch)
-    words = ["class", *["level of the RoI"] * (model.roi_head is not None), *["x anchors"] * bool(anchored)]
-    meaning = f" ({', '.join(words)})" if len(words) > 1 else ""
+    words = [
+        "class",
+        *["level of its RoI"] * (model.roi_head is not None),
+        *["x its positive anchors"] * bool(anchored),
+    ]
+    meaning = f" (label: {', '.join(words)})" if len(words) > 1 else ""
     panels: list[RGBImage] = []
     titles: list[str | Title] = []
     for row, (pixels, (height, width)) in enumerate(zip(batch.pixels.cpu(), batch.sizes.tolist(), strict=True)):

@@ -4,7 +4,7 @@ import torch
 from parts import make_annotations
 from torch import nn
 
-from fpn_det.annotations.findings import Finding
+from fpn_det.annotations.findings import WITHOUT_OBJECTS, Finding
 from fpn_det.training.introduction import (
     describe_device,
     describe_input,
@@ -28,6 +28,8 @@ def test_a_split_counts_objects_and_faults_by_kind():
     faults, warnings = describe_split(annotations, found, "fix").splitlines()[1:]
     assert (faults, warnings) == ("repaired or left out: outside (2), no_area (1)", "warnings: overlap (1)")
     assert "\nleft out: outside (2), no_area (1)\n" in describe_split(annotations, found, "skip")
+    empty = Finding(WITHOUT_OBJECTS, "2 without objects are left out", "note")
+    assert describe_split(annotations, [empty], "fail").splitlines()[1:] == ["2 without objects are left out"]
 
 
 def test_a_model_is_named_by_its_parts_and_counted():
