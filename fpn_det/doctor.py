@@ -27,10 +27,11 @@ SIDE = 64  # px of the images of the trial
 
 # Settings of the trial: a detector that trains a step in a fraction of a second.
 SETTINGS = (
-    "experiment=demo",
+    "experiment=small",
     "device=cpu",
     "data.num_workers=0",
     "data.check=false",
+    "data.train_transforms.resize=null",
     "data.eval_transforms.resize={_target_: fpn_det.data.transforms.ResizeShortestSide, sides: [96], max_side: 96}",
     "model.neck.channels=16",
     "model.roi_head.box_head.width=32",

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tiny import SCRATCH
 
 from fpn_det.composition import compose, compose_as, from_saved, read_saved
 from fpn_det.config import DetectorConfig, EvalConfig
@@ -22,7 +23,7 @@ from fpn_det.training.config import TrainConfig
 
 FACTOR = int(os.environ.get("FPN_DET_FUZZ", "1"))
 SEED = int(os.environ.get("FPN_DET_FUZZ_SEED", "0"))
-BASE = ("experiment=demo",)
+BASE = SCRATCH
 
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 3, 2**31, 2**63, -(2**70), 10**18, 0.5, -0.5, 1e-300, 1e300, float("nan"), float("inf"),

@@ -53,7 +53,7 @@ def test_saved_settings_change_with_the_command_line():
 
 
 def test_a_saved_setting_that_is_unknown_is_refused():
-    text = compose(["experiment=demo"]).to_yaml().replace("ema: null", "ema: null\n  emma: 1")
+    text = compose(["experiment=demo"]).to_yaml().replace("ema: 0.98", "ema: 0.98\n  emma: 1")
     with pytest.raises(
         ValueError, match=r"trainer\.emma: there is no setting of that name. Did you mean trainer\.ema\?"
     ):

@@ -103,7 +103,7 @@ def test_class_names_with_escapes_reach_no_output_of_a_run(run_tool, shapes_data
         document = json.loads(path.read_text())
         document["categories"][0]["name"] = "\x1b[2Jcat\u202e|[/red]"
         path.write_text(json.dumps(document))
-    settings = ["experiment=demo", *TINY[1:], f"data.root={data}", "data.classes=null"]
+    settings = [*TINY, f"data.root={data}", "data.classes=null"]
     checked = run_tool("check_data.py", *settings)
     assert "Traceback" not in checked.stderr and "\x1b" not in checked.stdout + checked.stderr
     trained = run_tool("train.py", *settings, "run_dir=run", "trainer.max_steps=1")

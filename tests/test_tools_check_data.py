@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from compare import assert_close
+from tiny import SCRATCH
 from torchvision.ops import box_iou
 
 from fpn_det.composition import compose
 from fpn_det.data_report.anchor_coverage import measure_coverage
 
-SETTINGS = ("experiment=demo", "model.backbone.depth=18", "model.neck.channels=32")
+SETTINGS = (*SCRATCH, "model.neck.channels=32")
 
 
 class Page(HTMLParser):

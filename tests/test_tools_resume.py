@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ROOT, TINY
+from tiny import ROOT, SCRATCH, TINY
 
 
 def metrics(run: Path) -> dict:
@@ -70,7 +70,7 @@ def test_a_run_with_a_backbone_of_timm_resumes_to_the_bit(run_tool, shapes_datas
     words = [
         "experiment=finetune_small",
         *(f"model.backbone.{word}" for word in backbone),
-        *(word for word in TINY if not word.startswith("experiment")),
+        *(word for word in TINY if word not in SCRATCH),
         f"data.root={shapes_dataset}",
         "data.train_transforms.resize.sides=[96]",
         "data.eval_transforms.resize.sides=[96]",

@@ -6,8 +6,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-TINY = (
+# The demo with a backbone that needs no other package and learns from scratch.
+SCRATCH = (
     "experiment=demo",
+    "backbone=resnet",
+    "model.backbone.depth=18",
+    "model.backbone.weights=null",
+    "trainer.ema=null",
+)
+
+TINY = (
+    *SCRATCH,
     "device=cpu",
     "data.num_workers=0",
     "model.neck.channels=32",

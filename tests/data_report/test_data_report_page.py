@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import SCRATCH
 from torchvision.ops import box_iou
 
 from fpn_det.composition import compose
@@ -42,7 +43,7 @@ def test_only_a_box_that_leaves_the_image_gets_a_border():
 @pytest.fixture
 def coverage_of(tmp_path):
     """Coverage of square objects of these sides, one on each image of 256 x 256 px."""
-    settings = compose(["experiment=demo", "model.backbone.depth=18", "model.neck.channels=32"])
+    settings = compose([*SCRATCH, "model.neck.channels=32"])
     model = settings.build_model(1)
     transform = settings.data.transforms(train=False)
 
@@ -68,7 +69,7 @@ def coverage_of(tmp_path):
 def test_advice_names_anchors_that_fit_and_their_true_share(coverage_of):
     coverage, model = coverage_of([22, 23, 45, 46, 90] * 4)  # between the sizes 16, 32, 64, ...
     assert coverage.advice is not None and coverage.advice.setting in anchor_advice(coverage)
-    words = ["experiment=demo", "model.backbone.depth=18", "model.neck.channels=32", coverage.advice.setting]
+    words = [*SCRATCH, "model.neck.channels=32", coverage.advice.setting]
     anchors = compose(words).build_model(1).rpn.anchors
     side = int(coverage.boxes[0, 2]) * 4 // model.stride * model.stride
     every = anchors([(side // stride, side // stride) for stride in anchors.strides])

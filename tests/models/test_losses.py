@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from compare import assert_close
+from tiny import SCRATCH
 from torch import Tensor
 from torchvision.ops import (
     box_iou,
@@ -138,7 +139,7 @@ def test_label_smoothing_by_hand():
 
 def test_class_weights_of_another_number_of_classes_are_refused():
     words = ["cls_loss@model.roi_head.cls_loss=weighted_cross_entropy", "model.roi_head.cls_loss.class_weights=[1,2]"]
-    config = compose(["experiment=demo", *words])
+    config = compose([*SCRATCH, *words])
     with pytest.raises(ValueError, match=r"class_weights: expected 4 weights, one for each class .*, got 2\."):
         config.build_model(3)
 
@@ -146,7 +147,7 @@ def test_class_weights_of_another_number_of_classes_are_refused():
 @pytest.mark.parametrize("name", ["l1", "smooth_l1", "iou", "giou", "diou", "ciou"])
 def test_box_losses_are_chosen_by_name_in_both_stages(name: str):
     words = [f"box_loss@model.{stage}.box_loss={name}" for stage in ("rpn", "roi_head")]
-    model = compose(["experiment=demo", *words]).build_model(3)
+    model = compose([*SCRATCH, *words]).build_model(3)
     kind = SmoothL1 if name.endswith("l1") else {one.__name__.lower(): one for one in ORACLES}[name]
     assert type(model.rpn.box_loss) is kind and type(model.roi_head.box_loss) is kind
 
@@ -154,5 +155,5 @@ def test_box_losses_are_chosen_by_name_in_both_stages(name: str):
 def test_classification_losses_are_chosen_by_name():
     words = ["objectness_loss@model.rpn.cls_loss=focal", "model.rpn.cls_loss.gamma=1.5"]
     words += ["cls_loss@model.roi_head.cls_loss=cross_entropy", "model.roi_head.cls_loss.label_smoothing=0.1"]
-    model = compose(["experiment=demo", *words]).build_model(3)
+    model = compose([*SCRATCH, *words]).build_model(3)
     assert model.rpn.cls_loss == Focal(gamma=1.5) and model.roi_head.cls_loss == CrossEntropy(0.1)
