@@ -69,6 +69,7 @@ def test_sound_data_has_a_report_and_exit_code_0(run_tool, shapes, tmp_path):
     result = run_tool("check_data.py", *SETTINGS, f"data.root={shapes}")
     assert result.returncode == 0, result.stderr
     assert "Sound." in result.stdout and "class" in result.stdout
+    assert "\n  fpn-det train experiment=demo" in result.stdout and "output=" not in result.stdout
     report = json.loads((tmp_path / "data_report" / "data_report.json").read_text())
     assert report["sound"] and set(report["splits"]) == {"train", "val"}
     truth = json.loads((shapes / "annotations" / "instances_train2017.json").read_text())

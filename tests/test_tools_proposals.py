@@ -8,8 +8,8 @@ from tiny import TINY
 
 
 def test_a_second_stage_is_trained_on_the_proposals_of_an_rpn(shapes_dataset, run_tool, tmp_path):
-    few = ["trainer.max_steps=1", "trainer.batch_size=2", "data.max_images=4", "data.eval_batch_size=4", *TINY]
-    common = [f"data.root={shapes_dataset}", "data.val=${data.train}", *few]
+    few = ["trainer.max_steps=1", "trainer.batch_size=2", "data.max_images=4", "data.eval_batch_size=4"]
+    common = [*TINY, f"data.root={shapes_dataset}", "data.val=${data.train}", *few]
     rpn = ["run_dir=rpn", "model.roi_head=null", "evaluation=proposals", "trainer.best_metric=ARs300"]
     trained = run_tool("train.py", *common, *rpn)
     assert trained.returncode == 0, trained.stderr

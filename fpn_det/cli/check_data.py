@@ -12,6 +12,7 @@ Examples:
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,3 +64,5 @@ def check_data(config: CheckDataConfig, words: Sequence[str]) -> None:
     say(console, f"Report: {shown_path(folder / 'data_report.html')}")
     if not report.is_sound:
         sys.exit(1)
+    training = [word for word in words if not word.startswith("output=")]
+    say(console, f"To train on it:\n  fpn-det train {shlex.join(training)}")
