@@ -49,30 +49,32 @@ def interrupt(process: subprocess.Popen) -> tuple[str, str]:
     return process.communicate(timeout=300)
 
 
-@pytest.mark.slow
-def test_ctrl_c_at_random_moments_of_a_start(shapes_dataset, tmp_path):
-    (tmp_path / "whole").mkdir()
-    process, begin = start(tmp_path / "whole", shapes_dataset), time.monotonic()
+@pytest.fixture(scope="module")
+def duration(shapes_dataset, tmp_path_factory) -> float:
+    """Seconds from the first line of the program to the first step."""
+    process, begin = start(tmp_path_factory.mktemp("whole"), shapes_dataset), time.monotonic()
     assert process.stdout is not None
     for line in process.stdout:
         if "1/99" in line.split():
             break
-    duration = time.monotonic() - begin
+    seconds = time.monotonic() - begin
     interrupt(process)
-    draws = np.random.default_rng(0)
-    for number in range(MOMENTS):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        process = start(folder, shapes_dataset)
-        time.sleep(duration * (number + draws.random()) / MOMENTS)
-        output, errors = interrupt(process)
-        said = f"moment {number}: {output}{errors}"
-        assert process.returncode == 128 + signal.SIGINT, said
-        assert "Traceback" not in output + errors and "Exception ignored" not in errors, said
-        left = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-        if "Stopped by SIGINT and saved" in output:
-            assert not errors, said
-            state = torch.load(folder / "run/checkpoints/last.pt", weights_only=True)
-            assert state["progress"]["step"] >= 1 and not [name for name in left if ".tmp" in name], said
-        else:
-            assert errors == "Interrupted.\n" and not left, said
+    return seconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(MOMENTS))
+def test_ctrl_c_at_a_random_moment_of_a_start(number, duration, shapes_dataset, tmp_path):
+    process = start(tmp_path, shapes_dataset)
+    time.sleep(duration * (number + np.random.default_rng(number).random()) / MOMENTS)
+    output, errors = interrupt(process)
+    said = output + errors
+    assert process.returncode == 128 + signal.SIGINT, said
+    assert "Traceback" not in said and "Exception ignored" not in errors, said
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    if "Stopped by SIGINT and saved" in output:
+        assert not errors, said
+        state = torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=True)
+        assert state["progress"]["step"] >= 1 and not [name for name in left if ".tmp" in name], said
+    else:
+        assert errors == "Interrupted.\n" and not left, said
