@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+INSTALLED := $(VENV)/.installed
 OLDEST := .venv-oldest
 
 SECONDS ?= 60
@@ -13,7 +14,7 @@ SECONDS ?= 60
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(READY) ## draw a data set, train a small detector on it, print its metrics (minutes on a CPU)
+demo: $(INSTALLED) ## draw a data set, train a small detector on it, print its metrics (five minutes on a CPU)
 	$(BIN)/python datasets/make_shapes.py --out datasets/shapes --size 160 160 --classes disk square triangle star
 	$(BIN)/python tools/train.py experiment=demo
 
@@ -58,6 +59,12 @@ types: $(READY) ## mypy
 
 tests: $(READY)
 	$(BIN)/python -m pytest -n 2
+
+# As README installs it.
+$(INSTALLED): setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[timm]'
+	@touch $@
 
 $(READY): setup.py
 	$(PYTHON) -m venv $(VENV)
