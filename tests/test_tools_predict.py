@@ -16,8 +16,9 @@ from fpn_det.cli.main import INTERRUPTED
 from fpn_det.composition import literal, parse_words
 from fpn_det.evaluation.coco import score
 from fpn_det.evaluation.detection_table import DetectionTable
+from fpn_det.image_io import image_size
 from fpn_det.inference import folder as folders
-from fpn_det.inference import video
+from fpn_det.inference import predictor, video
 from fpn_det.inference.folder import JOURNAL, drawing_names
 from fpn_det.inference.video import read_frames, read_header
 
@@ -225,6 +226,38 @@ def test_pictures_of_all_files_have_names_of_their_own():
     files = [Path("in/a.png"), Path("in/a.jpg"), Path("in/deep/a.jpg")]
     assert drawing_names(files) == [Path("a.jpg"), Path("a_jpg.jpg"), Path("deep/a.jpg")]
     assert drawing_names(files[:1]) == [Path("a.jpg")]
+    assert drawing_names([Path("../b/a.jpg"), Path("c.jpg")]) == [Path("b/a.jpg"), Path(f"{Path.cwd().name}/c.jpg")]
+
+
+def test_own_drawings_are_neither_predicted_nor_replaced(run, run_tool, shapes_dataset, tmp_path):
+    for file in sorted((shapes_dataset / "val2017").glob("*"))[:2]:
+        shutil.copy(file, tmp_path)
+    first = predict(run_tool, run, "source=.", "score=0.02")
+    again = predict(run_tool, run, "source=.", "score=0.02")
+    assert first.returncode == again.returncode == 0, again.stderr
+    assert (
+        "2 images" in again.stdout and "2 drawings of earlier predictions in predictions are left out" in again.stdout
+    )
+    assert len(list((tmp_path / "predictions").rglob("*.jpg"))) == 2
+    (tmp_path / "pictures").mkdir()
+    original = shutil.copy(next(tmp_path.glob("*.*g")), tmp_path / "pictures")
+    content = Path(original).read_bytes()
+    onto_itself = predict(run_tool, run, "source=pictures", "out=.")
+    assert onto_itself.returncode == 2 and "Set another out" in onto_itself.stderr
+    assert Path(original).read_bytes() == content
+
+
+def test_the_header_of_an_image_is_read_once(run, run_tool, shapes_dataset, monkeypatch):
+    read = []
+
+    def size(path: Path) -> tuple[int, int] | None:
+        read.append(path)
+        return image_size(path)
+
+    for module in (predictor, folders):
+        monkeypatch.setattr(module, "image_size", size, raising=False)
+    result = predict(run_tool, run, f"source={shapes_dataset / 'val2017'}", "draw=false")
+    assert result.returncode == 0 and len(read) == len(set(read)) > 0, result.stderr
 
 
 @pytest.mark.parametrize("text", ["a b", "it's", "[x]*", "back\\", "q\\'", "${a}", "x=y,z"])

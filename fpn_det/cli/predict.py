@@ -24,27 +24,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fpn_det.cli.eval import saved_settings
 from fpn_det.cli.launch import launch
 from fpn_det.composition import literal
 from fpn_det.config import EvalConfig
+from fpn_det.data.flip_resize import Size
 from fpn_det.data.sampling import evaluation_batches
 from fpn_det.export.export import open_exported
 from fpn_det.export.exported import ExportedDetector, is_exported
 from fpn_det.image_io import BadImage
 from fpn_det.inference.folder import (
+    PICTURES,
     UNREADABLE,
+    VIDEOS,
     Entry,
     PredictionFolder,
     draw_pictures,
     draw_video,
     drawing_names,
-    sizes_of,
+    without_drawings,
 )
 from fpn_det.inference.images import find_files, is_video
-from fpn_det.inference.predictor import Predictor, Preprocessing, build_predictor
+from fpn_det.inference.predictor import Predictor, Preprocessing, build_predictor, size_of
 from fpn_det.inference.selection import Selection
 from fpn_det.inference.video import VideoHeader, check_support, read_header
 from fpn_det.models.detector import Detector
@@ -89,8 +93,8 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
         ValueError: nothing can be read, or an option is impossible.
     """
     console = standard_console()
-    files = list(dict.fromkeys(find_files(config.source)))
-    images = [row for row, file in enumerate(files) if not is_video(file)]
+    found = list(dict.fromkeys(find_files(config.source)))
+    files = without_drawings(found, Path(config.out))
     videos = [row for row, file in enumerate(files) if is_video(file)]
     if videos:
         check_support(files[videos[0]])
@@ -102,54 +106,21 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
         say(console, remark)
     names = state["class_names"]
     ids = state.get("category_ids") or list(range(1, len(names) + 1))
-    predictor = build_predictor(
-        config,
-        model,
-        names,
-        device,
-        config.tta,
-        ids,
-        ScoreThresholds.read(state.get("score_thresholds"), str(path)),
-        config.data.num_workers,
-    )
-    thresholds = predictor.thresholds(config.score)
-    selection = predictor.selection(config.score, config.classes, config.max_detections)
-    preprocessing = predictor.preprocessing_with(config.size)
-    counts = [f"{len(rows)} {name}" for rows, name in ((images, "images"), (videos, "videos")) if rows]
-    say(console, f"{', '.join(counts)}, {shown_path(path)}. Kept: {thresholds.origin}.")
+    thresholds = ScoreThresholds.read(state.get("score_thresholds"), str(path))
+    predictor = build_predictor(config, model, names, device, config.tta, ids, thresholds, config.data.num_workers)
+    counts = {"images": len(files) - len(videos), "videos": len(videos)}
+    shown = ", ".join(f"{number} {kind}" for kind, number in counts.items() if number)
+    say(console, f"{shown}, {shown_path(path)}. Kept: {predictor.thresholds(config.score).origin}.")
+    if len(files) < len(found):
+        say(console, f"{len(found) - len(files)} drawings of earlier predictions in {config.out} are left out.")
 
     settings = asdict(config) | {"checkpoint": str(path), "step": state["step"], "device": None}
     settings["data"] = {"eval_batch_size": config.data.eval_batch_size, "eval_transforms": config.data.eval_transforms}
     folder = PredictionFolder(Path(config.out), files, settings)
-    sizes = sizes_of([files[row] for row in images])
-    batches = evaluation_batches(sizes, config.data.eval_batch_size, Ranks())
-    rows = folder.remaining([[images[index] for index in batch.tolist()] for batch in batches])
-    if folder.done:
-        console.print(
-            f"{len(files) - len(rows) - sum(row not in folder.done for row in videos)} files are done already."
-        )
-    if folder.interrupted is not None:
-        again = files[folder.interrupted]
-        say(console, f"{again} was interrupted, and starts again.")
-    headers = _read_headers(folder, [row for row in videos if row not in folder.done])
-    drawings = None
-    if config.draw:
-        places = {True: folder.folder / "videos", False: folder.folder / "pictures"}
-        drawings = [places[is_video(file)] / name for file, name in zip(files, drawing_names(files), strict=True)]
-    columns = TextColumn("predicting"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, expand=True, disable=not console.is_terminal) as bar:
-        total = len(images) + sum(header.num_frames for header in headers.values())
-        task = bar.add_task("", total=total, completed=len(images) - len(rows))
-        for entry in _predict_images(predictor, files, rows, drawings, selection, preprocessing):
-            folder.add([entry])
-            bar.advance(task)
-        for row, header in headers.items():
-            before = bar.tasks[task].completed
-            for entry in _predict_video(predictor, files[row], row, header, drawings, selection, preprocessing):
-                folder.add([entry])
-                bar.advance(task, 0 if entry.ends_file else 1)
-            total += int(bar.tasks[task].completed - before) - header.num_frames  # that of the header is an estimate
-            bar.update(task, total=total)
+    selection = predictor.selection(config.score, config.classes, config.max_detections)
+    job = _Job(predictor, selection, predictor.preprocessing_with(config.size), folder, config.draw)
+    _predict_rest(job, videos, console)
+
     summary = folder.finish(names, ids)
     errors = summary.errors
     if not summary.images:
@@ -160,48 +131,89 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
     say(console, f"{summary.detections} detections: {shown_path(folder.folder)}")
 
 
-def _predict_images(
-    predictor: Predictor,
-    files: Sequence[Path],
-    rows: Sequence[int],
-    drawings: Sequence[Path] | None,
-    selection: Selection,
-    preprocessing: Preprocessing,
-) -> Iterator[Entry]:
-    """Predict, and draw unless `drawings` is None, the files of these rows."""
-    if not rows:
-        return
-    numbers = {files[row]: row for row in rows}
-    bad: list[BadImage] = []
-    found = predictor.stream(
-        [files[row] for row in rows], selection, preprocessing, [row + 1 for row in rows], bad.append
-    )
-    if drawings is not None:
-        found = draw_pictures(found, lambda one: drawings[one.image_id - 1])
-    for one in found:
+class _Job:
+    """Predicts, and draws, the files of a folder of predictions."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        selection: Selection,
+        preprocessing: Preprocessing,
+        folder: PredictionFolder,
+        draw: bool,
+    ) -> None:
+        self.predictor = predictor
+        self.selection = selection
+        self.preprocessing = preprocessing
+        self.folder = folder
+        self.drawings: list[Path] | None = None  # of the files
+        if draw:
+            subfolders = [folder.folder / (VIDEOS if is_video(file) else PICTURES) for file in folder.files]
+            names = drawing_names(folder.files)
+            self.drawings = [subfolder / name for subfolder, name in zip(subfolders, names, strict=True)]
+
+    def remaining_images(self) -> dict[int, Size]:
+        """The rows of the images that are not done, in whole batches, and their (h, w)."""
+        rows = [row for row, file in enumerate(self.folder.files) if not is_video(file)]
+        sizes = [size_of(self.folder.files[row]) for row in rows]
+        batches = evaluation_batches(torch.tensor(sizes).view(-1, 2), self.preprocessing.batch_size, Ranks())
+        size_of_row = dict(zip(rows, sizes, strict=True))
+        remaining = self.folder.remaining([[rows[index] for index in batch.tolist()] for batch in batches])
+        return {row: size_of_row[row] for row in remaining}
+
+    def predict_images(self, sizes: dict[int, Size]) -> Iterator[Entry]:
+        """Predict the images of these rows and (h, w)."""
+        if not sizes:
+            return
+        files = [self.folder.files[row] for row in sizes]
+        row_of = dict(zip(files, sizes, strict=True))
+        ids = [row + 1 for row in sizes]
+        bad: list[BadImage] = []
+        found = self.predictor.stream(files, self.selection, self.preprocessing, ids, bad.append, list(sizes.values()))
+        if (drawings := self.drawings) is not None:
+            found = draw_pictures(found, lambda one: drawings[one.image_id - 1])
+        for one in found:
+            while bad:
+                yield _as_error(bad.pop(), row_of)
+            yield Entry(one.image_id - 1, one.size, one.to_coco())
         while bad:
-            yield _as_error(bad.pop(), numbers)
-        yield Entry(one.image_id - 1, one.size, one.to_coco())
-    while bad:
-        yield _as_error(bad.pop(), numbers)
+            yield _as_error(bad.pop(), row_of)
+
+    def predict_video(self, row: int, header: VideoHeader) -> Iterator[Entry]:
+        """Predict the frames of the video of a row."""
+        bad: list[BadImage] = []
+        frames = self.predictor.stream_video(self.folder.files[row], self.selection, self.preprocessing, bad.append)
+        drawn = None if self.drawings is None else draw_video(frames, self.drawings[row], header.rate)
+        for one in drawn or (prediction for _, prediction in frames):
+            yield Entry(row, one.size, one.to_coco(), frame=one.frame)
+        yield Entry(row, error=str(bad[0]) if bad else None)
 
 
-def _predict_video(
-    predictor: Predictor,
-    file: Path,
-    row: int,
-    header: VideoHeader,
-    drawings: Sequence[Path] | None,
-    selection: Selection,
-    preprocessing: Preprocessing,
-) -> Iterator[Entry]:
-    """Predict, and draw unless `drawings` is None, the frames of a video."""
-    bad: list[BadImage] = []
-    frames = predictor.stream_video(file, selection, preprocessing, bad.append)
-    found = (one for _, one in frames) if drawings is None else draw_video(frames, drawings[row], header.rate)
-    for one in found:
-        yield Entry(row, one.size, one.to_coco(), frame=one.frame)
-    yield Entry(row, error=str(bad[0]) if bad else None)
+def _predict_rest(job: _Job, videos: Sequence[int], console: Console) -> None:
+    """Predict what is left of a job, and note it in the folder, under a bar that shows the progress."""
+    folder = job.folder
+    sizes = job.remaining_images()
+    left = [row for row in videos if row not in folder.done]
+    if folder.done:
+        console.print(f"{len(folder.files) - len(sizes) - len(left)} files are done already.")
+    if folder.interrupted is not None:
+        say(console, f"{folder.files[folder.interrupted]} was interrupted, and starts again.")
+    headers = _read_headers(folder, left)
+    num_images = len(folder.files) - len(videos)
+    columns = TextColumn("predicting"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, expand=True, disable=not console.is_terminal) as bar:
+        total = num_images + sum(header.num_frames for header in headers.values())
+        task = bar.add_task("", total=total, completed=num_images - len(sizes))
+        for entry in job.predict_images(sizes):
+            folder.add([entry])
+            bar.advance(task)
+        for row, header in headers.items():
+            before = bar.tasks[task].completed
+            for entry in job.predict_video(row, header):
+                folder.add([entry])
+                bar.advance(task, 0 if entry.ends_file else 1)
+            total += int(bar.tasks[task].completed - before) - header.num_frames  # that of the header is an estimate
+            bar.update(task, total=total)
 
 
 def _as_error(bad: BadImage, numbers: dict[Path, int]) -> Entry:

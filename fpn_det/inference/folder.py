@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,9 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
-from fpn_det.image_io import image_size
 from fpn_det.inference.images import is_video
 from fpn_det.inference.prediction import Prediction
 from fpn_det.inference.video import VideoWriter
@@ -31,6 +30,7 @@ R = TypeVar("R")
 
 JOURNAL = ".unfinished.jsonl"
 UNREADABLE = "unreadable.txt"
+PICTURES, VIDEOS = "pictures", "videos"  # subfolders of drawings
 DRAWING_THREADS = 2
 
 
@@ -193,18 +193,32 @@ def _entry(line: bytes) -> Entry:
     return Entry(**json.loads(line))
 
 
+def without_drawings(files: Sequence[Path], folder: Path) -> list[Path]:
+    """Leave out the drawings in a folder of predictions: they would be predicted again, and replaced while they are read.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    drawn = [(folder / name).resolve() for name in (PICTURES, VIDEOS)]
+    kept = [file for file in files if not any(file.resolve().is_relative_to(place) for place in drawn)]
+    if not kept:
+        raise ValueError(f"source: expected images, got the drawings of predictions in {folder} only. Set another out.")
+    return kept
+
+
 def drawing_names(files: Sequence[Path]) -> list[Path]:
     """Return a distinct relative path for the drawing of each file: that below the common folder of all files."""
-    parents = [file.absolute().parent for file in files]
+    places = [Path(os.path.abspath(file)) for file in files]  # without `..`, which would lead out of the folder
+    parents = [place.parent for place in places]
     common = parents[0]
     while not all(parent.is_relative_to(common) for parent in parents):
         common = common.parent
     names: dict[Path, None] = {}
-    for file in files:
-        suffix = ".mp4" if is_video(file) else ".jpg"
-        name = file.absolute().relative_to(common).with_suffix(suffix)
+    for place in places:
+        suffix = ".mp4" if is_video(place) else ".jpg"
+        name = place.relative_to(common).with_suffix(suffix)
         while name in names:  # a.png beside a.jpg
-            name = name.with_name(f"{name.stem}_{file.suffix.lstrip('.')}{suffix}")
+            name = name.with_name(f"{name.stem}_{place.suffix.lstrip('.')}{suffix}")
         names[name] = None
     return list(names)
 
@@ -247,8 +261,3 @@ def _in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T,
                 yield first, task.result()
         for first, task in pending:
             yield first, task.result()
-
-
-def sizes_of(files: Sequence[Path]) -> torch.Tensor:
-    """Return the (h, w) of the files, i64 [n, 2]; 1 x 1 of those that cannot be read."""
-    return torch.tensor([image_size(file) or (1, 1) for file in files]).view(-1, 2)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fpn_det.annotations.files import non_empty_lines, walk_files
 from fpn_det.image_io import (
     MAX_PIXELS,
     RGB,
@@ -38,7 +39,7 @@ def find_images(
     """List the images that `source` names, in the order of the names.
 
     Args:
-        source: a file; a folder, of which all images are taken, those of its subfolders too; a pattern such as
+        source: a file; a folder, of which all images are taken, those of its subfolders too, except hidden ones; a pattern such as
             `photos/*.jpg`; a text file with one path per line, relative to its folder or to the current one; a URL; a PIL
             image; an array; or a list of these.
         download: fetch URLs; False refuses them.
@@ -65,7 +66,7 @@ def find_files(source: str | Path) -> list[Path]:
     """List the image and video files that a path, folder, pattern or list of paths names; see `find_images`."""
     path = Path(source)
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.is_file()]
+        found = list(walk_files(path))
         files = sorted([*only_images(found), *(file for file in found if is_video(file))])
         if not files:
             raise ValueError(f"source: expected images in the folder {path}, got none.")
@@ -156,11 +157,7 @@ def fetch(url: str, pixel_format: PixelFormat = RGB) -> np.ndarray:
 
 
 def _read_list(path: Path) -> list[Path]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a text file with one path per line, got: {error}.") from None
-    names = [line.strip() for line in lines if line.strip()]
+    names = non_empty_lines(path)
     if not names:
         raise ValueError(f"{path}: expected one path per line, got an empty file.")
     return [beside if (beside := path.parent / name).exists() else Path(name) for name in names]

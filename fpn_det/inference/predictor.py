@@ -16,6 +16,7 @@ from fpn_det.config import PRECISIONS, DetectorConfig
 from fpn_det.data.bad_images import OnBadImage
 from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset
+from fpn_det.data.flip_resize import Size
 from fpn_det.data.loaders import EvalLoader
 from fpn_det.data.tiles import Tiles, Tiling
 from fpn_det.data.transforms import Pipeline
@@ -221,6 +222,7 @@ class Predictor:
         preprocessing: Preprocessing,
         image_ids: Sequence[int] | None = None,
         on_bad_image: OnBadImage | None = None,
+        sizes: Sequence[Size] | None = None,
     ) -> Iterator[Prediction]:
         """Yield the predictions batch by batch, in the order of aspect ratios.
 
@@ -230,8 +232,9 @@ class Predictor:
             preprocessing: see `preprocessing_with`.
             image_ids: of the images; None numbers them from 1 on.
             on_bad_image: called for each image that cannot be read, which has no prediction; None makes it an error.
+            sizes: (h, w) of files, by `size_of`; None reads them from the headers of the files.
         """
-        annotations, pixels = self._describe(images, image_ids)
+        annotations, pixels = self._describe(images, image_ids, sizes)
         batches = preprocessing.loader(annotations, pixels, self.device, on_bad_image)
         for batch, detections in detect_all(self.model, batches, self.dtype, self.tta):
             detections = detections.to_original(batch).cpu()
@@ -283,21 +286,29 @@ class Predictor:
         return batch
 
     def _describe(
-        self, images: Sequence[ImageInput], image_ids: Sequence[int] | None = None
+        self,
+        images: Sequence[ImageInput],
+        image_ids: Sequence[int] | None = None,
+        sizes: Sequence[Size] | None = None,
     ) -> tuple[Annotations, dict[Path, np.ndarray]]:
         """Return the images as a data set without objects, and the pixels of those that are not files by their paths in it."""
-        paths, sizes, pixels = [], [], {}
-        for number, image in enumerate(images, start=1):
-            path = Path(image) if isinstance(image, str | Path) else Path(f"<image {number}>")
+        paths, found_sizes, pixels = [], [], {}
+        for index, image in enumerate(images):
+            path = Path(image) if isinstance(image, str | Path) else Path(f"<image {index + 1}>")
             if isinstance(image, str | Path):
-                size = image_size(path) or (1, 1)  # reading the pixels raises the error
+                size = size_of(path) if sizes is None else sizes[index]
             else:
                 pixels[path] = read_pixels(image, pixel_format=self.preprocessing.transform.pixel_format)
                 size = pixels[path].shape[:2]
             paths.append(str(path))
-            sizes.append(size)
+            found_sizes.append(size)
         ids = self.category_ids or range(1, len(self.class_names) + 1)
-        return Annotations.without_objects(paths, sizes, self.class_names, ids, image_ids), pixels
+        return Annotations.without_objects(paths, found_sizes, self.class_names, ids, image_ids), pixels
+
+
+def size_of(file: Path) -> Size:
+    """Read the (h, w) of an image from its header; 1 x 1 if that fails, as reading the pixels will tell why."""
+    return image_size(file) or (1, 1)
 
 
 def build_predictor(

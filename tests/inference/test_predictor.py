@@ -154,9 +154,11 @@ def test_one_path_a_folder_a_pattern_and_a_list_name_the_same_images(annotations
     for file in files:
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "notes.md").write_text("no image")
+    (tmp_path / f"._{files[0].name}").write_text("what macOS leaves beside a file")
     (tmp_path / "list.txt").write_text("\n".join(file.name for file in files) + "\n")
+    (tmp_path / "windows.txt").write_bytes("\r\n".join(file.name for file in files).encode("utf-8-sig"))
     expected = predictor.predict(files, score=0.02)
-    for source in (tmp_path, str(tmp_path / "*g"), tmp_path / "list.txt", [tmp_path]):
+    for source in (tmp_path, str(tmp_path / "*g"), tmp_path / "list.txt", tmp_path / "windows.txt", [tmp_path]):
         found = predictor.predict(source, score=0.02)
         assert [one.path.name for one in found] == [file.name for file in files]
         for one, other in zip(found, expected, strict=True):
