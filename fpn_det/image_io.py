@@ -93,8 +93,9 @@ class PixelFormat:
 
     @property
     def settings(self) -> str:
-        """The words that set this format."""
-        return f"data.channels={self.channels} data.dtype={self.dtype}"
+        """The words by which files of this format are read; numbers of other types become float32."""
+        dtype = self.dtype if self.dtype in get_args(Dtype) else "float32"
+        return f"data.channels={self.channels} data.dtype={dtype}"
 
 
 RGB = PixelFormat()  # pictures, for people: any file with up to four channels is read in this format
@@ -215,7 +216,7 @@ def decode_image(
             pixels = _decode_opencv(content, flags)
             if pixels is not None:
                 return _upright(pixels, header.orientation)
-        return _decode_pillow(picture, path, len(content))
+        return _decode_pillow(picture, header, path, len(content))
 
 
 @contextmanager
@@ -444,10 +445,9 @@ def _check_format(found: PixelFormat, wanted: PixelFormat | None, path: Path) ->
     if wanted is None:
         return
     if found.channels != wanted.channels or (found.dtype != wanted.dtype and wanted.dtype != "float32"):
-        fitting = found if found.dtype in get_args(Dtype) else PixelFormat(found.channels, "float32")
         raise BadImage(
             path,
-            f"{path}: expected {wanted}, as data.channels and data.dtype say, got {found}. Set {fitting.settings}.",
+            f"{path}: expected {wanted}, as data.channels and data.dtype say, got {found}. Set {found.settings}.",
         )
 
 
@@ -457,8 +457,12 @@ def _decode_array_to_rgb(content: bytes, path: Path, max_pixels: int) -> np.ndar
     rgb = array_to_rgb(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     if rgb is None:
         found = PixelFormat(stored.channels, stored.dtype)
-        raise BadImage(path, f"{path}: expected a picture of 8 or 16 bits, got {found}. Set {found.settings}.")
+        raise BadImage(path, _no_picture(path, found))
     return rgb
+
+
+def _no_picture(path: Path, found: PixelFormat) -> str:
+    return f"{path}: expected a picture of 8 or 16 bits, got {found}. Set {found.settings}."
 
 
 def _too_large(path: Path, max_pixels: int, width: int, height: int) -> str:
@@ -580,7 +584,7 @@ def _decode_opencv(content: bytes, flags: int) -> np.ndarray | None:
         return None
 
 
-def _decode_pillow(picture: Image.Image, path: Path, size: int) -> np.ndarray:
+def _decode_pillow(picture: Image.Image, header: ImageHeader, path: Path, size: int) -> np.ndarray:
     """Decode an opened image with Pillow, which either succeeds or gives a reason."""
     _load(picture, path, size)
     try:
@@ -588,6 +592,8 @@ def _decode_pillow(picture: Image.Image, path: Path, size: int) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # a mode that has no RGB
+        if header.stored.dtype != "uint8":
+            raise BadImage(path, _no_picture(path, header.stored)) from None
         raise BadImage(path, f"{path}: {error}.") from error
 
 

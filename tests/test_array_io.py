@@ -268,6 +268,12 @@ def test_as_pictures_they_name_the_settings(tmp_path):
         read_image(written(tmp_path, "a.npy", npy(VALUES)))
     with pytest.raises(BadImage, match=r"expected a picture, got 8 channels of 16 bits. Set data.channels=8"):
         read_image(written(tmp_path, "a.tif", tiff(VALUES, photometric="minisblack", planarconfig="contig")))
+    numbers = Image.fromarray(VALUES[..., 0].astype(np.float32))
+    numbers.save(tmp_path / "f.tif")
+    for name in ("f.tif", "d.npy"):
+        np.save(tmp_path / "d.npy", VALUES[..., 0].astype(np.float64))
+        with pytest.raises(BadImage, match=r"got 1 channel of float\d\d. Set data.channels=1 data.dtype=float32\."):
+            read_image(tmp_path / name)
     picture = (VALUES[..., :3] >> 8).astype(np.uint8)
     assert np.array_equal(read_image(written(tmp_path, "b.npy", npy(picture))), picture)
     assert np.array_equal(read_image(written(tmp_path, "c.npy", npy(VALUES[..., :3]))), picture)

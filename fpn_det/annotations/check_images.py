@@ -148,7 +148,7 @@ def _note_channels(infos: Mapping[str, ImageInfo], findings: list[Finding]) -> N
     if set(counts) - {str(RGB)}:
         for channels, number in counts.most_common():
             first = next(path for path, info in infos.items() if info.channels == channels and not info.fault)
-            message = f"{number} images have {channels}; data.channels and data.dtype say what is read of them"
+            message = f"{number} image(s) have {channels}; data.channels and data.dtype say what is read of them"
             findings.append(Finding("image_channels", message, "note", file_name=os.path.basename(first)))
 
 

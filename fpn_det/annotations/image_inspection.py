@@ -56,7 +56,7 @@ def inspect_images(
     """Inspect image files; files without a valid cache entry are decoded in many threads.
 
     Args:
-        paths: the files; those that do not exist are left out of the result.
+        paths: the files; one that does not exist, such as the target of a link, has a fault.
         folder: root of the data set, which has a cache file of its own.
         max_pixels: largest width * height; larger images have a fault.
         pixel_format: of the images; those that cannot be read in it have a fault. None takes any.
@@ -65,12 +65,13 @@ def inspect_images(
     decoders = f"{DECODERS} {max_pixels} {pixel_format}"
     inspect = partial(_inspect, max_pixels=max_pixels, pixel_format=pixel_format)
     seen = _read_cache(cache_file, decoders)
-    stamps = {path: stamp for path in dict.fromkeys(paths) if (stamp := _stamp(path)) is not None}
+    paths = list(dict.fromkeys(paths))
+    stamps = {path: stamp for path in paths if (stamp := _stamp(path)) is not None}
     new = [path for path, stamp in stamps.items() if path not in seen or seen[path][0] != stamp]
     if new:
         seen |= {path: (stamps[path], info) for path, info in _inspect_all(new, inspect).items()}
         _write_cache(cache_file, decoders, seen)
-    return {path: seen[path][1] for path in stamps}
+    return {path: seen[path][1] if path in stamps else inspect(path) for path in paths}
 
 
 def is_mislabeled(path: str, info: ImageInfo) -> bool:

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -221,6 +221,7 @@ class RawDataset:
         where: str,
         pixel_offset: int = 0,
         ignore: bool = False,
+        stated: Sequence[str] = (),
     ) -> None:
         """Append an object that its format describes by corners x1, y1, x2, y2.
 
@@ -231,6 +232,7 @@ class RawDataset:
             where: file and line.
             pixel_offset: number of the first pixel. Equal corners are a slip of the mouse, not an object 1 px wide.
             ignore: flagged as difficult.
+            stated: the corners as the file has them, to be shown if they are no numbers.
         """
         x1, y1, x2, y2 = corners
         if x1 > x2 or y1 > y2:
@@ -241,7 +243,10 @@ class RawDataset:
             x1, x2, y1, y2 = min(x1, x2), max(x1, x2), min(y1, y2), max(y1, y2)
         if x1 < x2 and y1 < y2:
             x1, y1 = x1 - pixel_offset, y1 - pixel_offset
-        box, area = [x1, y1, x2 - x1, y2 - y1], max(x2 - x1, 0.0) * max(y2 - y1, 0.0)
+        box: list[Any] = [x1, y1, x2 - x1, y2 - y1]
+        area = max(x2 - x1, 0.0) * max(y2 - y1, 0.0)
+        if not all(map(math.isfinite, corners)) and stated:
+            box = list(stated)
         record = RawObject(len(self.objects) + 1, image.id, category_id, box, area, 0, int(ignore), where)
         self.objects.extend([record])
 

@@ -36,21 +36,37 @@ def drop_empty(annotations: Annotations) -> Annotations:
     return select_images(annotations, annotations.objects_per_image.nonzero().flatten())
 
 
-def split_images(annotations: Annotations, val_fraction: float, seed: int) -> tuple[Annotations, Annotations]:
+def split_images(
+    annotations: Annotations, val_fraction: float, seed: int, digests: Sequence[str] = ()
+) -> tuple[Annotations, Annotations]:
     """Split the images at random into training and validation, each in the order of the file.
+
+    Args:
+        annotations: the images.
+        val_fraction: share of the validation.
+        seed: of the random choice.
+        digests: of each image's bytes, as far as they are known. Copies of an image stay together.
 
     Raises:
         ValueError: one of the two would be empty.
     """
-    held_out = round(len(annotations) * val_fraction)
-    if not 0 < held_out < len(annotations):
+    keys = digests[: len(annotations)] or [""] * len(annotations)
+    number_of: dict[str | int, int] = {}  # of distinct images
+    numbers = np.array([number_of.setdefault(digest or row, len(number_of)) for row, digest in enumerate(keys)], int)
+    counts = np.bincount(numbers)
+    room = round(len(annotations) * val_fraction)
+    is_held_out = np.zeros(len(counts), dtype=bool)
+    for number in np.random.default_rng(seed).permutation(len(counts)).tolist():
+        if counts[number] <= room:
+            is_held_out[number] = True
+            room -= counts[number]
+    is_val = is_held_out[numbers]
+    if not 0 < is_val.sum() < len(annotations):
         raise ValueError(
             f"data.val_fraction: expected a share that leaves images on both sides, got {val_fraction} of {len(annotations)} image(s)."
         )
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(annotations)))
-    return select_images(annotations, order[held_out:].sort().values), select_images(
-        annotations, order[:held_out].sort().values
-    )
+    train, val = (select_images(annotations, torch.from_numpy(np.flatnonzero(side))) for side in (~is_val, is_val))
+    return train, val
 
 
 def concatenate(parts: Sequence[Annotations]) -> Annotations:

@@ -175,7 +175,11 @@ class DataConfig:
         checked = self.check_split(source, class_names)
         self._raise_for_faults(source, checked.findings)
         annotations = self._limited(checked.annotations)
-        return annotations if source == split else split_images(annotations, self.val_fraction or 0, seed)[1]
+        return (
+            annotations
+            if source == split
+            else split_images(annotations, self.val_fraction or 0, seed, checked.digests)[1]
+        )
 
     def check_split(self, split: SplitName, class_names: Sequence[str] | None) -> CheckedDataset:
         """Read and check one split. Faults are returned.
@@ -235,7 +239,7 @@ class DataConfig:
         if self.val_fraction is not None:
             train_images = self._limited(train.annotations)
             try:
-                train_images, val = split_images(train_images, self.val_fraction, seed)
+                train_images, val = split_images(train_images, self.val_fraction, seed, train.digests)
             except ValueError as error:
                 findings["train"].append(Finding("val_fraction", str(error).rstrip("."), "fatal"))
         else:

@@ -135,7 +135,10 @@ def test_voc_that_counts_pixels_from_0_is_recognized(tmp_path):
     assert read_annotations(root).boxes[:3].tolist() == [[11, 21, 30, 40], [33, 25, 64, 48], [0, 3, 21, 42]]
 
 
-@pytest.mark.parametrize("change", ["data.yaml", "no path", "parent", "list", "split folders", "beside", "classes.txt"])
+@pytest.mark.parametrize(
+    "change",
+    ["data.yaml", "no path", "parent", "list", "list of Windows", "split folders", "beside", "classes.txt"],
+)
 def test_yolo_in_the_layouts_that_tools_write(tmp_path, change):
     root = make_yolo(tmp_path / "set")
     described, images, labels = root / "data.yaml", root / "images" / "train", root / "labels" / "train"
@@ -147,6 +150,9 @@ def test_yolo_in_the_layouts_that_tools_write(tmp_path, change):
         described.write_text("train: ../images/train\nnames: [ant, bee]\n")
     elif change == "list":
         (root / "train.txt").write_text("".join(f"./images/train/{name}.png\n" for name in SIZES))
+        described.write_text("train: train.txt\nnames: [ant, bee]\n")
+    elif change == "list of Windows":
+        (root / "train.txt").write_bytes("".join(f"images\\train\\{name}.png\r\n" for name in SIZES).encode())
         described.write_text("train: train.txt\nnames: [ant, bee]\n")
     elif change == "split folders":
         (root / "train").mkdir()
@@ -186,6 +192,13 @@ def test_text_files_of_windows_are_read(tmp_path, encoding, ending):
         path = MAKERS[kind](tmp_path / kind) / name
         path.write_bytes(path.read_text().replace("\n", ending).encode(encoding))
         assert_is_the_set(read(kind, tmp_path / kind))
+
+
+def test_labels_are_found_for_images_that_a_list_spells_otherwise(tmp_path):
+    root = make_yolo(tmp_path / "set")
+    (root / "train.txt").write_text("".join(f"./images/train/{name}.PNG\n" for name in SIZES))
+    (root / "data.yaml").write_text("train: train.txt\nnames: [ant, bee]\n")
+    assert_is_the_set(read("yolo", root, "fix"))
 
 
 def test_csv_with_the_names_of_other_tools(tmp_path):
@@ -287,7 +300,13 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...], bool]] = {
     "yolo class by name": (
         "yolo",
         edit("labels/train/a.txt", "1 0.75", "bee 0.75"),
-        ("class_unknown", "a.txt line 2"),
+        ("label_columns", "a.txt line 2: expected numbers separated by blanks, got 'bee 0.75 0.75 0.5 0.5'"),
+        False,
+    ),
+    "yolo decimal commas": (
+        "yolo",
+        edit("labels/train/a.txt", "1 0.75 0.75", "1 0,75 0,75"),
+        ("label_columns", "got '1 0,75 0,75 0.5 0.5'"),
         False,
     ),
     "yolo four values": (
@@ -308,13 +327,13 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...], bool]] = {
         ("box_outside", "a.txt line 2"),
         False,
     ),
-    "yolo NaN": ("yolo", edit("labels/train/a.txt", "1 0.75", "1 nan"), ("box_not_numbers", "a.txt line 2"), False),
+    "yolo NaN": ("yolo", edit("labels/train/a.txt", "1 0.75", "1 nan"), ("label_columns", "a.txt line 2"), False),
     "yolo label without picture": ("yolo", remove("images/train/b.png"), ("image_file_missing", "b.txt"), False),
     "yolo picture empty": ("yolo", empty("images/train/b.png"), ("image_unreadable", "b.png"), False),
     "csv number is text": (
         "csv",
         edit("train.csv", "10,20,30,40", "ten,20,30,40"),
-        ("box_not_numbers", "a.png", "train.csv line 2"),
+        ("box_not_numbers", "a.png", "train.csv line 2", "got bbox ['ten', '20', '30', '40']"),
         False,
     ),
     "csv number missing": (

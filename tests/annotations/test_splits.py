@@ -193,6 +193,39 @@ def test_evaluation_reads_the_held_out_images_of_training(root, defaults):
     assert sorted([*train.image_ids.tolist(), *val.image_ids.tolist()]) == [7, 17, 27, 37, 47, 57]
 
 
+def test_copies_of_an_image_are_never_on_both_sides_of_a_random_split(root, defaults):
+    for copy, original in ((1, 0), (4, 3), (5, 3)):
+        (root / f"train/{copy}.png").write_bytes((root / f"train/{original}.png").read_bytes())
+
+    def sized(document):
+        for copy, original in ((1, 0), (4, 3), (5, 3)):
+            for side in ("width", "height"):
+                document["images"][copy][side] = document["images"][original][side]
+        document["annotations"] = [dict(one, bbox=[5, 5, 10, 10]) for one in document["annotations"]]
+
+    change(root, "train", sized)
+    none = SplitConfig(None, None, None)
+    data = replace(data_of(root, defaults), val=none, val_fraction=0.5, keep_empty=True)
+    sides = set()
+    for seed in range(10):
+        train, val = (set(part.image_ids.tolist()) for part in both_parts(data, seed))
+        assert train | val == {7, 17, 27, 37, 47, 57} and not train & val
+        for group in ({7, 17}, {37, 47, 57}):
+            assert group <= train or group <= val
+        assert set(data.read_split("val", ["cat", "dog"], seed).image_ids.tolist()) == val
+        sides.add(tuple(sorted(val)))
+    assert sides == {(7, 17, 27), (37, 47, 57)}
+
+
+def test_a_link_without_its_file_is_a_fault(root, defaults):
+    (root / "train/2.png").unlink()
+    (root / "train/2.png").symlink_to("gone.png")
+    with pytest.raises(ValueError, match=r"image_unreadable \(1\)\n.*2\.png: cannot be read: No such file"):
+        both_parts(data_of(root, defaults), 0)
+    train, _ = both_parts(data_of(root, defaults, "fix"), 0)
+    assert 27 not in train.image_ids.tolist()
+
+
 def voc_root(root: Path, lists: dict[str, str]) -> Path:
     for number, stem in enumerate("abc"):
         (root / "JPEGImages").mkdir(parents=True, exist_ok=True)

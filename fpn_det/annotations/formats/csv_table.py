@@ -46,8 +46,8 @@ def load(source: Path, folder: Path | None) -> RawDataset:
     for line, row in rows:
         where = f"{source.name} line {line}"
         image = image_of.get(row["file"])
-        stated = [parse_number(row[side]) for side in OPTIONAL if row.get(side)]
-        size = (stated[0], stated[1]) if len(stated) == 2 else None
+        sides = [parse_number(row[side]) for side in OPTIONAL if row.get(side)]
+        size = (sides[0], sides[1]) if len(sides) == 2 else None
         if image is None:
             from_file = image_size(folder / row["file"]) if not size and folder is not None and row["file"] else None
             image = image_of[row["file"]] = raw.add_image(row["file"], from_file)
@@ -59,8 +59,9 @@ def load(source: Path, folder: Path | None) -> RawDataset:
                 Finding("image_size_differs", message, image_id=image.id, file_name=row["file"], where=where)
             )
         if row["class"] or any(row[side] for side in CORNERS):
-            corners = [parse_number(row[side]) for side in CORNERS]
-            raw.add_box(image, category_of.get(row["class"]), corners, where)
+            stated = [row[side] for side in CORNERS]
+            corners = list(map(parse_number, stated))
+            raw.add_box(image, category_of.get(row["class"]), corners, where, stated=stated)
     return raw
 
 

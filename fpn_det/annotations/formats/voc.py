@@ -81,10 +81,12 @@ def load(source: Path, folder: Path | None, split: str, pixel_offset: int | None
         size = [parse_pixels(_text(element.find(f"size/{side}"))) for side in ("height", "width")]
         image = raw.add_image(name, (size[0], size[1]) if all(size) else image_size(folder / name))
         for number, item in enumerate(element.iter("object"), start=1):
-            corners = [parse_number(_text(item.find(f"bndbox/{side}"))) for side in SIDES]
+            stated = [_text(item.find(f"bndbox/{side}")) for side in SIDES]
+            corners = list(map(parse_number, stated))
             is_difficult = _text(item.find("difficult")).lower() in ("1", "true", "yes")
             where = f"{stem}.xml object {number}"
-            raw.add_box(image, category_of.get(_text(item.find("name"))), corners, where, offset, is_difficult)
+            category_id = category_of.get(_text(item.find("name")))
+            raw.add_box(image, category_id, corners, where, offset, is_difficult, stated)
     return raw
 
 

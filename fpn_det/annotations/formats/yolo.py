@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def load(source: Path, folder: Path | None, split: str) -> RawDataset:
     raw = RawDataset(file, base, image_list=image_list)
     raw.categories.extend({"id": number, "name": name} for number, name in enumerate(description.class_names))
     listings = FolderListings()
-    label_file_of = {path: _label_file(path, listings) for path in files}
+    label_file_of = {path: _label_file(_existing(path, base, listings), listings) for path in files}
     shared = _shared_label_files(label_file_of, listings)
     labeled: list[tuple[RawImage, str, list[list[float]]]] = []
     num_label_files = 0
@@ -84,7 +85,8 @@ def load(source: Path, folder: Path | None, split: str) -> RawDataset:
             rows = _read_labels(labels, raw)
         if rows is not None:
             name = os.path.relpath(os.path.abspath(path), base).replace(os.sep, "/")
-            labeled.append((raw.add_image(name, image_size(path)), labels.name, rows))
+            size = image_size(_existing(path, base, listings))
+            labeled.append((raw.add_image(name, size), labels.name, rows))
     if not num_label_files:
         message = f"expected label files such as {label_file_of[files[0]]}, got none for {len(files)} image(s)"
         raw.findings.append(Finding("no_label_files", message, "warning"))
@@ -226,9 +228,9 @@ def _images_of_entries(description: Description, entries: Sequence[str]) -> list
 
 
 def _resolve_line(line: str, list_file: Path, description: Description) -> Path:
-    """The image that a line names, relative to the list or to the data set."""
+    """The image that a line names, relative to the list or to the data set; lists of other systems have backslashes."""
     starts = (list_file.parent, description.file.parent / description.root, description.file.parent)
-    paths = [Path(os.path.normpath(start / line)) for start in starts]
+    paths = [Path(os.path.normpath(start / text)) for text in (line, line.replace("\\", "/")) for start in starts]
     return next((path for path in paths if os.path.exists(path)), paths[0])
 
 
@@ -250,6 +252,12 @@ def _resolve(description: Description, entry: str) -> Path:
 
 def _images_below(folder: Path) -> list[Path]:
     return only_images(walk_files(folder))
+
+
+def _existing(image: Path, folder: Path, listings: FolderListings) -> Path:
+    """The file that an entry of a list means; `check_images` reports and takes the same one."""
+    found = "" if listings.has(str(image)) else listings.find_renamed(str(image), folder)
+    return Path(found) if found else image
 
 
 def _label_file(image: Path, listings: FolderListings) -> Path:
@@ -288,14 +296,25 @@ def _shared_label_files(label_file_of: Mapping[Path, Path], listings: FolderList
 
 
 def _read_labels(labels: Path, raw: RawDataset) -> list[list[float]] | None:
-    """The numbers of each line, empty for an empty line; None for a file that cannot be read, which is reported."""
+    """The numbers of each line; empty for an empty line, and for one that has other words, which is reported.
+
+    None for a file that cannot be read, which is reported too.
+    """
     try:
-        return [[parse_number(word) for word in line.split()] for line in read_text(labels).split("\n")]
+        lines = read_text(labels).split("\n")
     except ValueError as error:
         reason = str(error).removeprefix(f"{labels}: ").rstrip(".")
         message = f"{reason}; its image is left out"
         raw.findings.append(Finding("annotation_file_unreadable", message, file_name=labels.name))
         return None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        rows.append([parse_number(word) for word in line.split()])
+        if any(map(math.isnan, rows[-1])):
+            message = f"expected numbers separated by blanks, got '{line.strip()[:80]}'; left out"
+            raw.findings.append(Finding("label_columns", message, where=f"{labels.name} line {number}"))
+            rows[-1] = []
+    return rows
 
 
 def _add_objects(
