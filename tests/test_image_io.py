@@ -157,7 +157,7 @@ def test_read_image_refuses_what_is_not_an_image(tmp_path):
     for name, words in [
         ("empty.jpg", "got an empty file"),
         ("page.jpg", "got an HTML page"),
-        ("depth.tiff", "8 or 16 bits per channel, got mode F"),
+        ("depth.tiff", "8 or 16 bits, got 1 channel of float32. Set data.channels=1 data.dtype=float32."),
         ("gone.jpg", "cannot be read: No such file"),
         ("", "cannot be read: Is a directory"),
     ]:
@@ -271,7 +271,7 @@ def test_16_bit_images_are_equal_from_path_pil_and_array(tmp_path):
     found = array_to_rgb(grey)
     assert found is not None and np.array_equal(found, expected)
     path.write_bytes(encoded(Image.fromarray(np.full((8, 8), 1 << 20, np.int32)), "TIFF"))
-    with pytest.raises(BadImage, match="expected 8 or 16 bits per channel, got mode I"):
+    with pytest.raises(BadImage, match="expected a picture of 8 or 16 bits, got 1 channel of int32"):
         read_image(path)
 
 
