@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fpn_det.annotations.findings import WITHOUT_OBJECTS
 from fpn_det.composition import compose
 from fpn_det.report.analysis import Analysis, Comparison, analyze
 from fpn_det.report.page import RunFacts, write_report
@@ -42,6 +43,7 @@ def write_run_report(
     """
     scalars = read_scalars(event_folder(run))
     then, now = _read_json(run / "versions.json"), versions()
+    counts = _read_json(run / "data_report.json").get("counts", {})
     evaluation = analysis.evaluation
     speed = {"evaluation, images per second": f"{evaluation.num_images / max(evaluation.seconds, 1e-9):.1f}"}
     if points := scalars.get("machine/images_per_s"):
@@ -51,7 +53,7 @@ def write_run_report(
     facts = RunFacts(
         scalars,
         {split: _summary(annotations, analysis) for split, annotations in splits.items()},
-        {str(name): int(count) for name, count in _read_json(run / "data_report.json").get("counts", {}).items()},
+        {str(name): int(count) for name, count in counts.items() if name != WITHOUT_OBJECTS},
         changed_settings(config),
         [[name, str(then.get(name, ABSENT)), str(version)] for name, version in now.items()],
         {**checkpoint, **speed},

@@ -193,8 +193,7 @@ def _class_counts(report: Report) -> str:
     rows = [[escape(name), *(bar(count, most, log) for count in row)] for name, row in counts.items()]
     names = ("class", *report.parts)
     scale = hint("The bars are on a logarithmic scale.") if log else ""
-    rest = folded(f"{len(rows) - UNFOLDED} more", table(names, rows[UNFOLDED:])) if len(rows) > UNFOLDED else ""
-    return f"<h2>Boxes of each class</h2>{scale}{table(names, rows[:UNFOLDED])}{rest}"
+    return f"<h2>Boxes of each class</h2>{scale}{table(names, rows, shown=UNFOLDED)}"
 
 
 def _image_sizes(report: Report) -> str:

@@ -13,7 +13,7 @@ from fpn_det.pages.document import keys, picture
 BINS = 32
 WIDTH, HEIGHT = 640, 160  # px of a histogram
 LINES = 400, 240  # px, width and height of a chart of lines
-MARGIN = 40  # px left of it
+MARGIN = 48  # px left of it, for numbers such as 0.0008
 LOG_FROM = 100  # bars are on a log scale if the largest count is this many times the smallest
 CELLS = 48  # of the longer side of a map
 

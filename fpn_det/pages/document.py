@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import sys
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1c2430; --soft: #5a6577; --line: #d5dae2; --back: #fff; --box: #f1f4f8; --accent: #2f74b5;
-  --good: #1a7f37; --bad: #b3261e; --warn: #9a6700; --bar: 10rem }
+  --good: #1a7f37; --bad: #b3261e; --warn: #9a6700; --bar: 6rem }
 @media (prefers-color-scheme: dark) { :root { --text: #e4e8ee; --soft: #a0aab8; --line: #39424f; --back: #14181e; --box: #222932;
   --accent: #6db0ee; --good: #57c474; --bad: #ff8f85; --warn: #e0b040 } }
 * { box-sizing: border-box }
@@ -33,7 +34,7 @@ pre { padding: .6rem .8rem; white-space: pre-wrap } pre code { padding: 0 }
 .scroll { overflow-x: auto } table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums }
 td, th { padding: .2rem .8rem .2rem 0; text-align: right; vertical-align: top; white-space: nowrap; overflow-wrap: normal }
 td:first-child, th:first-child { text-align: left } td:first-child { white-space: normal; overflow-wrap: break-word; min-width: 6rem }
-table.markdown td, table.markdown th { text-align: left }
+td.text, th.text, table.markdown td, table.markdown th { text-align: left }
 th { color: var(--soft); font-weight: 600 } table.sortable th { cursor: pointer; text-decoration: underline dotted }
 .count { display: inline-block; min-width: 3.2em }
 .bar { display: inline-block; width: var(--bar); height: .8rem; vertical-align: middle; background:
@@ -76,18 +77,35 @@ def write_document(path: Path, title: str, content: str) -> None:
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
-def table(names: Iterable[str], cells: Iterable[Iterable[object]], sortable: bool = False) -> str:
+def table(
+    names: Iterable[str], cells: Iterable[Iterable[object]], sortable: bool = False, shown: int = sys.maxsize
+) -> str:
     """A table, which scrolls by itself where the screen is too narrow.
 
     Args:
         names: of the columns.
-        cells: by row.
+        cells: by row. The first column and columns of words stand left, others right.
         sortable: a click on a name sorts the rows.
+        shown: rows after so many are folded.
     """
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in cells)
-    kind = ' class="sortable"' if sortable else ""
-    return f'<div class="scroll"><table{kind}><tr>{head}</tr>{body}</table></div>'
+    names, rows = list(names), [[str(cell) for cell in row] for row in cells]
+    kinds = [' class="text"' if any(map(_is_word, column)) else "" for column in zip(*rows, strict=True)]
+    kinds = kinds or [""] * len(names)
+    head = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(names, kinds, strict=True))
+
+    def body(part: Sequence[Sequence[str]]) -> str:
+        lines = ("".join(f"<td{kind}>{cell}</td>" for cell, kind in zip(row, kinds, strict=True)) for row in part)
+        start = '<table class="sortable">' if sortable else "<table>"
+        return (
+            f'<div class="scroll">{start}<tr>{head}</tr>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
+        )
+
+    rest = folded(f"{len(rows) - shown} more", body(rows[shown:])) if len(rows) > shown else ""
+    return body(rows[:shown]) + rest
+
+
+def _is_word(cell: str) -> bool:
+    return cell[:1].isalpha() and cell not in ("n/a", "None", "nan")
 
 
 def cell(value: Any) -> str:

@@ -14,7 +14,6 @@ import numpy as np
 
 from fpn_det.evaluation.bootstrap import Interval
 from fpn_det.evaluation.curves import Curve, calibrate, curve_of
-from fpn_det.evaluation.error_types import TYPES
 from fpn_det.evaluation.outcomes import HIT, IGNORED_KIND, OUTCOME_NAMES
 from fpn_det.image_io import read_for_display
 from fpn_det.pages.charts import bar, line_chart
@@ -26,6 +25,7 @@ from fpn_det.visualization.panels import OUTCOME_COLORS, draw_boxes
 SIDE = 320  # px of the longer side of a picture
 PICTURES = 12  # of a gallery
 LISTED = 100  # suspects on the page; the files have all
+UNFOLDED = 20  # of them
 MAX_CLASSES = 20  # with a row and column of their own in the confusion matrix on the page
 POINTS = 150  # of a drawn curve
 
@@ -164,12 +164,12 @@ def _errors(rows: Sequence[Mapping[str, Any]]) -> str:
     tables = []
     for kind in dict.fromkeys(row["by"] for row in rows):
         mine = [row for row in rows if row["by"] == kind]
-        groups = dict.fromkeys(row["group"] for row in mine)
+        groups, types = (dict.fromkeys(row[name] for row in mine) for name in ("group", "type"))
         cells = [
             [escape(group), *(f"{cell(row['AP50 gained'])} ({row['count']})" for row in mine if row["group"] == group)]
             for group in groups
         ]
-        tables.append(table((kind, *TYPES), cells, sortable=True))
+        tables.append(table((kind, *types), cells, sortable=True))
     text = (
         "AP (at the match IoU) that would be gained if all errors of a type were repaired, and their number in brackets, over detections of "
         "every score (Bolya et al., TIDE). False detections are grouped by the size and level of their box, and by "
@@ -312,7 +312,7 @@ def _suspects(analysis: Analysis) -> str:
     if not rows:
         return f"<h2>Annotations that look wrong</h2><p>None.</p>{hint(text)}"
     cells = [[escape(str(value)) for value in row.values()] for row in rows[:LISTED]]
-    return f"<h2>Annotations that look wrong</h2>{table(rows[0], cells, sortable=True)}{hint(text)}"
+    return f"<h2>Annotations that look wrong</h2>{table(rows[0], cells, sortable=True, shown=UNFOLDED)}{hint(text)}"
 
 
 def _history(scalars: Mapping[str, Sequence[tuple[int, float]]]) -> str:

@@ -57,7 +57,7 @@ def test_lines_start_at_zero_and_end_at_the_largest_value():
     chart = line_chart("a < b", [("loss", [0, 100, 200], [8.0, float("nan"), 2.0]), ("one", [50], [4.0])], top=None)
     assert "a &lt; b" in chart and "a < b" not in chart
     points = re.findall(r'points="([^"]*)"', chart)
-    assert points == ["40.0,10.0 440.0,190.0", "140.0,130.0"]  # y: 10 + 240 * (1 - value / 8)
+    assert points == ["48.0,10.0 448.0,190.0", "148.0,130.0"]  # y: 10 + 240 * (1 - value / 8)
     assert chart.count("<circle") == 1 and re.findall(r">([\d.]+)</text>", chart) == [
         *("0", "50", "100", "150", "200"),
         *("0", "2", "4", "6", "8"),
