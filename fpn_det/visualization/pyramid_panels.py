@@ -146,7 +146,7 @@ def draw_pyramid(levels: PyramidInspection, batch: Batch, side: int = SIDE) -> R
     truth, labels = _numpy(batch.targets.boxes[0][valid]), batch.targets.labels[0][valid].tolist()
 
     panels = [outline_boxes(image, truth * zoom, _class_colors(labels), brightness=1)]
-    titles: list[str | Title] = [f"{len(labels)} objects" if labels else "features"]
+    titles: list[str | Title] = [f"objects: {len(labels)}" if labels else "image"]
     panels += [heatmap(each, image) for each in levels.features]
     titles += [
         [(f"{name}, stride {stride}: features", color)]
@@ -176,7 +176,7 @@ def draw_pyramid(levels: PyramidInspection, batch: Batch, side: int = SIDE) -> R
         panels += [
             outline_boxes(image, *part) for part in zip(np.split(boxes, starts), np.split(colors, starts), strict=True)
         ]
-        titles += [f"{len(boxes)} {title}", *_level_titles(levels.names, [str(len(each)) for each in per_level])]
+        titles += [f"{title}: {len(boxes)}", *_level_titles(levels.names, [str(len(each)) for each in per_level])]
     return make_grid(panels, titles, columns=1 + len(levels.names))
 
 
