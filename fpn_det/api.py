@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ def evaluate(config: EvalConfig | str | Path, overrides: str | Sequence[str] = (
         if config.tiling is not None:
             check_tiles(exported)
         path = exported.file.path
-        state = exported.file.metadata | {"progress": {"step": exported.file.metadata["step"]}}
+        about = exported.file.metadata
+        state = asdict(about) | {"progress": {"step": about.step}}
     else:
         path, state = find_checkpoint(config.run, config.checkpoint)
     suffix = "" if config.split == "val" else f"_{config.split}"
@@ -190,15 +192,15 @@ def load(
     if is_exported(path):
         exported = open_exported(path)
         about = exported.file.metadata
-        config = from_saved(about["config"], str(path))
+        config = from_saved(about.config, str(path))
         return build_predictor(
             config,
             exported,
-            about["class_names"],
+            about.class_names,
             pick_device("cpu"),
             tta,
-            about["category_ids"],
-            ScoreThresholds.read(about.get("score_thresholds"), str(path)),
+            about.category_ids,
+            ScoreThresholds.read(about.score_thresholds, str(path)),
         )
     if path.is_file() or str(source) in PUBLISHED:
         described = loading.read_as_ours(path)

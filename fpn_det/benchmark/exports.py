@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 
@@ -16,21 +16,14 @@ from fpn_det.benchmark.measures import alternate
 from fpn_det.export.exported import ExportedFile
 from fpn_det.export.graph import Graph
 from fpn_det.export.libraries import is_installed
+from fpn_det.export.metadata import Metadata, Precision
 from fpn_det.export.writing import write_onnx, write_openvino
 
 CPU = torch.device("cpu")
-METADATA: dict[str, Any] = {
-    "class_names": [str(label) for label in range(NUM_CLASSES)],
-    "category_ids": list(range(1, NUM_CLASSES + 1)),
-    "config": "",
-    "dtype": "uint8",
-    "size": None,
-    "step": 0,
-}
 
 
 def export_seconds(config: BenchmarkConfig) -> dict[str, float]:
-    """Median seconds of a batch by torch, ONNX, OpenVINO and its int8, as far as their libraries are installed, on the CPU.
+    """Median seconds of a batch by torch, ONNX and OpenVINO, as far as their libraries are installed, on the CPU.
 
     Raises:
         ValueError: the libraries of ONNX are not installed.
@@ -42,13 +35,15 @@ def export_seconds(config: BenchmarkConfig) -> dict[str, float]:
     images, sizes = batch.pixels.permute(0, 2, 3, 1).contiguous(), batch.sizes.contiguous()
     with TemporaryDirectory() as folder:
         files = {"onnx": Path(folder) / "model.onnx"}
-        write_onnx(Graph(ours.model).trace(None, torch.uint8), files["onnx"], METADATA)
-        if is_installed("openvino"):
-            files["openvino"] = Path(folder) / "model.xml"
-            write_openvino(files["onnx"], files["openvino"], METADATA)
-        if is_installed("openvino") and is_installed("nncf"):
-            files["int8"] = Path(folder) / "int8.xml"
-            write_openvino(files["onnx"], files["int8"], METADATA, "int8", [(images, sizes)])
+        metadata = Metadata(
+            class_names=[str(label) for label in range(NUM_CLASSES)], category_ids=list(range(1, NUM_CLASSES + 1))
+        )
+        write_onnx(Graph(ours.model).trace(None, torch.uint8), files["onnx"], metadata)
+        precisions: dict[str, Precision] = {"openvino": "fp32", "openvino fp16": "fp16", "openvino int8": "int8"}
+        for name, precision in precisions.items():
+            if is_installed("openvino") and (precision != "int8" or is_installed("nncf")):
+                files[name] = Path(folder) / f"{precision}.xml"
+                write_openvino(files["onnx"], files[name], replace(metadata, precision=precision), [(images, sizes)])
         runs: dict[str, Callable[[], object]] = {"torch": ours.inference()}
         for name, file in files.items():
             runs[name] = partial(ExportedFile(file, torch.get_num_threads()), images, sizes)

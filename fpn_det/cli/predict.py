@@ -235,7 +235,7 @@ def _open(config: PredictConfig) -> tuple[Path, dict[str, Any], Detector | Expor
     """The file that is asked for, what it says about itself, and its detector with the device to run it on."""
     if is_exported(config.checkpoint):
         exported = open_exported(config.checkpoint)
-        return exported.file.path, exported.file.metadata, exported, pick_device("cpu")
+        return exported.file.path, asdict(exported.file.metadata), exported, pick_device("cpu")
     path, state = find_checkpoint(config.run, config.checkpoint)
     model = config.build_model(len(state["class_names"]))
     fill_model(model, state, str(path), config.weights)

@@ -17,8 +17,9 @@ from fpn_det.config import DetectorConfig
 from fpn_det.evaluation.evaluate import evaluate
 from fpn_det.export.exported import ExportedDetector, ExportedFile, is_exported
 from fpn_det.export.graph import Graph, on_canvas
+from fpn_det.export.metadata import Metadata, Precision
 from fpn_det.export.proof import NUM_IMAGES, cases, compare
-from fpn_det.export.writing import OPSET, SUFFIXES, Format, Metadata, Precision, refuse_unsupported, write
+from fpn_det.export.writing import SUFFIXES, Format, refuse_unsupported, write
 from fpn_det.image_io import RGB
 from fpn_det.models.detector import Detector
 from fpn_det.runs.checkpoint import fill_model, find_checkpoint
@@ -81,33 +82,31 @@ def export(config: ExportConfig, say: Callable[[str], None] = print) -> Path:
     refuse_unsupported(detector, config.format)
     annotations = config.data.read_split("val", state["class_names"], config.seed)
     size = None if config.size == "batch" else config.size
-    dtype = config.data.transforms(train=False).dtype.name
-    metadata: Metadata = {
-        "class_names": list(state["class_names"]),
-        "category_ids": list(state.get("category_ids") or range(1, len(state["class_names"]) + 1)),
-        "score_thresholds": state.get("score_thresholds"),
-        "preprocessing": config.data.eval_transforms,
-        "config": state["config"],
-        "dtype": dtype,
-        "size": size and list(size),
-        "precision": config.precision,
-        "opset": OPSET,
-        "versions": versions(),
-        "checkpoint": source.name,
-        "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
-        "step": state["progress"]["step"],
-    }
+    metadata = Metadata(
+        class_names=list(state["class_names"]),
+        category_ids=list(state.get("category_ids") or range(1, len(state["class_names"]) + 1)),
+        config=state["config"],
+        step=state["progress"]["step"],
+        dtype=config.data.transforms(train=False).dtype.name,
+        size=size,
+        precision=config.precision,
+        score_thresholds=state.get("score_thresholds"),
+        preprocessing=config.data.eval_transforms,
+        checkpoint=source.name,
+        sha256=hashlib.sha256(source.read_bytes()).hexdigest(),
+        versions=versions(),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     # the proof reads the files under another name, in a folder beside, so that a failed one leaves nothing
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export_") as folder:
         unfinished = Path(folder) / path.name
         # OpenVINO halves the weights itself
         graph = Graph(detector, half=config.precision == "fp16" and config.format != "openvino")
-        program = graph.trace(size, getattr(torch, dtype))
+        program = graph.trace(size, getattr(torch, metadata.dtype))
         calibration = (
             _calibration(config, state["class_names"], detector.stride, size) if config.precision == "int8" else []
         )
-        write(program, config.format, unfinished, metadata, config.precision, calibration)
+        write(program, config.format, unfinished, metadata, calibration)
         exported = open_exported(unfinished)
         _prove(detector, exported, annotations, config, say)
         for file in Path(folder).iterdir():
@@ -123,7 +122,7 @@ def saved_settings(run: str | None, checkpoint: str | None) -> str:
         ValueError: there is no such file, or it cannot be read.
     """
     if checkpoint is not None and is_exported(checkpoint):
-        return ExportedFile(checkpoint).metadata["config"]
+        return ExportedFile(checkpoint).metadata.config
     return find_checkpoint(run, checkpoint)[1]["config"]
 
 
@@ -134,8 +133,8 @@ def open_exported(path: str | Path) -> ExportedDetector:
         ValueError: there is no such file, or it cannot be read.
     """
     file = ExportedFile(path)
-    config = from_saved(file.metadata["config"], str(path))
-    return ExportedDetector(file, config.build_model(len(file.metadata["class_names"])))
+    config = from_saved(file.metadata.config, str(path))
+    return ExportedDetector(file, config.build_model(len(file.metadata.class_names)))
 
 
 def _calibration(

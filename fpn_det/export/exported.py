@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from fpn_det.export.graph import INPUTS, canvas_of, on_canvas
 from fpn_det.export.libraries import imported
+from fpn_det.export.metadata import Metadata
 from fpn_det.export.program import read_program
-from fpn_det.export.writing import SUFFIXES, Metadata
+from fpn_det.export.writing import SUFFIXES
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
 from fpn_det.structures import Batch, Detections
 
-REQUIRED = ("class_names", "category_ids", "config", "dtype", "size", "step")
 Run = Callable[[np.ndarray, np.ndarray], list[Any]]
 
 
@@ -49,20 +49,13 @@ class ExportedFile:
         imported({".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch"}[self.path.suffix.lower()])
         try:
             self._run, texts = opener(self.path, threads)
-            self.metadata: Metadata = {name: json.loads(text) for name, text in texts.items() if name in _NAMES}
+            self.metadata = Metadata.read(texts)
         except Exception as error:  # of any kind: a damaged file may raise anything
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
             raise ValueError(
-                f"{path}: expected a model of fpn-det export, got a damaged or foreign file ({reason})."
+                f"{path}: expected a model of fpn-det export, got a damaged or foreign file ({_reason(error)})."
             ) from None
-        if missing := [name for name in REQUIRED if name not in self.metadata]:
-            raise ValueError(
-                f"{path}: expected a model of fpn-det export, got one without {', '.join(missing)} in its metadata."
-            )
-        if not _is_usable(self.metadata):
-            raise ValueError(f"{path}: expected metadata of fpn-det export, got others. Export the checkpoint again.")
-        self.dtype: torch.dtype = getattr(torch, self.metadata["dtype"])
-        self.size: tuple[int, int] | None = tuple(self.metadata["size"]) if self.metadata["size"] else None
+        self.dtype: torch.dtype = getattr(torch, self.metadata.dtype)
+        self.size = self.metadata.size
 
     def canvas(self, height: int, width: int) -> tuple[int, int]:
         """(H, W) to which images of a size are padded before the file gets them."""
@@ -74,14 +67,15 @@ class ExportedFile:
         Raises:
             ValueError: the batch is empty, or of another dtype or size than the file takes.
         """
-        where = f"{self.path.name}"
+        where = self.path.name
         if images.dim() != 4 or images.shape[3] != 3 or not images.numel() or sizes.shape != (len(images), 2):
             raise ValueError(
                 f"{where}: expected images [B, H, W, 3] and sizes [B, 2] of at least one image, got "
                 f"{list(images.shape)} and {list(sizes.shape)}."
             )
-        if images.dtype != self.dtype:
-            raise ValueError(f"{where}: expected images of {self.dtype}, got {images.dtype}.")
+        for name, values, dtype in (("images", images, self.dtype), ("sizes", sizes, torch.int64)):
+            if values.dtype != dtype:
+                raise ValueError(f"{where}: expected {name} of {dtype}, got {values.dtype}.")
         height, width = self.canvas(images.shape[1], images.shape[2])
         if images.shape[1] > height or images.shape[2] > width:
             raise ValueError(
@@ -105,7 +99,7 @@ class ExportedDetector(nn.Module):
         super().__init__()
         self.file = file
         self.stride = detector.stride
-        self.num_classes = len(file.metadata["class_names"])
+        self.num_classes = len(file.metadata.class_names)
         self.assigner = detector.assigner
         self.max_detections = detector.max_detections
 
@@ -129,33 +123,10 @@ class ExportedDetector(nn.Module):
         raise ValueError(f"{self.file.path}: expected a checkpoint to evaluate proposals, got an exported model.")
 
 
-_NAMES = {
-    *REQUIRED,
-    "score_thresholds",
-    "preprocessing",
-    "versions",
-    "checkpoint",
-    "sha256",
-    "precision",
-    "opset",
-    "step",
-}
-
-
-def _is_usable(metadata: Metadata) -> bool:
-    """True if the metadata that readers rely on have their types."""
-    names, ids, size = metadata["class_names"], metadata["category_ids"], metadata["size"]
-    is_size = isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
-    return (
-        isinstance(names, list)
-        and isinstance(ids, list)
-        and 0 < len(names) == len(ids)
-        and all(isinstance(name, str) for name in names)
-        and all(type(each) is int for each in [*ids, metadata["step"]])
-        and isinstance(metadata["config"], str)
-        and metadata["dtype"] in ("uint8", "float32")
-        and (size is None or is_size)
-    )
+def _reason(error: Exception) -> str:
+    """The first sentence of a message, without the places in OpenVINO's source that it begins with."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from")]
+    return lines[0].split(". ")[0].strip().rstrip(".")[:150] if lines else type(error).__name__
 
 
 def _open_onnx(path: Path, threads: int | None) -> tuple[Run, dict[str, str]]:
@@ -171,10 +142,14 @@ def _open_onnx(path: Path, threads: int | None) -> tuple[Run, dict[str, str]]:
 
 def _open_openvino(path: Path, threads: int | None) -> tuple[Run, dict[str, str]]:
     openvino = imported("openvino")
+    with path.open("rb") as file:
+        if not file.read(100).lstrip().startswith(b"<"):  # OpenVINO would try other formats, and print of each
+            raise ValueError("no XML")
     model = openvino.Core().read_model(path)
     texts = {name: item.astype(str) for name, item in model.get_rt_info(["fpn_det"]).astype(dict).items()}
-    # CPUs with bfloat16 would otherwise use it, and differ from the weights' precision
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if texts.get("precision") != json.dumps("fp16"):
+        settings["INFERENCE_PRECISION_HINT"] = "f32"  # a CPU with bfloat16 would use it
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
     compiled = openvino.Core().compile_model(model, "CPU", settings)

@@ -41,7 +41,8 @@ def cases(batches: Iterable[Batch]) -> Iterator[Batch]:
     half = torch.stack([(first.sizes[:, 0] * 3 + 3) // 4, (first.sizes[:, 1] + 1) // 2], dim=1)
     part = replace(first, sizes=half, original_sizes=first.original_sizes * half // first.sizes)  # at the same scale
     yield replace(part, pixels=first.pixels[:, :, : int(half[0, 0]), : int(half[0, 1])])
-    yield replace(first, pixels=torch.full_like(first.pixels, 114))
+    grey = 0.0 if first.pixels.is_floating_point() else 114  # float images are normalized
+    yield replace(first, pixels=torch.full_like(first.pixels, grey))
     three = [first, part, singles[-1]]
     height, width = (max(batch.pixels.shape[side] for batch in three) for side in (2, 3))
     padded = [F.pad(b.pixels, (0, width - b.pixels.shape[3], 0, height - b.pixels.shape[2])) for b in three]

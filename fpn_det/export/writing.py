@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,16 +14,14 @@ from torch.export import ExportedProgram
 
 from fpn_det.export.graph import INPUTS, OUTPUTS
 from fpn_det.export.libraries import imported
+from fpn_det.export.metadata import OPSET, Metadata
 from fpn_det.export.program import write_program
 from fpn_det.export.quantization import quantize
 from fpn_det.models.layers import DeformableConv2d
 
 Format = Literal["onnx", "openvino", "torch"]
-Precision = Literal["fp32", "fp16", "int8"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 FORMATS: tuple[Format, ...] = get_args(Format)
-OPSET = 19  # of ONNX, the first with deformable convolutions
-Metadata = dict[str, Any]
 
 
 def refuse_unsupported(detector: nn.Module, format: Format) -> None:
@@ -44,28 +42,26 @@ def write(
     format: Format,
     path: Path,
     metadata: Metadata,
-    precision: Precision = "fp32",
     calibration: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> None:
     """Write a program, which serves once, to a file, or for OpenVINO to a pair of files.
 
     Args:
         program: see `Graph.trace`.
-        metadata: plain values by name.
-        precision: of the weights of OpenVINO, and with int8 of its activations; in the others the program says it.
+        metadata: its `precision` is that of OpenVINO's weights, and with int8 of activations; in the others the program has it.
         calibration: images and sizes of batches, for int8.
 
     Raises:
         ValueError: a library is missing, or the program has an operator that the format lacks.
     """
     if format == "torch":
-        write_program(program, path, metadata)
+        write_program(program, path, asdict(metadata))
     elif format == "onnx":
         write_onnx(program, path, metadata)
     else:
         with tempfile.TemporaryDirectory() as folder:
             write_onnx(program, Path(folder) / "model.onnx", metadata)
-            write_openvino(Path(folder) / "model.onnx", path, metadata, precision, calibration)
+            write_openvino(Path(folder) / "model.onnx", path, metadata, calibration)
 
 
 def write_onnx(program: ExportedProgram, path: Path, metadata: Metadata) -> None:
@@ -86,7 +82,7 @@ def write_onnx(program: ExportedProgram, path: Path, metadata: Metadata) -> None
         reason = str(error.__cause__ or error).strip().splitlines()[0][:200]
         raise ValueError(f"export: expected operators that ONNX opset {OPSET} has, got another: {reason}.") from error
     assert exported is not None
-    exported.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
+    exported.model.metadata_props.update(metadata.texts())
     exported.save(str(path))
 
 
@@ -94,17 +90,16 @@ def write_openvino(
     onnx_file: Path,
     path: Path,
     metadata: Metadata,
-    precision: Precision = "fp32",
     calibration: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> None:
     """Convert an ONNX file of `write_onnx` to OpenVINO: <name>.xml, and its weights beside it in <name>.bin. See `write`."""
     openvino = imported("openvino")
     model = openvino.convert_model(str(onnx_file))
-    if precision == "int8":
+    if metadata.precision == "int8":
         model = quantize(model, calibration)
-    for name, value in metadata.items():
-        model.set_rt_info(json.dumps(value), ["fpn_det", name])
-    openvino.save_model(model, str(path), compress_to_fp16=precision == "fp16")
+    for name, text in metadata.texts().items():
+        model.set_rt_info(text, ["fpn_det", name])
+    openvino.save_model(model, str(path), compress_to_fp16=metadata.precision == "fp16")
 
 
 def _translations() -> dict[Any, Callable]:

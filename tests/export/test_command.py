@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -138,20 +139,41 @@ def _columns(rows: list[dict]) -> np.ndarray:
     return np.array([[row["image_id"], row["category_id"], *row["bbox"], row["score"]] for row in rows])
 
 
-def test_the_program_of_the_documentation_finds_the_same(files, shapes_dataset, tmp_path):
+def only_with(folder: Path, *distributions: str) -> list[str]:
+    """The command of a Python that has these distributions, what they require, and nothing else."""
+    folder.mkdir()
+    for name in distributions:
+        distribution = importlib.metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files or ()} - {".."}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(Path(str(distribution.locate_file(top))))
+    start = f"import runpy, sys; sys.path.append({str(folder)!r}); del sys.argv[0]; runpy.run_path(sys.argv[0])"
+    return [sys.executable, "-I", "-S", "-c", start]
+
+
+def test_the_program_of_the_documentation_finds_the_same_without_fpn_det(files, shapes_dataset, tmp_path):
     checkpoint, file, _ = files
     text = (ROOT / "docs" / "export.md").read_text()
     (program,) = re.findall(r"```python\n(import json.*?)```", text, re.DOTALL)
     assert len(program.splitlines()) <= 30
-    picture = pictures_of(shapes_dataset)[0]
-    (tmp_path / "consumer.py").write_text(program)
-    command = [sys.executable, str(tmp_path / "consumer.py"), str(file), str(picture)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    for name, content in {"consumer.py": program, "import_torch.py": "import torch"}.items():
+        (tmp_path / name).write_text(content)
+    command = only_with(tmp_path / "packages", "onnxruntime", "flatbuffers", "packaging", "protobuf", "numpy", "pillow")
+    ended = subprocess.run([*command, str(tmp_path / "import_torch.py")], capture_output=True, text=True)
+    assert "No module named 'torch'" in ended.stderr
+    # of the size of evaluation, so that neither side resizes: PIL does it otherwise than OpenCV
+    picture = Image.open(pictures_of(shapes_dataset)[0]).convert("RGB").resize((170, 128))
+    picture.save(tmp_path / "picture.png")
+    arguments = [str(tmp_path / "consumer.py"), str(file), str(tmp_path / "picture.png")]
+    ended = subprocess.run([*command, *arguments], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     (expected,) = api.load(checkpoint, device="cpu").predict(picture)
-    lines = ended.stdout.splitlines()
-    # the resize of PIL is another one, so that detections near the threshold may differ
-    assert 0 < len(lines) and abs(len(lines) - len(expected)) <= max(3, len(expected) // 5)
+    lines = [re.fullmatch(r"(.+) (\d\S+) (\[.+\])", line) for line in ended.stdout.splitlines()]
+    assert all(lines) and len(lines) == len(expected) > 5
+    assert [line[1] for line in lines] == list(expected.names)
+    scores, boxes = (torch.tensor([json.loads(line[column]) for line in lines]) for column in (2, 3))
+    torch.testing.assert_close(scores, expected.scores, atol=6e-4, rtol=0)  # printed with three digits
+    torch.testing.assert_close(boxes, expected.boxes, atol=0.11, rtol=0)  # with one
 
 
 def test_small_pictures_are_predicted_and_a_canvas_has_a_limit(files):

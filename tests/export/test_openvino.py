@@ -13,11 +13,12 @@ from tiny import ROOT
 
 PROGRAM = """
 import json, sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 import openvino, torch
-from test_parts import METADATA, make, make_batch
+from test_detector import make_batch
+from test_parts import METADATA, make
 from fpn_det.export.exported import ExportedDetector, ExportedFile
 from fpn_det.export.graph import Graph
 from fpn_det.export.proof import cases, compare
@@ -31,7 +32,7 @@ inputs = [(batch.pixels.permute(0, 2, 3, 1).contiguous(), batch.sizes) for batch
 results = {}
 for precision in ("fp32", "fp16", "int8"):
     path = folder / f"{precision}.xml"
-    write_openvino(folder / "model.onnx", path, METADATA, precision, inputs)
+    write_openvino(folder / "model.onnx", path, replace(METADATA, precision=precision), inputs)
     found = compare(model, ExportedDetector(ExportedFile(path), model), cases(batches))
     kinds = [operator.get_type_name() for operator in openvino.Core().read_model(path).get_ops()]
     size = path.with_suffix(".bin").stat().st_size

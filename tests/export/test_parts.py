@@ -1,41 +1,25 @@
-"""ONNX files of different heads beside torch, and parts that are refused before they are traced."""
+"""Parts that are refused before they are traced, and a small detector for the tests of files."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
-from fpn_det.export.exported import ExportedDetector, ExportedFile
-from fpn_det.export.graph import Graph
-from fpn_det.export.proof import cases, compare
-from fpn_det.export.writing import refuse_unsupported, write
+from fpn_det.export.metadata import Metadata
+from fpn_det.export.writing import refuse_unsupported
 from fpn_det.models.anchors import AnchorGenerator
 from fpn_det.models.box_heads import TwoLayerHead
-from fpn_det.models.cascade import CascadeROIHead
 from fpn_det.models.detector import Detector
-from fpn_det.models.necks.bifpn import BiFPN
 from fpn_det.models.necks.fpn import FPN
 from fpn_det.models.resnet import ResNet
-from fpn_det.models.roi_head import BoxPredictor, ROIHead
+from fpn_det.models.roi_head import ROIHead
 from fpn_det.models.rpn import RPN
 from fpn_det.models.selection import ProposalFilter
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
-from test_detector import make_batch
-
-METADATA = {
-    "class_names": ["a", "b", "c"],
-    "category_ids": [1, 2, 3],
-    "config": "",
-    "dtype": "uint8",
-    "size": None,
-    "step": 0,
-}
+METADATA = Metadata(class_names=["a", "b", "c"], category_ids=[1, 2, 3])
 
 
 def make(neck: type = FPN, head: Callable = ROIHead, deformable: tuple[int, ...] = (), **options) -> Detector:
@@ -61,27 +45,6 @@ def make(neck: type = FPN, head: Callable = ROIHead, deformable: tuple[int, ...]
             if name.endswith("class_logits"):
                 layer.weight.mul_(60)
     return model
-
-
-PARTS: dict[str, Callable[[], Detector]] = {
-    "fpn": make,
-    "bifpn": partial(make, BiFPN),
-    "cascade": partial(make, head=CascadeROIHead),
-    "class-agnostic": partial(make, predictor=partial(BoxPredictor, class_agnostic=True)),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PARTS)
-def test_a_file_of_each_part_detects_what_torch_detects(name: str, tmp_path: Path):
-    for library in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(library)
-    model, path = PARTS[name](), tmp_path / "model.onnx"
-    write(Graph(model).trace(None, torch.uint8), "onnx", path, METADATA)
-    batches = [make_batch((1,), (100, 160)), make_batch((2,), (160, 224))]
-    found = compare(model, ExportedDetector(ExportedFile(path), model), cases(batches))
-    assert found.detections > 20
-    assert found.is_within_tolerance, found
 
 
 def test_deformable_convolutions_are_refused_before_tracing_where_the_format_has_none():
