@@ -32,26 +32,29 @@ from fpn_det.models.detector import Detector
 from fpn_det.models.layers import set_foldable
 from fpn_det.structures import Batch, Targets
 
-R50, R18 = ("experiment=r50_fpn",), ("experiment=r50_fpn", "model.backbone.depth=18")
+# Narrow, because the widths change nothing but the time, except in the first and the last case.
+NARROW = ("model.neck.channels=64", "model.roi_head.box_head.width=256")
+R50 = ("experiment=r50_fpn", *NARROW)
+R18 = (*R50, "model.backbone.depth=18")
 AGNOSTIC = (
     "model.roi_head.predictor={_target_: fpn_det.models.roi_head.BoxPredictor, _partial_: true, class_agnostic: true}"
 )
 # The words of each case, and its number of classes.
 CASES: dict[str, tuple[tuple[str, ...], int]] = {
+    "r50_fpn": (("experiment=r50_fpn",), 80),
     "r18_fpn": (R18, 1),
-    "r50_fpn": (R50, 80),
     "r18_pafpn": ((*R18, "neck=pafpn"), 80),
     "r50_pafpn": ((*R50, "neck=pafpn"), 1),
     "r18_bifpn": ((*R18, "neck=bifpn"), 3),
     "r50_bifpn": ((*R50, "neck=bifpn"), 80),
     "r18_single_map": ((*R18, "neck=single_map"), 80),
     "r50_single_map": ((*R50, "neck=single_map"), 3),
-    "cascade": (("experiment=small",), 3),
+    "cascade": (("experiment=small", *NARROW), 3),
     "class_agnostic": ((*R18, AGNOSTIC), 80),
     "torchvision": (("experiment=compat/torchvision_r50_fpn",), 80),
 }
 QUANTIZED = "r50_fpn"
-SIZES = ((240, 320), (480, 640), (480, 640), (240, 320))
+SIZES = ((240, 320), (480, 640), (240, 320))
 
 
 def make_batch(size: tuple[int, int], number: int, in_float: bool) -> Batch:
@@ -120,12 +123,12 @@ def _inputs_of(layer: nn.Module, model: Detector, batch: Batch) -> Tensor:
 def _teach(layer: nn.Module, objects: Tensor, background: Tensor) -> None:
     """Fit a classifier, by ridge regression, to random logits for some features and to background for others."""
     inputs, classes = torch.cat([objects, background]), layer.weight.shape[0]
-    wanted = torch.cat([1.5 * torch.randn(len(objects), classes), torch.zeros(len(background), classes)])
-    wanted[len(objects) :, -1] = 3.0
+    wanted = torch.cat([5.0 * torch.randn(len(objects), classes), torch.zeros(len(background), classes)])
+    wanted[len(objects) :, -1] = 5.0
     inputs, wanted = inputs.double(), wanted.double()
     inputs = F.pad(inputs, (0, 1), value=1.0)
     square = inputs.T @ inputs
-    solution = torch.linalg.solve(square + 0.01 * square.diagonal().mean() * torch.eye(len(square)), inputs.T @ wanted)
+    solution = torch.linalg.solve(square + 0.1 * square.diagonal().mean() * torch.eye(len(square)), inputs.T @ wanted)
     layer.weight.copy_(solution[:-1].T)
     layer.bias.copy_(solution[-1])
 
@@ -135,15 +138,13 @@ def _take_statistics(norm: nn.Module, inputs: tuple[Tensor]) -> None:
 
 
 def _spreading(spread: float) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
-    """A hook of a layer after which each channel of its output has mean 0 and a standard deviation."""
+    """A hook that scales the weights of a layer so that its outputs are of the order of `spread`."""
 
     def rescale(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        deviation, mean = torch.std_mean(output, dim=[axis for axis in range(output.dim()) if axis != 1])
-        layer.bias.sub_(mean).mul_(spread / deviation)
-        layer.weight.mul_((spread / deviation).view(-1, *[1] * (layer.weight.dim() - 1)))
-        return (output - mean.view(-1, *[1] * (output.dim() - 2))) * (spread / deviation).view(
-            -1, *[1] * (output.dim() - 2)
-        )
+        factor = spread / output.square().mean().sqrt()
+        layer.weight.mul_(factor)
+        layer.bias.mul_(factor)
+        return output * factor
 
     return rescale
 
@@ -154,7 +155,8 @@ def main(name: str, folder: Path) -> None:
     in_float = isinstance(model, UnfoldedDetector)
     batches = [make_batch(size, number, in_float) for number, size in enumerate(SIZES)]
     example = batches[1]
-    spread_out(model, example, replace(example, pixels=torch.full_like(example.pixels, 0 if in_float else 114)))
+    (*_, grey, _) = cases(batches)
+    spread_out(model, example, grey)
     labels = [str(label) for label in range(CASES[name][1])]
     metadata = Metadata(
         class_names=labels, category_ids=list(range(len(labels))), dtype="float32" if in_float else "uint8"
