@@ -1,11 +1,14 @@
-"""Rank annotations that look wrong: objects that confident detections contradict, and confident detections without an object.
+"""Rank annotations that look wrong, by what confident detections say against them.
 
-What contradicts an annotation is weighed by how rare that is for its class. If a detector finds 99 % of a class, an object that
-it does not see is suspicious; if it finds half of it, hardly.
+A detector disagrees with sound annotations too. So the events of each kind and class are compared with the detections of that
+class that are right. Let `right` be the number of objects that are found with at least the strength of an event, and `events`
+the number of events at least as strong. If every annotation had the same chance of an error, the errors among the events would be
+proportional to `right`, so right / events ranks events of all kinds and classes on one scale.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpn_det.evaluation.detection_table import DetectionTable
-from fpn_det.evaluation.matching import Matches, find_pairs
+from fpn_det.evaluation.matching import NOTHING, Matches, find_pairs, take_greedily
 
-NEAR_IOU = 0.05  # from which a detection without an object may be the true place of an unseen object
+CONFIDENT = 0.5  # score from which a detection contradicts an annotation
 Kind = Literal["class", "place", "missing", "unseen"]
 
 
@@ -24,9 +27,9 @@ class Suspect:
     """An annotation that may be wrong, or a place where one may be missing.
 
     Attributes:
-        kind: class: detections of another class cover the object; place: the object of that class is beside it; missing: a
+        kind: class: a detection of another class covers the object; place: an object of its class is beside it; missing: a
             detection without an object; unseen: no detection covers the object.
-        suspicion: in [0, 1]; the list is sorted by it.
+        suspicion: right / (right + events), in [0, 1]; the list is sorted by it.
         image: row of Annotations.
         annotation: row of `Annotations.boxes`; None for a missing one.
         box: that a detection proposes, or of the annotation if it is unseen; xyxy, original frame.
@@ -43,78 +46,98 @@ class Suspect:
 
 def find_suspects(matches: Matches, detections: DetectionTable) -> list[Suspect]:
     """Rank the suspects of an evaluation, the most suspicious first. Each object and each detection occurs once."""
-    found, labels = detections.take(matches.detections), matches.detection_labels
-    threshold, scores = float(matches.iou_thresholds[0]), matches.scores
-    rows, boxes, ious = find_pairs(matches.annotations, found, least=NEAR_IOU)
-    covers = ious >= threshold
-    has_object = np.zeros(len(labels), bool)
-    has_object[rows[covers]] = True  # crowd regions included
-    columns = matches.index_of[boxes]
-    rows, columns, covers = rows[columns >= 0], columns[columns >= 0], covers[columns >= 0]
-    same = labels[rows] == matches.object_labels[columns]
-    count = len(matches.objects)
-    support, _ = _best(scores, rows, columns, covers & same, count)
-    rival, rival_at = _best(scores, rows, columns, covers & ~same, count)
-    near, near_at = _best(scores, rows, columns, ~covers & same & ~has_object[rows], count)
-    rarity = _rarity(support, matches.object_labels)
+    order = np.argsort(-matches.scores, kind="stable")
+    found, scores = detections.take(matches.detections[order]), matches.scores[order]
+    is_free = matches.matched[0, 0, order] == NOTHING
+    object_labels, count = matches.object_labels, len(matches.objects)
+    rows, boxes, ious = find_pairs(matches.annotations, found, least=0.0)
+    covers = ious >= float(matches.iou_thresholds[0])
+    is_orphan = scores >= CONFIDENT
+    is_orphan[rows[covers]] = False  # crowd regions included
+    is_object = matches.index_of[boxes] >= 0
+    rows, columns, ious, covers = (
+        rows[is_object],
+        matches.index_of[boxes[is_object]],
+        ious[is_object],
+        covers[is_object],
+    )
+    same = found.labels[rows] == object_labels[columns]
+    support = _best(scores[rows], columns, covers & same, count)
+    # the detection of another object says nothing about this one
+    is_rival = covers & ~same & is_free[rows]
+    rival = _best(scores[rows], columns, is_rival, count)
 
-    suspects: list[Suspect] = []
-    used = np.zeros(len(labels), bool)
-    images = matches.images
+    def take(pairs: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Let each detection take the object of highest IoU that is free. Returns detections and objects, [n] each."""
+        never = np.zeros(count, bool)
+        taken = take_greedily(rows[pairs], columns[pairs], ious[pairs], found.images, never, never, np.zeros(1))[0]
+        taking = np.flatnonzero(taken != NOTHING)
+        return taking, taken[taking]
 
-    def add(kind: Kind, suspicion: float, index: int | None, detection: int | None) -> None:
-        if detection is not None:
-            used[detection] = True
-            image, label = int(images[matches.detection_images[detection]]), int(labels[detection])
-            box = found.boxes[detection]
-        else:
-            assert index is not None
-            image, label = int(images[matches.object_images[index]]), int(matches.object_labels[index])
-            box = matches.annotations.boxes[int(matches.objects[index])].numpy()
-        annotation = None if index is None else int(matches.objects[index])
-        suspects.append(Suspect(kind, suspicion, image, annotation, tuple(box.tolist()), label))
-
-    for index in np.flatnonzero((support < 0.5) | (rival >= 0.5)).tolist():
-        doubt = float((1 - support[index]) * rarity[index])
-        if rival[index] > max(near[index], 0.5 * support[index]):
-            # an object that was learned with its wrong class has detections of both
-            share = float(rival[index] / (rival[index] + support[index]))
-            add("class", float(rarity[index]) * share, index, int(rival_at[index]))
-        elif near[index] > support[index]:
-            add("place", doubt * (0.5 + 0.5 * float(near[index])), index, int(near_at[index]))
-        else:
-            add("unseen", doubt * 0.5, index, None)
-    orphans = np.flatnonzero(~has_object & ~used & (scores >= 0.5))
-    for detection in orphans.tolist():
-        rate = _orphan_rate(scores, labels, ~has_object, detection)
-        add("missing", float(scores[detection]) * (1 - rate) ** 2, None, detection)
+    # an object that was learned with its wrong class has detections of both
+    rivals, contradicted = take(is_rival & (scores[rows] >= CONFIDENT) & (scores[rows] > support[columns] / 2))
+    alone = support < CONFIDENT
+    alone[contradicted] = False
+    places, moved = take(same & alone[columns] & is_orphan[rows])
+    alone[moved] = False
+    unseen = np.flatnonzero(alone)
+    is_orphan[places] = False
+    missing = np.flatnonzero(is_orphan)
+    suspects = [
+        *_rank("class", matches, found, rivals, contradicted, scores[rivals] - support[contradicted], support - rival),
+        *_rank("place", matches, found, places, moved, scores[places], support),
+        *_rank("missing", matches, found, missing, None, scores[missing], support),
+        *_rank("unseen", matches, found, None, unseen, -support[unseen], np.zeros(count)),
+    ]
     return sorted(suspects, key=lambda suspect: -suspect.suspicion)
 
 
+def _rank(
+    kind: Kind,
+    matches: Matches,
+    found: DetectionTable,
+    detections: NDArray[np.int64] | None,
+    objects: NDArray[np.int64] | None,
+    strengths: NDArray[np.float64],
+    right: NDArray[np.float64],
+) -> Iterator[Suspect]:
+    """Yield the suspects of a kind.
+
+    Args:
+        kind: of all of them.
+        matches, found: of the evaluation.
+        detections: [n], that propose the boxes; None if the objects are unseen.
+        objects: [n], whose annotations may be wrong; None if annotations are missing.
+        strengths: [n], of the events.
+        right: [G], strength of the same kind with which each object is found.
+    """
+    owners = objects if detections is None else detections
+    assert owners is not None
+    of_owner = (matches.object_images, matches.object_labels) if detections is None else (found.images, found.labels)
+    images, labels = (column[owners] for column in of_owner)
+    boxes = matches.annotations.boxes.numpy()[matches.objects] if detections is None else found.boxes
+    images = matches.images[images] if detections is None else images
+    annotations = [None] * len(owners) if objects is None else matches.objects[objects].tolist()
+    for label in np.unique(labels).tolist():
+        mine = np.flatnonzero(labels == label)
+        mine = mine[np.argsort(strengths[mine], kind="stable")]
+        events = _count_from(strengths[mine], strengths[mine])
+        same = _count_from(right[matches.object_labels == label], strengths[mine]) + 1
+        suspicions = np.maximum.accumulate(same / (same + events))  # a stronger event is no less suspicious
+        for place, suspicion in zip(mine[::-1].tolist(), suspicions[::-1].tolist(), strict=True):
+            box = tuple(boxes[owners[place]].tolist())
+            yield Suspect(kind, suspicion, int(images[place]), annotations[place], box, label)
+
+
+def _count_from(values: NDArray[np.float64], least: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Count the values that are at least as large as each of `least`."""
+    return len(values) - np.searchsorted(np.sort(values), least)
+
+
 def _best(
-    scores: NDArray[np.float64], rows: NDArray, columns: NDArray, kept: NDArray[np.bool_], count: int
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return the best score of the kept pairs of each object, 0 without one, and its detection."""
-    rows, columns = rows[kept], columns[kept]
-    order = np.argsort(scores[rows], kind="stable")
-    best, places = np.zeros(count), np.full(count, -1)
-    best[columns[order]], places[columns[order]] = scores[rows[order]], rows[order]
-    return best, places
-
-
-def _rarity(support: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the share of the objects of the same class that are supported better."""
-    rarity = np.zeros(len(support))
-    for label in np.unique(labels):
-        mine = labels == label
-        ordered = np.sort(support[mine])
-        rarity[mine] = 1 - np.searchsorted(ordered, support[mine], side="right") / max(mine.sum(), 1)
-    return rarity
-
-
-def _orphan_rate(
-    scores: NDArray[np.float64], labels: NDArray[np.int64], is_orphan: NDArray[np.bool_], detection: int
-) -> float:
-    """Return the share of other detections without an object among those of the class with at least this score."""
-    peers = (labels == labels[detection]) & (scores >= scores[detection])
-    return float((is_orphan[peers].sum() - 1) / peers.sum())
+    scores: NDArray[np.float64], columns: NDArray[np.int64], kept: NDArray[np.bool_], count: int
+) -> NDArray[np.float64]:
+    """Return the best score of the kept pairs of each object [count], 0 without one."""
+    best = np.zeros(count)
+    np.maximum.at(best, columns[kept], scores[kept])
+    return best
