@@ -8,7 +8,6 @@ proportional to `right`, so right / events ranks events of all kinds and classes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,78 +54,76 @@ def find_suspects(matches: Matches, detections: DetectionTable) -> list[Suspect]
     is_orphan = scores >= CONFIDENT
     is_orphan[rows[covers]] = False  # crowd regions included
     is_object = matches.index_of[boxes] >= 0
-    rows, columns, ious, covers = (
-        rows[is_object],
-        matches.index_of[boxes[is_object]],
-        ious[is_object],
-        covers[is_object],
-    )
-    same = found.labels[rows] == object_labels[columns]
-    support = _best(scores[rows], columns, covers & same, count)
+    rows, objects = rows[is_object], matches.index_of[boxes[is_object]]
+    ious, covers = ious[is_object], covers[is_object]
+    same = found.labels[rows] == object_labels[objects]
+    support = _best(scores[rows], objects, covers & same, count)
     # the detection of another object says nothing about this one
     is_rival = covers & ~same & is_free[rows]
-    rival = _best(scores[rows], columns, is_rival, count)
+    rival = _best(scores[rows], objects, is_rival, count)
 
     def take(pairs: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Let each detection take the object of highest IoU that is free. Returns detections and objects, [n] each."""
         never = np.zeros(count, bool)
-        taken = take_greedily(rows[pairs], columns[pairs], ious[pairs], found.images, never, never, np.zeros(1))[0]
+        taken = take_greedily(rows[pairs], objects[pairs], ious[pairs], found.images, never, never, np.zeros(1))[0]
         taking = np.flatnonzero(taken != NOTHING)
         return taking, taken[taking]
 
     # an object that was learned with its wrong class has detections of both
-    rivals, contradicted = take(is_rival & (scores[rows] >= CONFIDENT) & (scores[rows] > support[columns] / 2))
+    rivals, contradicted = take(is_rival & (scores[rows] >= CONFIDENT) & (scores[rows] > support[objects] / 2))
     alone = support < CONFIDENT
     alone[contradicted] = False
-    places, moved = take(same & alone[columns] & is_orphan[rows])
+    places, moved = take(same & alone[objects] & is_orphan[rows])
     alone[moved] = False
     unseen = np.flatnonzero(alone)
     is_orphan[places] = False
     missing = np.flatnonzero(is_orphan)
-    suspects = [
-        *_rank("class", matches, found, rivals, contradicted, scores[rivals] - support[contradicted], support - rival),
-        *_rank("place", matches, found, places, moved, scores[places], support),
-        *_rank("missing", matches, found, missing, None, scores[missing], support),
-        *_rank("unseen", matches, found, None, unseen, -support[unseen], np.zeros(count)),
-    ]
+    proposed = found.images, found.labels, found.boxes
+    annotated_boxes = matches.annotations.boxes.numpy()[matches.objects]
+    annotated = matches.images[matches.object_images], object_labels, annotated_boxes
+    lead = scores[rivals] - support[contradicted]
+    events: tuple[tuple[Kind, tuple[NDArray, ...], NDArray, NDArray, NDArray, NDArray], ...] = (
+        # where, and which of them; annotations in doubt; strength of the events, and with which objects are found
+        ("class", proposed, rivals, matches.objects[contradicted], lead, support - rival),
+        ("place", proposed, places, matches.objects[moved], scores[places], support),
+        ("missing", proposed, missing, np.full(len(missing), NOTHING), scores[missing], support),
+        ("unseen", annotated, unseen, matches.objects[unseen], -support[unseen], np.zeros(count)),
+    )
+    suspects: list[Suspect] = []
+    for kind, where, which, doubted, strengths, right in events:
+        images, labels, corners = (column[which] for column in where)
+        suspicions = _suspicions(labels, strengths, object_labels, right)
+        columns = (suspicions, images, doubted, corners, labels)
+        suspects += [
+            Suspect(kind, suspicion, image, None if annotation == NOTHING else annotation, tuple(box), label)
+            for suspicion, image, annotation, box, label in zip(*(column.tolist() for column in columns), strict=True)
+        ]
     return sorted(suspects, key=lambda suspect: -suspect.suspicion)
 
 
-def _rank(
-    kind: Kind,
-    matches: Matches,
-    found: DetectionTable,
-    detections: NDArray[np.int64] | None,
-    objects: NDArray[np.int64] | None,
+def _suspicions(
+    labels: NDArray[np.int64],
     strengths: NDArray[np.float64],
+    object_labels: NDArray[np.int64],
     right: NDArray[np.float64],
-) -> Iterator[Suspect]:
-    """Yield the suspects of a kind.
+) -> NDArray[np.float64]:
+    """Return right / (right + events) for each event of one kind [n].
+
+    One is added to `right`, because no event is beyond doubt. A stronger event is no less suspicious than a weaker one.
 
     Args:
-        kind: of all of them.
-        matches, found: of the evaluation.
-        detections: [n], that propose the boxes; None if the objects are unseen.
-        objects: [n], whose annotations may be wrong; None if annotations are missing.
-        strengths: [n], of the events.
-        right: [G], strength of the same kind with which each object is found.
+        labels, strengths: of the events, [n].
+        object_labels: [G]
+        right: strength with which each object is found, [G].
     """
-    owners = objects if detections is None else detections
-    assert owners is not None
-    of_owner = (matches.object_images, matches.object_labels) if detections is None else (found.images, found.labels)
-    images, labels = (column[owners] for column in of_owner)
-    boxes = matches.annotations.boxes.numpy()[matches.objects] if detections is None else found.boxes
-    images = matches.images[images] if detections is None else images
-    annotations = [None] * len(owners) if objects is None else matches.objects[objects].tolist()
-    for label in np.unique(labels).tolist():
+    suspicions = np.zeros(len(labels))
+    for label in np.unique(labels):
         mine = np.flatnonzero(labels == label)
         mine = mine[np.argsort(strengths[mine], kind="stable")]
         events = _count_from(strengths[mine], strengths[mine])
-        same = _count_from(right[matches.object_labels == label], strengths[mine]) + 1
-        suspicions = np.maximum.accumulate(same / (same + events))  # a stronger event is no less suspicious
-        for place, suspicion in zip(mine[::-1].tolist(), suspicions[::-1].tolist(), strict=True):
-            box = tuple(boxes[owners[place]].tolist())
-            yield Suspect(kind, suspicion, int(images[place]), annotations[place], box, label)
+        found = _count_from(right[object_labels == label], strengths[mine]) + 1
+        suspicions[mine] = np.maximum.accumulate(found / (found + events))
+    return suspicions
 
 
 def _count_from(values: NDArray[np.float64], least: NDArray[np.float64]) -> NDArray[np.int64]:
