@@ -28,6 +28,7 @@ def test_report_of_a_run_and_against_itself(run_tool, shapes_dataset, tmp_path):
     assert [row["level"] for row in levels] == ["P2", "P3", "P4", "P5", "P6"]
     assert sum(int(row["proposed: hits"]) for row in levels) == sum(int(row["hits"]) for row in classes)
     suspects = json.loads((folder / "suspects.json").read_text())
+    assert suspects["annotations"] and "proposed by the detector" in page
     assert len(suspects["annotations"]) == len(list(csv.DictReader((folder / "suspects.csv").open())))
 
 

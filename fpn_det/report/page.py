@@ -14,16 +14,20 @@ import numpy as np
 
 from fpn_det.evaluation.bootstrap import Interval
 from fpn_det.evaluation.curves import Curve, calibrate, curve_of
-from fpn_det.evaluation.outcomes import HIT, IGNORED_KIND, OUTCOME_NAMES
-from fpn_det.image_io import read_for_display
 from fpn_det.pages.charts import bar, line_chart
-from fpn_det.pages.document import cell, figure, gallery, hint, keys, picture, table, write_document
-from fpn_det.report.analysis import Analysis, Comparison, mistakes
+from fpn_det.pages.document import cell, gallery, hint, table, write_document
+from fpn_det.report.analysis import Analysis, Comparison
+from fpn_det.report.galleries import (
+    PICTURES,
+    draw_outcomes,
+    false_detections,
+    first_suspects,
+    legend,
+    missed_objects,
+    worst_images,
+)
 from fpn_det.report.tables import class_rows, error_rows, suspect_rows
-from fpn_det.visualization.panels import OUTCOME_COLORS, draw_boxes
 
-SIDE = 320  # px of the longer side of a picture
-PICTURES = 12  # of a gallery
 LISTED = 100  # suspects on the page; the files have all
 UNFOLDED = 20  # of them
 MAX_CLASSES = 20  # with a row and column of their own in the confusion matrix on the page
@@ -196,85 +200,11 @@ def _levels(analysis: Analysis) -> str:
 
 
 def _galleries(analysis: Analysis) -> str:
-    matches, outcomes = analysis.matches, analysis.outcomes
-    count = mistakes(analysis)
-    worst = [row for row in np.argsort(-count, kind="stable")[:PICTURES].tolist() if count[row]]
-    parts = ["<h2>Worst pictures</h2>", _legend()]
-    parts.append(gallery([_figure(analysis, row, f"{count[row]} mistakes") for row in worst]))
-    false = np.flatnonzero(outcomes.shown & ~outcomes.is_hit)
-    false = false[np.argsort(-matches.scores[false], kind="stable")][:PICTURES]
-    parts.append("<h2>False detections by score, with the objects that they overlap</h2>")
-    found_boxes = analysis.evaluation.detections.boxes[matches.detections]
-    boxes, figures = analysis.annotations.boxes.numpy()[matches.objects], []
-    for index in false.tolist():
-        image = matches.detection_images[index]
-        near = np.flatnonzero((matches.object_images == image) & _overlaps(boxes, found_boxes[index])).tolist()
-        name = analysis.annotations.class_names[matches.detection_labels[index]]
-        ids = analysis.annotations.annotation_ids[matches.objects[near]].tolist()
-        caption = f"{escape(name)} {matches.scores[index]:.2f}" + (f", over annotation {str(ids)[1:-1]}" if ids else "")
-        figures.append(_figure(analysis, int(matches.images[image]), caption, [index], near))
-    parts.append(gallery(figures))
-    missed = np.flatnonzero(~outcomes.is_found)
-    area = analysis.annotations.area.numpy()[matches.objects[missed]]
-    parts.append("<h2>Missed objects, the largest first, with the detections that overlap them</h2>")
-    figures = []
-    for index in missed[np.argsort(-area, kind="stable")][:PICTURES].tolist():
-        row = int(matches.objects[index])
-        name = analysis.annotations.class_names[matches.object_labels[index]]
-        image = matches.object_images[index]
-        is_near = (matches.detection_images == image) & outcomes.shown & _overlaps(found_boxes, boxes[index])
-        caption = f"{escape(name)}, annotation {int(analysis.annotations.annotation_ids[row])}"
-        figures.append(
-            _figure(analysis, int(matches.images[image]), caption, np.flatnonzero(is_near).tolist(), [index])
-        )
-    return "".join([*parts, gallery(figures)])
-
-
-def _overlaps(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """Compare boxes [N, 4] with one [4]: bool [N], a common area."""
-    inside = np.concatenate([boxes[:, :2] < box[2:], boxes[:, 2:] > box[:2]], axis=1)
-    return np.logical_and.reduce(inside, axis=1)
-
-
-def _legend() -> str:
-    shown = list(zip(OUTCOME_NAMES, OUTCOME_COLORS, strict=True))[:IGNORED_KIND]
-    return keys((name, f"rgb{color}") for name, color in shown)
-
-
-def _figure(
-    analysis: Analysis,
-    row: int,
-    caption: str,
-    detections: Sequence[int] | None = None,
-    objects: Sequence[int] | None = None,
-) -> str:
-    """Draw an image with its shown detections and missed objects, or with some of them."""
-    matches, outcomes, annotations = analysis.matches, analysis.outcomes, analysis.annotations
-    path = annotations.path(row)
-    text = f"{caption}<br>{escape(path.name)}, image {int(annotations.image_ids[row])}"
-    if detections is None:
-        detections = np.flatnonzero(outcomes.shown & (matches.images[matches.detection_images] == row)).tolist()
-    if objects is None:
-        objects = np.flatnonzero((outcomes.detection_of < 0) & (matches.images[matches.object_images] == row)).tolist()
-    try:
-        pixels = read_for_display(path)
-    except ValueError as error:
-        return figure("", f"{caption}<br>{escape(str(error))}")
-    names = annotations.class_names
-    boxes = [analysis.evaluation.detections.boxes[matches.detections[index]] for index in detections]
-    boxes += [annotations.boxes[int(matches.objects[index])].numpy() for index in objects]
-    kinds = outcomes.detection_kinds[detections].tolist() if len(detections) else []
-    texts = [
-        "" if kind == HIT else f"{names[matches.detection_labels[i]]} {matches.scores[i]:.2f}"
-        for i, kind in zip(detections, kinds, strict=True)
-    ]
-    of_objects = outcomes.object_kinds[objects].tolist() if len(objects) else []
-    texts += [
-        "" if kind == HIT else names[matches.object_labels[i]] for i, kind in zip(objects, of_objects, strict=True)
-    ]
-    kinds += of_objects
-    drawn = draw_boxes(pixels, np.array(boxes, np.float64).reshape(-1, 4), kinds, texts, SIDE, OUTCOME_COLORS)
-    return figure(picture(drawn, path.name), text)
+    return (
+        f"<h2>Worst pictures</h2>{legend()}{worst_images(analysis)}"
+        f"<h2>False detections by score, with the objects that they overlap</h2>{false_detections(analysis)}"
+        f"<h2>Missed objects, the largest first, with the detections that overlap them</h2>{missed_objects(analysis)}"
+    )
 
 
 def _write_suspects(folder: Path, analysis: Analysis) -> None:
@@ -312,7 +242,8 @@ def _suspects(analysis: Analysis) -> str:
     if not rows:
         return f"<h2>Annotations that look wrong</h2><p>None.</p>{hint(text)}"
     cells = [[escape(str(value)) for value in row.values()] for row in rows[:LISTED]]
-    return f"<h2>Annotations that look wrong</h2>{table(rows[0], cells, sortable=True, shown=UNFOLDED)}{hint(text)}"
+    shown = table(rows[0], cells, sortable=True, shown=UNFOLDED)
+    return f"<h2>Annotations that look wrong</h2>{shown}{hint(text)}{first_suspects(analysis)}"
 
 
 def _history(scalars: Mapping[str, Sequence[tuple[int, float]]]) -> str:
@@ -348,11 +279,13 @@ def _comparison(title: str, analysis: Analysis, name: str, other: Analysis, comp
     parts = [f"<h2>Against {escape(name)}</h2><p class=verdict>{escape(comparison.verdict(title, name))}</p>"]
     parts.append(table(("difference", "value", "from", "to"), rows))
     parts.append("<h3>AP of the classes</h3>" + table(("class", "difference", "from", "to"), classes, sortable=True))
-    parts.append(_legend())
+    parts.append(legend())
     for better, images in ((title, comparison.gained), (name, comparison.lost)):
         parts.append(f"<h3>Pictures on which {escape(better)} makes fewer mistakes: {len(images)}</h3>")
         for row in images[: PICTURES // 3]:
-            parts.append(gallery([_figure(analysis, row, escape(title)), _figure(other, row, escape(name))]))
+            parts.append(
+                gallery([draw_outcomes(analysis, row, escape(title)), draw_outcomes(other, row, escape(name))])
+            )
     return "".join(parts)
 
 
