@@ -1,13 +1,15 @@
-"""Rank annotations that look wrong, by what confident detections say against them.
+"""Rank annotations that look wrong, by what detections say against them.
 
-A detector disagrees with sound annotations too. So the events of each kind and class are compared with the detections of that
-class that are right. Let `right` be the number of objects that are found with at least the strength of an event, and `events`
-the number of events at least as strong. If every annotation had the same chance of an error, the errors among the events would be
-proportional to `right`, so right / events ranks events of all kinds and classes on one scale.
+Suspicion is a product of two numbers. The first is how sure the detector is: the score of its detection, or the share of one class
+against the other. The second compares with sound annotations, which are contradicted too: right / (right + events), where `events` is
+the number of contradictions of this kind and class that are at least as strong, and `right` the number of objects of the class that
+are found with at least this strength. If every annotation had the same chance of an error, the errors among the events would be
+proportional to `right`. So kinds and classes are on one scale.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +19,8 @@ from numpy.typing import NDArray
 from fpn_det.evaluation.detection_table import DetectionTable
 from fpn_det.evaluation.matching import NOTHING, Matches, find_pairs, take_greedily
 
-CONFIDENT = 0.5  # score from which a detection contradicts an annotation
+CONFIDENT = 0.5  # score from which a detection without an object is suspicious
+UNSEEN = 0.1  # score below which detections of an object do not count: its annotation may belong elsewhere
 Kind = Literal["class", "place", "missing", "unseen"]
 
 
@@ -28,7 +31,7 @@ class Suspect:
     Attributes:
         kind: class: a detection of another class covers the object; place: an object of its class is beside it; missing: a
             detection without an object; unseen: no detection covers the object.
-        suspicion: right / (right + events), in [0, 1]; the list is sorted by it.
+        suspicion: in [0, 1]; the list is sorted by it.
         image: row of Annotations.
         annotation: row of `Annotations.boxes`; None for a missing one.
         box: that a detection proposes, or of the annotation if it is unseen; xyxy, original frame.
@@ -70,60 +73,82 @@ def find_suspects(matches: Matches, detections: DetectionTable) -> list[Suspect]
         return taking, taken[taking]
 
     # an object that was learned with its wrong class has detections of both
-    rivals, contradicted = take(is_rival & (scores[rows] >= CONFIDENT) & (scores[rows] > support[objects] / 2))
+    rivals, contradicted = take(is_rival & (scores[rows] > support[objects] / 2))
     alone = support < CONFIDENT
     alone[contradicted] = False
-    places, moved = take(same & alone[objects] & is_orphan[rows])
+    places, moved = take(same & is_orphan[rows] & alone[objects] & (support[objects] < UNSEEN))
     alone[moved] = False
     unseen = np.flatnonzero(alone)
     is_orphan[places] = False
     missing = np.flatnonzero(is_orphan)
+
     proposed = found.images, found.labels, found.boxes
     annotated_boxes = matches.annotations.boxes.numpy()[matches.objects]
     annotated = matches.images[matches.object_images], object_labels, annotated_boxes
-    lead = scores[rivals] - support[contradicted]
-    events: tuple[tuple[Kind, tuple[NDArray, ...], NDArray, NDArray, NDArray, NDArray], ...] = (
-        # where, and which of them; annotations in doubt; strength of the events, and with which objects are found
-        ("class", proposed, rivals, matches.objects[contradicted], lead, support - rival),
-        ("place", proposed, places, matches.objects[moved], scores[places], support),
-        ("missing", proposed, missing, np.full(len(missing), NOTHING), scores[missing], support),
-        ("unseen", annotated, unseen, matches.objects[unseen], -support[unseen], np.zeros(count)),
+    against, own, near = scores[rivals], support[contradicted], scores[places]
+    # that an object is here and its annotation is elsewhere explains both the detection and the annotation without one
+    alone_share = _share_by_class(support < UNSEEN, object_labels)[found.labels[places]]
+    signs = (
+        _Signs(
+            "class",
+            proposed,
+            rivals,
+            matches.objects[contradicted],
+            against / (against + own),
+            against - own,
+            support - rival,
+        ),
+        _Signs(
+            "place", proposed, places, matches.objects[moved], near / (near + (1 - near) * alone_share), near, support
+        ),
+        _Signs("missing", proposed, missing, np.full(len(missing), NOTHING), scores[missing], scores[missing], support),
+        _Signs(
+            "unseen",
+            annotated,
+            unseen,
+            matches.objects[unseen],
+            (1 - support[unseen]) / 2,
+            -support[unseen],
+            np.zeros(count),
+        ),
     )
-    suspects: list[Suspect] = []
-    for kind, where, which, doubted, strengths, right in events:
-        images, labels, corners = (column[which] for column in where)
-        suspicions = _suspicions(labels, strengths, object_labels, right)
-        columns = (suspicions, images, doubted, corners, labels)
-        suspects += [
-            Suspect(kind, suspicion, image, None if annotation == NOTHING else annotation, tuple(box), label)
-            for suspicion, image, annotation, box, label in zip(*(column.tolist() for column in columns), strict=True)
-        ]
+    suspects = [suspect for one in signs for suspect in one.suspects(object_labels)]
     return sorted(suspects, key=lambda suspect: -suspect.suspicion)
 
 
-def _suspicions(
-    labels: NDArray[np.int64],
-    strengths: NDArray[np.float64],
-    object_labels: NDArray[np.int64],
-    right: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """Return right / (right + events) for each event of one kind [n].
+@dataclass(frozen=True)
+class _Signs:
+    """Contradictions [n] of one kind."""
 
-    One is added to `right`, because no event is beyond doubt. A stronger event is no less suspicious than a weaker one.
+    kind: Kind
+    places: tuple[NDArray[np.int64], NDArray[np.int64], NDArray]  # images, labels and boxes, of which ...
+    rows: NDArray[np.int64]  # [n] ... these are contradicted
+    doubted: NDArray[np.int64]  # [n], rows of Annotations.boxes; NOTHING for a missing annotation
+    certainty: NDArray[np.float64]  # [n], of the detector, in [0, 1]
+    strengths: NDArray[np.float64]  # [n]
+    right: NDArray[np.float64]  # [G], strength with which objects are found
 
-    Args:
-        labels, strengths: of the events, [n].
-        object_labels: [G]
-        right: strength with which each object is found, [G].
-    """
-    suspicions = np.zeros(len(labels))
-    for label in np.unique(labels):
-        mine = np.flatnonzero(labels == label)
-        mine = mine[np.argsort(strengths[mine], kind="stable")]
-        events = _count_from(strengths[mine], strengths[mine])
-        found = _count_from(right[object_labels == label], strengths[mine]) + 1
-        suspicions[mine] = np.maximum.accumulate(found / (found + events))
-    return suspicions
+    def suspects(self, object_labels: NDArray[np.int64]) -> Iterator[Suspect]:
+        """Yield the suspects, given the labels of all objects [G]."""
+        images, labels, boxes = (column[self.rows] for column in self.places)
+        suspicion = self.certainty.copy()
+        for label in np.unique(labels):
+            mine = np.flatnonzero(labels == label)
+            mine = mine[np.argsort(self.strengths[mine], kind="stable")]
+            events = _count_from(self.strengths[mine], self.strengths[mine])
+            # one more, because no contradiction is beyond doubt
+            right = _count_from(self.right[object_labels == label], self.strengths[mine]) + 1
+            # a stronger one is no less suspicious than a weaker one
+            suspicion[mine] *= np.maximum.accumulate(right / (right + events))
+        columns = (suspicion, images, self.doubted, boxes, labels)
+        for value, image, annotation, box, label in zip(*(column.tolist() for column in columns), strict=True):
+            yield Suspect(self.kind, value, image, None if annotation == NOTHING else annotation, tuple(box), label)
+
+
+def _share_by_class(chosen: NDArray[np.bool_], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the share of each class [K] that is chosen [G]; 0 without objects."""
+    counts = np.bincount(labels)
+    return np.bincount(labels, weights=chosen) / np.maximum(counts, 1)
 
 
 def _count_from(values: NDArray[np.float64], least: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -33,6 +33,9 @@ def test_each_kind_of_wrong_annotation_is_found_before_sound_ones():
         ("missing", 8),
         ("unseen", 9),
     }
+    # no sound object has a score of 0.95, so each of the first three is 1 of 1 + 1; 3 of 13 objects of class 0 have no detection
+    expected = {"class": 1 / 2, "place": 0.95 / (0.95 + 0.05 * 3 / 13) / 2, "missing": 0.95 / 2, "unseen": 14 / 15 / 2}
+    assert {suspect.kind: suspect.suspicion for suspect in suspects} == pytest.approx(expected)
     values = [suspect.suspicion for suspect in suspects]
     assert values == sorted(values, reverse=True) and all(0 < value <= 1 for value in values)
     place = next(suspect for suspect in suspects if suspect.kind == "place")
@@ -46,13 +49,13 @@ def test_suspicion_compares_events_with_right_detections_of_the_class():
     # at 0.6: two events, and ten objects that are found as well, plus one; no object is found at 0.95
     suspects = suspects_of(sound, found + orphans)
     assert [(suspect.image, suspect.suspicion) for suspect in suspects] == [
-        (1, pytest.approx(11 / 13)),
-        (0, pytest.approx(11 / 13)),
+        (1, pytest.approx(0.95 * 11 / 13)),
+        (0, pytest.approx(0.6 * 11 / 13)),
     ]
-    # two of twelve objects are unseen: one of the class could have been a mistake for each of them
+    # two of twelve objects are unseen, which is half as sure as a detection can be
     unseen = suspects_of([*sound, [(0, 0, 50, 50, 0, 0)] * 2], found)
     assert [suspect.kind for suspect in unseen] == ["unseen"] * 2
-    assert [suspect.suspicion for suspect in unseen] == pytest.approx([13 / 15] * 2)
+    assert [suspect.suspicion for suspect in unseen] == pytest.approx([0.5 * 13 / 15] * 2)
 
 
 def test_a_detection_that_is_right_about_another_object_contradicts_none():
