@@ -1,13 +1,14 @@
 """8-bit weights and activations for OpenVINO by post-training quantization (NNCF).
 
-Convolutions and matrix products of backbone, neck and heads are quantized, with what lies between the convolutions. Box
-decoding, RoIAlign and suppression stay in float: a box has more than 256 positions.
+Convolutions and matrix products of backbone, neck and heads are quantized, with what lies between the convolutions. The last layers,
+whose results are scores and box deltas, take little time and stay in float, as box decoding, RoIAlign and suppression: a box has
+more than 256 positions.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 from fpn_det.export.libraries import imported
 
 WEIGHTED = {"Convolution", "GroupConvolution", "MatMul"}
+# Operators that read scores or boxes of one stage for the next one.
+BETWEEN_STAGES = {"TopK", "GatherElements", "ROIAlign", "NonZero", "ShapeOf"}
 
 
 def quantize(model: Any, inputs: Sequence[tuple[Tensor, Tensor]]) -> Any:
@@ -32,14 +35,20 @@ def quantize(model: Any, inputs: Sequence[tuple[Tensor, Tensor]]) -> Any:
     dataset = nncf.Dataset([[images.numpy(), sizes.numpy()] for images, sizes in inputs])
     scope = nncf.IgnoredScope(names=sorted(in_float(model)), validate=False)
     return nncf.quantize(
-        model, dataset, subset_size=len(inputs), ignored_scope=scope, target_device=nncf.TargetDevice.CPU
+        model,
+        dataset,
+        preset=nncf.QuantizationPreset.MIXED,  # features of a pyramid have both signs, but not evenly
+        subset_size=len(inputs),
+        ignored_scope=scope,
+        target_device=nncf.TargetDevice.CPU,
     )
 
 
 def in_float(model: Any) -> set[str]:
     """Names of the operators that are not quantized.
 
-    Quantized are the operators with weights, and those between two convolutions on the way from pixels to maps.
+    Quantized are the operators with weights, except for the last of each stage, and those between two convolutions on the way
+    from pixels to maps.
     """
     operators = model.get_ordered_ops()
     users, sources = defaultdict(list), defaultdict(list)
@@ -48,25 +57,28 @@ def in_float(model: Any) -> set[str]:
             source = value.get_node()
             users[source.get_friendly_name()].append(operator)
             sources[operator.get_friendly_name()].append(source)
-    convolutions = [operator for operator in operators if operator.get_type_name() == "Convolution"]
-    chosen = [operator for operator in operators if operator.get_type_name() == "TopK"]
-    after_first = _reachable(convolutions, users)
-    before_last = _reachable(convolutions, sources)
-    between = (after_first & before_last) - _reachable(chosen, users)
-    return {
-        operator.get_friendly_name()
-        for operator in operators
-        if operator.get_type_name() not in WEIGHTED and operator.get_friendly_name() not in between
-    }
+
+    def of_types(types: set[str]) -> list[Any]:
+        return [operator for operator in operators if operator.get_type_name() in types]
+
+    convolutions = of_types({"Convolution"})
+    between = _reachable(convolutions, users) & _reachable(convolutions, sources)
+    quantized = between - _reachable(of_types({"TopK"}), users) - _names(of_types(WEIGHTED))
+    quantized |= _names(of_types(WEIGHTED)) & _reachable(of_types(WEIGHTED), sources, until=BETWEEN_STAGES)
+    return _names(operators) - quantized
 
 
-def _reachable(starts: list[Any], edges: dict[str, list[Any]]) -> set[str]:
-    """Names of the operators that edges lead to from `starts`, which belong to them."""
-    found = {operator.get_friendly_name() for operator in starts}
+def _names(operators: Iterable[Any]) -> set[str]:
+    return {operator.get_friendly_name() for operator in operators}
+
+
+def _reachable(starts: list[Any], edges: dict[str, list[Any]], until: Collection[str] = ()) -> set[str]:
+    """Names of the operators that edges lead to from `starts`, not through operators of the types `until`."""
+    found: set[str] = set()
     waiting = list(starts)
     while waiting:
         for operator in edges[waiting.pop().get_friendly_name()]:
-            if operator.get_friendly_name() not in found:
+            if operator.get_friendly_name() not in found and operator.get_type_name() not in until:
                 found.add(operator.get_friendly_name())
                 waiting.append(operator)
     return found
