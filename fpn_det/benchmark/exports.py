@@ -17,7 +17,7 @@ from fpn_det.export.exported import ExportedFile
 from fpn_det.export.graph import Graph
 from fpn_det.export.libraries import is_installed
 from fpn_det.export.metadata import Metadata, Precision
-from fpn_det.export.writing import write_onnx, write_openvino
+from fpn_det.export.writing import require_libraries, write_onnx, write_openvino
 
 CPU = torch.device("cpu")
 
@@ -28,6 +28,7 @@ def export_seconds(config: BenchmarkConfig) -> dict[str, float]:
     Raises:
         ValueError: the libraries of ONNX are not installed.
     """
+    require_libraries("onnx", "fp32")
     if config.threads:
         torch.set_num_threads(config.threads)
     ours, _ = make_contestants(config, CPU)

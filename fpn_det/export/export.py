@@ -19,7 +19,7 @@ from fpn_det.export.exported import ExportedDetector, ExportedFile, is_exported
 from fpn_det.export.graph import Graph, on_canvas
 from fpn_det.export.metadata import Metadata, Precision
 from fpn_det.export.proof import NUM_IMAGES, cases, compare
-from fpn_det.export.writing import SUFFIXES, Format, refuse_unsupported, write
+from fpn_det.export.writing import SUFFIXES, Format, refuse_unsupported, require_libraries, write
 from fpn_det.image_io import RGB
 from fpn_det.models.detector import Detector
 from fpn_det.runs.checkpoint import fill_model, find_checkpoint
@@ -77,6 +77,7 @@ def export(config: ExportConfig, say: Callable[[str], None] = print) -> Path:
     path = Path(config.output) if config.output else source.with_suffix(SUFFIXES[config.format])
     if path.suffix != SUFFIXES[config.format]:
         raise ValueError(f"output: expected a name that ends in {SUFFIXES[config.format]}, got {path}.")
+    require_libraries(config.format, config.precision)
     detector = config.build_model(len(state["class_names"])).eval()
     fill_model(detector, state, str(source), config.weights)
     refuse_unsupported(detector, config.format)
@@ -167,6 +168,8 @@ def _prove(
         f"most {found.box:.2g} px of the picture files, scores by {found.score:.2g}, {len(found.unmatched)} detections on one "
         "side only"
     )
+    if not found.detections:
+        say("The detector finds nothing in these images, so they prove little.")
     if config.precision == "fp32" and not found.is_within_tolerance:
         reasons = "; ".join(found.unmatched[:3]) or "see the differences above"
         raise ValueError(f"export: expected the detections of torch, got others: {reasons}. No file was left.")

@@ -44,9 +44,8 @@ class ExportedFile:
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(f"{path}: expected an exported model, got no such file.")
-        openers = {".onnx": _open_onnx, ".xml": _open_openvino, ".pt2": _open_program}
-        opener = openers[self.path.suffix.lower()]
-        imported({".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch"}[self.path.suffix.lower()])
+        opener, library = _OPENERS[self.path.suffix.lower()]
+        imported(library)
         try:
             self._run, texts = opener(self.path, threads)
             self.metadata = Metadata.read(texts)
@@ -164,3 +163,10 @@ def _open_program(path: Path, threads: int | None) -> tuple[Run, dict[str, str]]
         return list(program(torch.from_numpy(images), torch.from_numpy(sizes)))
 
     return run, texts
+
+
+_OPENERS = {
+    ".onnx": (_open_onnx, "onnxruntime"),
+    ".xml": (_open_openvino, "openvino"),
+    ".pt2": (_open_program, "torch"),
+}

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +14,32 @@ from torch.export import ExportedProgram
 
 from fpn_det.export.graph import INPUTS, OUTPUTS
 from fpn_det.export.libraries import imported
-from fpn_det.export.metadata import OPSET, Metadata
+from fpn_det.export.metadata import OPSET, Metadata, Precision
 from fpn_det.export.program import write_program
 from fpn_det.export.quantization import quantize
 from fpn_det.models.layers import DeformableConv2d
 
 Format = Literal["onnx", "openvino", "torch"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
-FORMATS: tuple[Format, ...] = get_args(Format)
+
+
+def require_libraries(format: Format, precision: Precision) -> None:
+    """Refuse before a detector is traced, which takes a minute, if a library that writes or runs the file is missing.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    runtimes = {
+        "onnx": ("onnx", "onnxscript", "onnxruntime"),
+        "openvino": ("onnx", "onnxscript", "openvino"),
+        "torch": (),
+    }
+    for name in (*runtimes[format], *(["nncf"] if precision == "int8" else [])):
+        imported(name)
 
 
 def refuse_unsupported(detector: nn.Module, format: Format) -> None:
-    """Refuse a detector before it is traced, which takes a minute.
+    """Refuse a detector before it is traced.
 
     Raises:
         ValueError: a part of the detector has no operator in the format.
@@ -66,8 +80,6 @@ def write(
 
 def write_onnx(program: ExportedProgram, path: Path, metadata: Metadata) -> None:
     """Write an ONNX file of standard operators. The program serves once."""
-    for name in ("onnx", "onnxscript"):
-        imported(name)
     try:
         exported = torch.onnx.export(
             program,

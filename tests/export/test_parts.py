@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from fpn_det.export.metadata import Metadata
-from fpn_det.export.writing import refuse_unsupported
+from fpn_det.export.writing import refuse_unsupported, require_libraries
 from fpn_det.models.anchors import AnchorGenerator
 from fpn_det.models.box_heads import TwoLayerHead
 from fpn_det.models.detector import Detector
@@ -52,3 +53,12 @@ def test_deformable_convolutions_are_refused_before_tracing_where_the_format_has
         refuse_unsupported(make(deformable=(5,)), "openvino")
     refuse_unsupported(make(), "openvino")
     refuse_unsupported(make(deformable=(5,)), "onnx")
+
+
+def test_a_missing_library_is_told_before_tracing(monkeypatch):
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # an import of it fails
+    with pytest.raises(ValueError, match=r"the library onnxruntime, got none .* pip install 'fpn_det\[onnx\]'"):
+        require_libraries("onnx", "fp32")
+    require_libraries("torch", "fp16")
