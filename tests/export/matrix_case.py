@@ -172,14 +172,13 @@ def main(name: str, folder: Path) -> None:
         files["int8"] = folder / "int8.xml"
         write_openvino(files["onnx"], files["int8"], replace(metadata, precision="int8"), inputs)
     results: dict[str, Any] = {"most": int(model.detect(example).valid.sum())}
-    for format, file in files.items():
-        if file.exists():
-            exported = ExportedDetector(ExportedFile(file), model)
-            found = compare(model, exported, cases(batches))
-            results[format] = asdict(found) | {"ok": found.is_within_tolerance}
+    exported = {format: ExportedDetector(ExportedFile(file), model) for format, file in files.items() if file.exists()}
+    for format, detector in exported.items():
+        found = compare(model, detector, cases(batches))
+        results[format] = asdict(found) | {"ok": found.is_within_tolerance}
     with torch.no_grad():
         model.roi_head.predictor.class_logits.bias[0] += 0.01
-    results["other weights are noticed"] = not compare(model, exported, batches[:1]).is_within_tolerance
+    results["other weights are noticed"] = not compare(model, exported["onnx"], batches[:1]).is_within_tolerance
     print(json.dumps(results))
 
 
