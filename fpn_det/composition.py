@@ -149,6 +149,7 @@ def compose_as(schema: type[C], config_name: str, overrides: Sequence[str] = (),
         tree, places = compose_files(config_name, selections, saved)
     except COMPOSING as error:
         raise ValueError(describe_refusal(error)) from None
+    _refuse_unused_files(selections, tree, places)
     for value in values:
         _refuse_name_of_file(value, places)
     named = {value.key_or_group for value in values}
@@ -264,6 +265,21 @@ def compose_files(config_name: str, selections: Sequence[str], saved: Saved | No
         group, _, place = str(word).partition("@")
         places[place or (f"model.{group}" if group in tree.get("model", ()) else group)] = str(word)
     return tree, places
+
+
+def _refuse_unused_files(selections: Sequence[str], tree: Tree, places: Mapping[str, str]) -> None:
+    """Refuse a file for a part of something that the other settings leave out.
+
+    Raises:
+        ValueError: with what is left out.
+    """
+    chosen = {word.lstrip("+~").partition("=")[0]: word.partition("=")[2] for word in selections}
+    for place, word in places.items():
+        parts = place.split(".")
+        outer = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+        missing = next((name for name in outer if find(tree, name) is None), None)
+        if parts[0] in tree and missing and chosen.get(word, "null") not in ("", "null"):
+            raise ValueError(f"{word}: has no effect here: {missing} is null. Leave it out.")
 
 
 def _refuse_name_of_file(override: Override, places: Mapping[str, str]) -> None:

@@ -178,6 +178,11 @@ COMPOSED = [
         "data.tile.size=64 data.tile.overlap=1.0",
         "data.tile.overlap: expected a number at least 0 and less than 1, got 1.0.",
     ),
+    ("experiment=rpn_r50_fpn roi_head=cascade", "roi_head: has no effect here: model.roi_head is null. Leave it out."),
+    (
+        "experiment=paper/table1_c box_loss@model.roi_head.box_loss=ciou",
+        "box_loss@model.roi_head.box_loss: has no effect here: model.roi_head is null.",
+    ),
     ("hydra.job.chdir=true", "hydra.job.chdir: has no effect here"),
     ("hydra.run.dir=x", "hydra.run.dir: has no effect here: the folder of a run is run_dir=<folder>."),
     # the form of the command line

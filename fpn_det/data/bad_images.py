@@ -52,7 +52,7 @@ def load_or_replace(load: Callable[[int, int], T], key: Key, num_images: int, se
             if len(bad) > MAX_REPLACEMENTS:
                 raise ValueError(
                     f"{error} It is the last of {len(bad)} randomly drawn images, all of which are bad. "
-                    "Run tools/check_data.py."
+                    "Run fpn-det check-data."
                 ) from None
             row = int(np.random.default_rng((seed, epoch, key[0], len(bad))).integers(num_images))
 

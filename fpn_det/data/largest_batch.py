@@ -30,7 +30,7 @@ def largest_batch(dataset: DetectionDataset, num_images: int, collator: Collator
     examples = list(_extreme_examples(dataset))
     if not examples:
         raise ValueError(
-            "training set: expected an image that can be read, got none among the largest. Run tools/check_data.py."
+            "training set: expected an image that can be read, got none among the largest. Run fpn-det check-data."
         )
     height, width = collator.canvas_size([example.flip_resize.size for example in examples])
     most_objects = max(examples, key=lambda example: len(example.boxes))

@@ -144,12 +144,20 @@ def test_class_weights_of_another_number_of_classes_are_refused():
         config.build_model(3)
 
 
-@pytest.mark.parametrize("name", ["l1", "smooth_l1", "iou", "giou", "diou", "ciou"])
+@pytest.mark.parametrize("name", ["l1", "smooth_l1", "smooth_l1_ninth", "iou", "giou", "diou", "ciou"])
 def test_box_losses_are_chosen_by_name_in_both_stages(name: str):
     words = [f"box_loss@model.{stage}.box_loss={name}" for stage in ("rpn", "roi_head")]
     model = compose([*SCRATCH, *words]).build_model(3)
-    kind = SmoothL1 if name.endswith("l1") else {one.__name__.lower(): one for one in ORACLES}[name]
+    kind = SmoothL1 if "l1" in name else {one.__name__.lower(): one for one in ORACLES}[name]
     assert type(model.rpn.box_loss) is kind and type(model.roi_head.box_loss) is kind
+
+
+@pytest.mark.parametrize("experiment", ["paper/table3_c", "compat/torchvision_r50_fpn"])
+def test_a_box_loss_replaces_that_of_an_experiment(experiment: str):
+    config = compose([f"experiment={experiment}", "box_loss@model.rpn.box_loss=giou"])
+    assert type(config.build_model(3).rpn.box_loss) is GIoU
+    changed = compose([f"experiment={experiment}", "model.rpn.box_loss.beta=0.5"])
+    assert changed.build_model(3).rpn.box_loss == SmoothL1(0.5)
 
 
 def test_classification_losses_are_chosen_by_name():
