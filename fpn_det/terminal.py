@@ -45,7 +45,13 @@ def _escaped(char: str) -> str:
 
 
 class SafeConsole(Console):
-    """A rich Console that prints text of files without executing their escape sequences."""
+    """A rich Console that prints text of files without executing their escape sequences.
+
+    A notebook gets lines as a pipe does: rich's own output there is HTML, which never reaches the console's file.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(force_jupyter=False, **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):

@@ -37,6 +37,13 @@ def test_printable_escapes_what_a_terminal_would_obey(text, shown):
     printable(text).encode("utf-8")
 
 
+def test_a_notebook_leaves_the_log_its_lines(monkeypatch):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    file = io.StringIO()
+    SafeConsole(file=file, width=80).print("loss 1.25")
+    assert file.getvalue() == "loss 1.25\n"
+
+
 def test_console_prints_tables_and_colors_without_foreign_escapes():
     file = io.StringIO()
     console = SafeConsole(file=file, force_terminal=True, color_system="standard", width=200)
