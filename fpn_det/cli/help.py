@@ -77,10 +77,10 @@ def overview() -> str:
         lines += ["", f"{title}:", format_rows(rows, left=19)]
     lines += [
         "",
-        "First steps, with data in COCO's, Pascal VOC's or YOLO's format:",
+        "First steps, with data in YOLO's layout (also: COCO JSON, Pascal VOC, CSV):",
         "  fpn-det check-data experiment=small data=yolo data.root=<folder>",
         "  fpn-det train experiment=small data=yolo data.root=<folder>",
-        "  fpn-det eval run=runs/small/<date>_<time>",
+        "  fpn-det report run=runs/small/<date>_<time>",
         "",
         "fpn-det <command> --help shows the options of a command.",
     ]
