@@ -44,14 +44,22 @@ def _escaped(char: str) -> str:
     return char.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
+def in_notebook() -> bool:
+    """True in the kernel of a notebook, whose standard output claims to be a terminal."""
+    return Console().is_jupyter
+
+
 class SafeConsole(Console):
     """A rich Console that prints text of files without executing their escape sequences.
 
-    A notebook gets lines as a pipe does: rich's own output there is HTML, which never reaches the console's file.
+    A notebook gets lines as a pipe does: rich's own output there is HTML, which never reaches the console's file, and
+    progress bars would be a line for each of their states.
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(force_jupyter=False, **options)
+        if in_notebook():
+            options = {"force_jupyter": False, "force_terminal": False, **options}
+        super().__init__(**options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -60,7 +68,8 @@ class SafeConsole(Console):
 
 def standard_console() -> SafeConsole:
     """Return the console of the standard output: as wide as the terminal, `PLAIN_WIDTH` in a pipe or file."""
-    return SafeConsole(file=sys.stdout, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    is_terminal = sys.stdout.isatty() and not in_notebook()
+    return SafeConsole(file=sys.stdout, width=None if is_terminal else PLAIN_WIDTH)
 
 
 def say(console: Console, text: str) -> None:

@@ -15,7 +15,7 @@ from tiny import TINY
 
 from fpn_det.runs.log import RunLog
 from fpn_det.runtime import Ranks
-from fpn_det.terminal import SafeConsole, Shortened, printable, say, shorten
+from fpn_det.terminal import PLAIN_WIDTH, SafeConsole, Shortened, printable, say, shorten, standard_console
 
 ATTACK = "\x1b]0;title\x07\x1b[2J\x9b31m\r\u202etxt\ud800"
 
@@ -40,8 +40,11 @@ def test_printable_escapes_what_a_terminal_would_obey(text, shown):
 def test_a_notebook_leaves_the_log_its_lines(monkeypatch):
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     file = io.StringIO()
+    monkeypatch.setattr(file, "isatty", lambda: True, raising=False)  # as in ipykernel
     SafeConsole(file=file, width=80).print("loss 1.25")
     assert file.getvalue() == "loss 1.25\n"
+    monkeypatch.setattr("sys.stdout", file)
+    assert standard_console().width == PLAIN_WIDTH
 
 
 def test_console_prints_tables_and_colors_without_foreign_escapes():
