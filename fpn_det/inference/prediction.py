@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from fpn_det.inference.images import ImageInput, read_display
-from fpn_det.visualization.panels import draw_boxes
+from fpn_det.visualization.panels import SIDE, draw_boxes
 
-NOTEBOOK_SIDE = 960  # px, longest side of the image that a notebook shows
+NOTEBOOK_SIDE = 960  # px, longer side of the largest image that a notebook shows
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -91,11 +91,12 @@ class Prediction:
             data={"class_name": np.array(self.names, dtype=str)},
         )
 
-    def draw(self, image: ImageInput) -> Image.Image:
-        """The image with its detections drawn, at its own size.
+    def draw(self, image: ImageInput, side: int | None = None) -> Image.Image:
+        """The image with its detections drawn.
 
         Args:
             image: the image, or another one of the same size: path, PIL image or array.
+            side: longer side of the result, px; None keeps the size of the image.
 
         Raises:
             ValueError: the image cannot be read, or has another size.
@@ -105,25 +106,27 @@ class Prediction:
             expected, got = (f"{width} x {height} px" for height, width in (self.size, pixels.shape[:2]))
             raise ValueError(f"draw: expected the image that was predicted, of {expected}, got one of {got}.")
         texts = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores.tolist(), strict=True)]
-        drawn = draw_boxes(pixels, self.boxes.numpy(), self.labels.tolist(), texts, side=max(self.size))
+        drawn = draw_boxes(pixels, self.boxes.numpy(), self.labels.tolist(), texts, side=side or max(self.size))
         return Image.fromarray(drawn)
 
-    def plot(self) -> Image.Image:
+    def plot(self, side: int | None = None) -> Image.Image:
         """The predicted image with its detections drawn. Its file is read again.
+
+        Args:
+            side: see `draw`.
 
         Raises:
             ValueError: the image cannot be read any more.
         """
         if self._read is None:
             raise ValueError("plot: expected a prediction that knows its image, got one without. Use draw(image).")
-        return self.draw(self._read())
+        return self.draw(self._read(), side)
 
     def _repr_png_(self) -> bytes | None:
         try:
-            picture = self.plot()
+            picture = self.plot(side=min(max(*self.size, SIDE), NOTEBOOK_SIDE))
         except ValueError:  # the file is gone
             return None
-        picture.thumbnail((NOTEBOOK_SIDE, NOTEBOOK_SIDE))
         file = io.BytesIO()
         picture.save(file, "PNG")
         return file.getvalue()

@@ -84,6 +84,7 @@ def test_a_notebook_shows_the_picture(tmp_path):
     Image.new("RGB", (4000, 3000)).save(file)
     found = predict(size=(3000, 4000), path=file, _read=partial(read_pixels, file))
     assert found.plot().size == (4000, 3000)
+    assert found.plot(side=400).size == (400, 300)
     assert max(Image.open(io.BytesIO(found._repr_png_())).size) == 960
     file.unlink()
     assert found._repr_png_() is None and predict()._repr_png_() is None
