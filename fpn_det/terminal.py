@@ -44,22 +44,22 @@ def _escaped(char: str) -> str:
     return char.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
-def in_notebook() -> bool:
-    """True in the kernel of a notebook, whose standard output claims to be a terminal."""
-    return Console().is_jupyter
+def is_terminal(stream: IO[str]) -> bool:
+    """True for a terminal. The standard output of a notebook's kernel claims to be one."""
+    return stream.isatty() and not Console().is_jupyter
 
 
 class SafeConsole(Console):
     """A rich Console that prints text of files without executing their escape sequences.
 
     A notebook gets lines as a pipe does: rich's own output there is HTML, which never reaches the console's file, and
-    progress bars would be a line for each of their states.
+    each state of a progress bar would stay. For the same reason FORCE_COLOR, which notebooks set, makes no pipe a terminal.
     """
 
-    def __init__(self, **options: Any) -> None:
-        if in_notebook():
-            options = {"force_jupyter": False, "force_terminal": False, **options}
-        super().__init__(**options)
+    def __init__(self, file: IO[str] | None = None, stderr: bool = False, **options: Any) -> None:
+        stream = file or (sys.stderr if stderr else sys.stdout)
+        as_stated = {"force_jupyter": False, "force_terminal": is_terminal(stream), **options}
+        super().__init__(file=file, stderr=stderr, **as_stated)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -68,8 +68,7 @@ class SafeConsole(Console):
 
 def standard_console() -> SafeConsole:
     """Return the console of the standard output: as wide as the terminal, `PLAIN_WIDTH` in a pipe or file."""
-    is_terminal = sys.stdout.isatty() and not in_notebook()
-    return SafeConsole(file=sys.stdout, width=None if is_terminal else PLAIN_WIDTH)
+    return SafeConsole(file=sys.stdout, width=None if is_terminal(sys.stdout) else PLAIN_WIDTH)
 
 
 def say(console: Console, text: str) -> None:

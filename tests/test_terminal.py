@@ -37,6 +37,11 @@ def test_printable_escapes_what_a_terminal_would_obey(text, shown):
     printable(text).encode("utf-8")
 
 
+def test_a_pipe_is_no_terminal_where_colors_are_forced(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert not SafeConsole(file=io.StringIO()).is_terminal
+
+
 def test_a_notebook_leaves_the_log_its_lines(monkeypatch):
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     file = io.StringIO()
