@@ -86,31 +86,16 @@ def find_suspects(matches: Matches, detections: DetectionTable) -> list[Suspect]
     annotated_boxes = matches.annotations.boxes.numpy()[matches.objects]
     annotated = matches.images[matches.object_images], object_labels, annotated_boxes
     against, own, near = scores[rivals], support[contradicted], scores[places]
-    # that an object is here and its annotation is elsewhere explains both the detection and the annotation without one
-    alone_share = _share_by_class(support < UNSEEN, object_labels)[found.labels[places]]
+    of_class = against / (against + own)
+    # a moved box explains both the detection and the annotation without one, of which there are few
+    of_place = near / (near + (1 - near) * _share_by_class(support < UNSEEN, object_labels)[found.labels[places]])
+    of_nothing = (1 - support[unseen]) / 2  # no detection says less than a detection
+    doubted, new, always = matches.objects, np.full(len(missing), NOTHING), np.zeros(count)
     signs = (
-        _Signs(
-            "class",
-            proposed,
-            rivals,
-            matches.objects[contradicted],
-            against / (against + own),
-            against - own,
-            support - rival,
-        ),
-        _Signs(
-            "place", proposed, places, matches.objects[moved], near / (near + (1 - near) * alone_share), near, support
-        ),
-        _Signs("missing", proposed, missing, np.full(len(missing), NOTHING), scores[missing], scores[missing], support),
-        _Signs(
-            "unseen",
-            annotated,
-            unseen,
-            matches.objects[unseen],
-            (1 - support[unseen]) / 2,
-            -support[unseen],
-            np.zeros(count),
-        ),
+        _Signs("class", proposed, rivals, doubted[contradicted], of_class, against - own, support - rival),
+        _Signs("place", proposed, places, doubted[moved], of_place, near, support),
+        _Signs("missing", proposed, missing, new, scores[missing], scores[missing], support),
+        _Signs("unseen", annotated, unseen, doubted[unseen], of_nothing, -support[unseen], always),
     )
     suspects = [suspect for one in signs for suspect in one.suspects(object_labels)]
     return sorted(suspects, key=lambda suspect: -suspect.suspicion)
