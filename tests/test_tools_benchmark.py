@@ -56,6 +56,11 @@ def test_setting_refuses(word, words):
     assert words in str(refusal.value)
 
 
+def test_images_that_torchvision_does_not_take_are_refused():
+    with pytest.raises(ValueError, match="data.channels: expected RGB pictures, .* got 8 channels of 16 bits"):
+        BenchmarkConfig(overrides=("data.channels=8", "data.dtype=uint16")).compose()
+
+
 def test_contestants_compute_the_same_maps_and_scores(contestants):
     ours, peer = (contestant.model.eval() for contestant in contestants)
     with torch.no_grad():

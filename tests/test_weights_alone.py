@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny import TINY
+from tiny import TINY, state_of
 
 from fpn_det import api
 from fpn_det.cli.convert_weights import ConvertWeightsConfig, convert_weights
@@ -30,16 +30,7 @@ def files(tmp_path_factory) -> tuple[Path, Path]:
     torch.nn.init.normal_(model.roi_head.predictor.class_logits.weight, std=0.5)
     average = {name: value.clone() for name, value in model.state_dict().items()}
     raw = {name: torch.zeros_like(value) for name, value in average.items()}
-    state = {
-        "model": raw,
-        "ema": average,
-        "progress": {"step": 5},
-        "class_names": NAMES,
-        "category_ids": IDS,
-        "score_thresholds": {"overall": 0.1, "classes": {}},
-        "config": config.to_yaml(),
-    }
-    save_checkpoint(folder / "best.pt", state)
+    save_checkpoint(folder / "best.pt", state_of(config, model, NAMES, IDS) | {"model": raw, "ema": average})
     output = folder / "model.safetensors"
     convert_weights(ConvertWeightsConfig(target="safetensors", input=str(folder / "best.pt"), output=str(output)))
     return folder / "best.pt", output

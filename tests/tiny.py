@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from fpn_det.models.detector import Detector
+from fpn_det.training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,6 +29,22 @@ TINY = (
     "trainer.max_steps=2",
     "trainer.batch_size=4",
 )
+
+
+def state_of(
+    config: TrainConfig, model: Detector, class_names: Sequence[str], category_ids: Sequence[int]
+) -> dict[str, Any]:
+    """The parts of a checkpoint that describe a detector, as far as evaluation, prediction and export read it."""
+    return {
+        "model": model.state_dict(),
+        "ema": None,
+        "progress": {"step": 5},
+        "class_names": list(class_names),
+        "category_ids": list(category_ids),
+        "score_thresholds": {"overall": 0.1, "classes": {}},
+        "config": config.to_yaml(),
+    }
+
 
 # Words that turn on each ingredient of a recipe.
 BOX_LOSSES = "box_loss@model.roi_head.box_loss=ciou box_loss@model.rpn.box_loss=giou"

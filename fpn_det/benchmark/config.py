@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from fpn_det.composition import compose
 from fpn_det.config import Precision
+from fpn_det.image_io import RGB
 from fpn_det.schema import Count, CountOrZero
 from fpn_det.training.config import TrainConfig
 
@@ -40,10 +41,10 @@ class BenchmarkConfig:
         """The settings of fpn_det's detector: those of r50_fpn with random weights, trained as pretrained ones are.
 
         Raises:
-            ValueError: r50_fpn has no such setting.
+            ValueError: r50_fpn has no such setting, or the images are no RGB pictures.
         """
         filters = ("rpn.train_filter", "rpn.test_filter", "roi_head.test_filter")
-        return compose(
+        config = compose(
             [
                 "experiment=r50_fpn",
                 "model.backbone.weights=null",
@@ -55,3 +56,8 @@ class BenchmarkConfig:
                 *overrides,
             ]
         )
+        if config.data.pixel_format != RGB:
+            raise ValueError(
+                f"data.channels: expected RGB pictures, which torchvision's detector takes, got {config.data.pixel_format}."
+            )
+        return config
