@@ -103,7 +103,13 @@ def test_an_unknown_command_is_refused_with_the_nearest():
 
 
 def test_commands_refuse_flags_and_unknown_options_in_one_sentence(run_tool):
-    for tool, word in [("runs.py", "--all"), ("replay.py", "rnk=1"), ("convert_weights.py", "targte=mmdet")]:
+    for tool, word in [
+        ("runs.py", "--all"),
+        ("replay.py", "rnk=1"),
+        ("convert_weights.py", "targte=mmdet"),
+        ("train.py", "run=run(1"),
+        ("train.py", "resume=run(1"),
+    ]:
         refused = run_tool(tool, word)
         assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1, refused.stderr
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -79,7 +79,7 @@ def launch(command: Command, schema: type[C], config_name: str, saved: Callable[
         end_with(error)
 
 
-def end_with(error: Exception) -> None:
+def end_with(error: Exception) -> NoReturn:
     """End the process with one sentence; an unexpected error keeps its traceback."""
     rank = os.environ.get("RANK", "0")
     if not is_user_facing(error):

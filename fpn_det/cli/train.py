@@ -14,10 +14,11 @@ Examples:
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from fpn_det import api
-from fpn_det.cli.launch import argument, launch
+from fpn_det.cli.launch import argument, end_with, launch
 from fpn_det.composition import is_selection
 from fpn_det.locations import CONFIGS
 from fpn_det.runs.folder import newest_to_resume
@@ -26,11 +27,15 @@ from fpn_det.training.config import TrainConfig
 
 def main() -> None:
     """Train with the settings of the command line."""
-    if argument("run") is not None:
-        launch(api.train, TrainConfig, "train_from_run", lambda: settings_of(Path(argument("run") or "")))
-    elif (resumed := resumed_run()) is not None:
+    try:
+        run, resumed = argument("run"), resumed_run()
+    except ValueError as error:
+        end_with(error)
+    if run is not None:
+        launch(api.train, TrainConfig, "train_from_run", partial(settings_of, Path(run)))
+    elif resumed is not None:
         sys.argv = [f'resume="{resumed}"' if word == "resume=auto" else word for word in sys.argv]
-        launch(api.train, TrainConfig, "train_from_run", lambda: settings_of(resumed))
+        launch(api.train, TrainConfig, "train_from_run", partial(settings_of, resumed))
     else:
         launch(api.train, TrainConfig, "train")
 

@@ -65,6 +65,8 @@ def find_images(
 def find_files(source: str | Path) -> list[Path]:
     """List the image and video files that a path, folder, pattern or list of paths names; see `find_images`."""
     path = Path(source)
+    if not str(source):
+        raise ValueError("source: expected a file, folder or pattern, got an empty text.")
     if path.is_dir():
         found = list(walk_files(path))
         files = sorted([*only_images(found), *(file for file in found if is_video(file))])
@@ -107,7 +109,10 @@ def read_pixels(
     if pixel_format != RGB:
         return _of_format(np.asarray(image), pixel_format)
     if isinstance(image, Image.Image):
-        return image_to_rgb(image)
+        try:
+            return image_to_rgb(image)
+        except ValueError as error:
+            raise ValueError(f"predict: {error}.") from None
     pixels = array_to_rgb(image) if isinstance(image, np.ndarray) else None
     if pixels is None:
         found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"

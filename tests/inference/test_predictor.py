@@ -141,6 +141,10 @@ def test_predict_refuses_other_types(predictor, tmp_path):
         predictor.predict([7])
     with pytest.raises(ValueError, match=r"nothing.jpg, which does not exist"):
         predictor.predict([tmp_path / "nothing.jpg"])
+    with pytest.raises(ValueError, match="source: expected a file, folder or pattern, got an empty text"):
+        predictor.predict("")
+    with pytest.raises(ValueError, match="predict: expected 8 or 16 bits per channel, got mode F"):
+        predictor.predict(Image.new("F", (4, 4)))
     (tmp_path / "empty.jpg").touch()
     with pytest.raises(ValueError, match=r"empty.jpg: expected an image, got an empty file"):
         predictor.predict(tmp_path / "empty.jpg")
