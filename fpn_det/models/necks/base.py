@@ -105,8 +105,8 @@ class ExtraLevels(nn.Module):
 def upsample(coarser: Tensor, finer: Tensor, method: str = "nearest") -> Tensor:
     """The coarser map upsampled to the size of the finer one, in its own dtype; autocast would return float32."""
     device = coarser.device.type
-    # the meta device, on which shapes are computed, has no autocast
-    casting = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    # the meta device, on which shapes are computed, has no autocast; torch.amp.is_autocast_available breaks the graph before torch 2.12
+    casting = nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
     with casting:
         return F.interpolate(coarser, size=finer.shape[-2:], mode=method)
 
