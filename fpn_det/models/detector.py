@@ -137,7 +137,7 @@ class Detector(nn.Module):
             losses = self.rpn.losses(output, pyramid, batch, step)
         if self.roi_head:
             proposals = self.rpn.propose(output, batch, self.rpn.train_filter) if self.rpn else _given(batch)
-            losses |= self.roi_head.losses(pyramid, proposals, batch, step)
+            losses = losses | self.roi_head.losses(pyramid, proposals, batch, step)
         return losses
 
     @torch.no_grad()
