@@ -26,7 +26,7 @@ from fpn_det.image_io import MAX_PIXELS, RGB, BadImage, PixelFormat, find_damage
 
 MAX_THREADS = 32
 FILES_PER_ROUND = 512  # damage reported by the decoder is attributed by decoding the files of a round again
-DECODERS = f"3 {cv2.__version__} {PIL.__version__}"  # results of other versions are not used
+DECODERS = f"4 {cv2.__version__} {PIL.__version__}"  # results of other versions are not used
 
 
 @dataclass(frozen=True)
