@@ -19,10 +19,10 @@ from pathlib import Path
 import cv2
 import PIL
 from PIL import Image
-from rich.console import Console
 from rich.progress import Progress
 
 from fpn_det.image_io import MAX_PIXELS, RGB, BadImage, PixelFormat, find_damaged_jpegs, read_file, verify_image
+from fpn_det.terminal import SafeConsole
 
 MAX_THREADS = 32
 FILES_PER_ROUND = 512  # damage reported by the decoder is attributed by decoding the files of a round again
@@ -85,7 +85,7 @@ def _inspect_all(paths: Sequence[str], inspect: Callable[[str], ImageInfo]) -> d
     infos: dict[str, ImageInfo] = {}
     # A descriptor of its own, because descriptor 2 is redirected while images are decoded.
     with os.fdopen(os.dup(2), "w", encoding=sys.stderr.encoding or "utf-8", errors="replace") as screen:
-        console = Console(file=screen)
+        console = SafeConsole(file=screen)
         with (
             ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool,
             Progress(console=console, disable=not console.is_terminal, transient=True) as progress,
