@@ -123,12 +123,12 @@ def _inputs_of(layer: nn.Module, model: Detector, batch: Batch) -> Tensor:
 def _teach(layer: nn.Module, objects: Tensor, background: Tensor) -> None:
     """Fit a classifier, by ridge regression, to random logits for some features and to background for others."""
     inputs, classes = torch.cat([objects, background]), layer.weight.shape[0]
-    wanted = torch.cat([5.0 * torch.randn(len(objects), classes), torch.zeros(len(background), classes)])
+    wanted = torch.cat([10.0 * torch.randn(len(objects), classes), torch.zeros(len(background), classes)])
     wanted[len(objects) :, -1] = 5.0
     inputs, wanted = inputs.double(), wanted.double()
     inputs = F.pad(inputs, (0, 1), value=1.0)
     square = inputs.T @ inputs
-    solution = torch.linalg.solve(square + 0.1 * square.diagonal().mean() * torch.eye(len(square)), inputs.T @ wanted)
+    solution = torch.linalg.solve(square + square.diagonal().mean() * torch.eye(len(square)), inputs.T @ wanted)
     layer.weight.copy_(solution[:-1].T)
     layer.bias.copy_(solution[-1])
 
