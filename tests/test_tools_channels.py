@@ -91,7 +91,7 @@ def test_a_run_measures_its_channels_and_resumes_to_the_bit(run_tool, bands, tmp
 def test_check_data_counts_channels_and_says_what_does_not_fit(run_tool, bands, tmp_path):
     sound = run_tool("check_data.py", *words_of(bands))
     assert sound.returncode == 0, sound.stdout
-    assert "image_channels" in sound.stdout and "8 images have 4 channels of 16 bits" in sound.stdout
+    assert "image_channels" in sound.stdout and "8 image(s) have 4 channels of 16 bits" in sound.stdout
     assert (tmp_path / "data_report/data_report.html").read_text().count("data:image/jpeg") >= 8
     refused = run_tool("check_data.py", *TINY, f"data.root={bands}")
     assert refused.returncode == 1 and "image_unreadable (8)" in refused.stdout
