@@ -62,7 +62,6 @@ def test_openvino_files_detect_what_torch_detects(tmp_path: Path):
         and results["fp16"]["images"] == results["fp32"]["images"]
     )
     assert results["int8"]["size"] < 0.4 * results["fp32"]["size"] and results["int8"]["fake"] > 20
-    assert len(results["int8"]["unmatched"]) < 0.3 * results["int8"]["detections"], results["int8"]
     assert {"ROIAlign", "TopK", "Exp"} < set(results["in_float"])
     # the last layers: of the RPN on five levels, and of the box head
     assert [results["in_float"].count(name) for name in ("Convolution", "MatMul")] == [5, 2]
