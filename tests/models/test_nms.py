@@ -98,6 +98,32 @@ def test_nms_batched_of_one_large_group_needs_bounded_memory():
     assert set(keep[0].nonzero().flatten().tolist()) == set(expected.tolist())
 
 
+MEMORY_PROGRAM = """
+import resource
+import torch
+import torchvision
+from fpn_det.models import nms
+
+torch.manual_seed(0)
+corners = torch.rand(80_000, 2) * 2000
+boxes = torch.cat([corners, corners + 10 + torch.rand(80_000, 2) * 90], dim=1)
+scores = torch.rand(80_000)
+expected = torch.zeros(80_000, dtype=torch.bool)
+expected[torchvision.ops.nms(boxes, scores, 0.5)] = True
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+keep = nms._batched(boxes[None], scores[None], torch.ones(1, 80_000, dtype=torch.bool), 0.5, None)[0]
+kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+assert torch.equal(keep, expected) and 10_000 < keep.sum() < 70_000, keep.sum()
+assert kibibytes < 1 << 20, kibibytes
+print(int(keep.sum()), kibibytes)
+"""
+
+
+@pytest.mark.slow
+def test_nms_batched_of_80_000_boxes_takes_less_than_a_gibibyte():
+    subprocess.run([sys.executable, "-c", MEMORY_PROGRAM], check=True)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_nms_of_labels_with_a_box_that_is_not_finite(method: str):
     boxes, scores, valid = crowded_boxes(2, 50, 4)
