@@ -56,11 +56,9 @@ def test_openvino_files_detect_what_torch_detects(tmp_path: Path):
     assert ended.returncode == 0, ended.stderr[-3000:]
     results = json.loads(ended.stdout.splitlines()[-1])
     assert results["fp32"]["ok"] and results["fp32"]["detections"] > 20, results["fp32"]
-    # in bfloat16, on a processor that has it, random weights detect something else: the AP of a trained detector is compared
-    assert (
-        results["fp16"]["size"] < 0.6 * results["fp32"]["size"]
-        and results["fp16"]["images"] == results["fp32"]["images"]
-    )
+    # What less precision costs is the AP of a trained detector; these random weights detect something else.
+    assert all(results[precision]["images"] == results["fp32"]["images"] for precision in ("fp16", "int8"))
+    assert results["fp16"]["size"] < 0.6 * results["fp32"]["size"]
     assert results["int8"]["size"] < 0.4 * results["fp32"]["size"] and results["int8"]["fake"] > 20
     assert {"ROIAlign", "TopK", "Exp"} < set(results["in_float"])
     # the last layers: of the RPN on five levels, and of the box head
