@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,16 @@ def test_predictions_of_the_validation_folder_score_the_ap_of_the_evaluation(run
     assert len(rows) > 100
     for name, value in expected.metrics.items():
         assert found.metrics[name] == (None if value is None else pytest.approx(value, abs=1e-6)), name
+
+
+def test_images_with_all_detections_that_the_model_gives_are_told(run, run_tool, shapes_dataset, tmp_path):
+    words = f"source={shapes_dataset / 'val2017'}", "score=0", "draw=false"
+    result = predict(run_tool, run, *words, "model.roi_head.test_filter.max_detections=5")
+    assert "An image has 5 detections, which is all that the model gives." in " ".join(result.stdout.split())
+    rows = json.loads((tmp_path / "predictions" / "predictions.json").read_text())
+    assert max(Counter(row["image_id"] for row in rows).values()) == 5
+    result = predict(run_tool, run, *words, "max_detections=500")
+    assert result.returncode == 2 and "max_detections: expected at most 100" in result.stderr
 
 
 def test_broken_files_are_listed_and_the_others_predicted(run, run_tool, shapes_dataset, tmp_path):

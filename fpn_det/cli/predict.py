@@ -69,7 +69,7 @@ class PredictConfig(EvalConfig):
     draw: bool = True  # also write annotated pictures and videos
     score: Fraction | None = None  # least score; null = that of the best F1 in the evaluation of the checkpoint
     classes: list[str] | None = None  # names of the classes to keep; null = all
-    max_detections: Count | None = None  # per image or frame; null = as many as the model gives
+    max_detections: Count | None = None  # per image or frame, at most; null = as many as the model gives
     size: Count | None = None  # shorter side of the model's input, px; null = as in the evaluation
     batch_size: Count | None = None  # images or frames at a time; null = data.eval_batch_size
 
@@ -102,6 +102,11 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
         config = replace(config, data=replace(config.data, eval_batch_size=config.batch_size))
     path, state, model, device = _open(config)
     keep_freed_memory(device)
+    if config.max_detections is not None and config.max_detections > model.max_detections:
+        raise ValueError(
+            f"max_detections: expected at most {model.max_detections}, which is all that the model gives, got "
+            f"{config.max_detections}. Set model.roi_head.test_filter.max_detections={config.max_detections}."
+        )
     if remark := remark_on(path):
         say(console, remark)
     names = state["class_names"]
@@ -129,6 +134,12 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
         unreadable = shown_path(folder.folder / UNREADABLE)
         say(console, f"{len(errors)} of {len(files)} files could not be read: {unreadable}")
     say(console, f"{summary.detections} detections: {shown_path(folder.folder)}")
+    if summary.most == model.max_detections:
+        say(
+            console,
+            f"An image has {summary.most} detections, which is all that the model gives. For more set "
+            "model.roi_head.test_filter.max_detections.",
+        )
 
 
 class _Job:

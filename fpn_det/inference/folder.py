@@ -58,6 +58,7 @@ class Summary:
 
     images: int  # and frames, that were predicted
     detections: int
+    most: int  # detections of an image or frame
     errors: list[str]  # a line for each file that could not be read, or not to its end
 
 
@@ -136,7 +137,7 @@ class PredictionFolder:
         name_of = dict(zip(category_ids, class_names, strict=True))
         categories = [{"id": number, "name": name} for number, name in name_of.items()]
         with_videos = any(is_video(file) for file in self.files)
-        images, detections, errors = 0, 0, []
+        images, detections, most, errors = 0, 0, 0, []
         with (
             (self.folder / "predictions.json").open("w", encoding="utf-8") as results,
             (self.folder / "images.json").open("w", encoding="utf-8") as described,
@@ -161,6 +162,7 @@ class PredictionFolder:
                     next_id += 1
                 described.write((", " if images else "") + json.dumps(image))
                 images += 1
+                most = max(most, len(entry.rows))
                 for row in entry.rows:
                     results.write((", " if detections else "") + json.dumps(row | {"image_id": image["id"]}))
                     detections += 1
@@ -175,7 +177,7 @@ class PredictionFolder:
             lines = "".join(f"{line}\n" for line in errors)
             (self.folder / UNREADABLE).write_text(lines, encoding="utf-8", errors="surrogateescape")
         self._journal.unlink()
-        return Summary(images, detections, errors)
+        return Summary(images, detections, most, errors)
 
     def _entries(self) -> Iterator[Entry]:
         """Read the journal in the order of the files."""
