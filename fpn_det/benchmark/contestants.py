@@ -311,7 +311,7 @@ def _make_torchvision(ours: Node) -> FasterRCNN:
 def _calibrate(model: FasterRCNN, batch: Batch) -> None:
     """Rescale every layer so that its outputs on these images have the spread of a trained model."""
     norms = [module for module in model.modules() if type(module) in PEER_NORMS.values()]
-    hooks = [norm.register_forward_pre_hook(_take_statistics) for norm in norms]
+    hooks = [norm.register_forward_pre_hook(take_statistics) for norm in norms]
     head, box_head, predictor = model.rpn.head, model.roi_heads.box_head, model.roi_heads.box_predictor
     maps = [block[0] for block in model.backbone.fpn.layer_blocks]
     spreads = dict.fromkeys([*maps, head.conv[0][0], box_head.fc6, box_head.fc7], 1.0)
@@ -325,7 +325,8 @@ def _calibrate(model: FasterRCNN, batch: Batch) -> None:
     predictor.cls_score.bias[0] += 8.0  # most proposals are background
 
 
-def _take_statistics(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+def take_statistics(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+    """Set mean and variance of a batch norm to those of its input; a forward pre-hook."""
     variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3))
     norm.running_mean, norm.running_var = mean, variance
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.ops import FrozenBatchNorm2d
 
+from fpn_det.benchmark.contestants import take_statistics
 from fpn_det.composition import compose
 from fpn_det.export.exported import ExportedDetector, ExportedFile
 from fpn_det.export.graph import Graph
@@ -87,7 +88,7 @@ def spread_out(model: Detector, example: Batch, grey: Batch) -> None:
     assert model.rpn is not None and model.roi_head is not None
     set_foldable(model, False)  # so that norms are called
     norms = [module for module in model.modules() if isinstance(module, FrozenBatchNorm2d | nn.BatchNorm2d)]
-    hooks = [norm.register_forward_pre_hook(_take_statistics) for norm in norms]
+    hooks = [norm.register_forward_pre_hook(take_statistics) for norm in norms]
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     for name, layer in layers:
         if layer.bias is not None and not name.startswith("rpn.head."):
@@ -131,10 +132,6 @@ def _teach(layer: nn.Module, objects: Tensor, background: Tensor) -> None:
     solution = torch.linalg.solve(square + square.diagonal().mean() * torch.eye(len(square)), inputs.T @ wanted)
     layer.weight.copy_(solution[:-1].T)
     layer.bias.copy_(solution[-1])
-
-
-def _take_statistics(norm: nn.Module, inputs: tuple[Tensor]) -> None:
-    norm.running_var, norm.running_mean = torch.var_mean(inputs[0], dim=(0, 2, 3))
 
 
 def _spreading(spread: float) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:

@@ -68,7 +68,8 @@ def load(source: Path, folder: Path | None, split: str) -> RawDataset:
     raw = RawDataset(file, base, image_list=image_list)
     raw.categories.extend({"id": number, "name": name} for number, name in enumerate(description.class_names))
     listings = FolderListings()
-    label_file_of = {path: _label_file(_existing(path, base, listings), listings) for path in files}
+    existing = {path: _existing(path, base, listings) for path in files}
+    label_file_of = {path: _label_file(existing[path], listings) for path in files}
     shared = _shared_label_files(label_file_of, listings)
     labeled: list[tuple[RawImage, str, list[list[float]]]] = []
     num_label_files = 0
@@ -85,8 +86,7 @@ def load(source: Path, folder: Path | None, split: str) -> RawDataset:
             rows = _read_labels(labels, raw)
         if rows is not None:
             name = os.path.relpath(os.path.abspath(path), base).replace(os.sep, "/")
-            size = image_size(_existing(path, base, listings))
-            labeled.append((raw.add_image(name, size), labels.name, rows))
+            labeled.append((raw.add_image(name, image_size(existing[path])), labels.name, rows))
     if not num_label_files:
         message = f"expected label files such as {label_file_of[files[0]]}, got none for {len(files)} image(s)"
         raw.findings.append(Finding("no_label_files", message, "warning"))
