@@ -230,7 +230,6 @@ BUILT = [
         "schedule=multistep schedule.milestones=[0.9,0.3]",
         "schedule.milestones: expected increasing fractions of the run, got [0.9, 0.3].",
     ),
-    ("schedule.warmup_steps=100", "schedule.warmup_steps: expected at most the length of the run (2 steps), got 100."),
     (
         "data.train_transforms.flip.p=2",
         "data.train_transforms.flip: albumentations.HorizontalFlip refuses its arguments: p Input should be less",

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fpn_det.runs.overview import compare_runs, find_runs, read_records, write_results
+from fpn_det.runs.overview import compare_runs, find_runs, write_results
+from fpn_det.runs.records import read_records
 
 
 def make_run(root: Path, name: str, config: str | bytes = "seed: 0\n", metrics: str = "") -> Path:

@@ -216,7 +216,7 @@ class RawDataset:
     def add_box(
         self,
         image: RawImage,
-        category_id: int | None,
+        category_id: int | float | None,
         corners: list[float],
         where: str,
         pixel_offset: int = 0,
@@ -227,13 +227,17 @@ class RawDataset:
 
         Args:
             image: its record.
-            category_id: None for a class without name.
+            category_id: None for a class without name, whose object is left out.
             corners: NaN for values that are no numbers; exchanged corners are put in order.
             where: file and line.
             pixel_offset: number of the first pixel. Equal corners are a slip of the mouse, not an object 1 px wide.
             ignore: flagged as difficult.
             stated: the corners as the file has them, to be shown if they are no numbers.
         """
+        if category_id is None:
+            message = "expected the name of a class, got none; left out"
+            self.findings.append(Finding("class_unknown", message, "error", image.id, image.file_name, where=where))
+            return
         x1, y1, x2, y2 = corners
         if x1 > x2 or y1 > y2:
             message = f"expected x1 <= x2 and y1 <= y2, got {x1:g}, {y1:g}, {x2:g}, {y2:g}; exchanged"

@@ -52,8 +52,8 @@ def show_data(config: ShowDataConfig, words: Sequence[str]) -> None:
     model = config.build_model(train.num_classes).to(device)
     loader = config.train_loader(train, model.stride, Ranks(), device)
     with RunLog(Path(config.output), Ranks()) as log:
-        log.begin(Pace(0, config.steps, loader.batch_size, 0))
-        for step in range(config.first_step, config.first_step + config.steps):
+        log.begin(Pace(0, config.steps, loader.batch_size, 0), bar=None)
+        for step in log.track(range(config.first_step, config.first_step + config.steps), "drawing"):
             sheets = [
                 sheet
                 for batch in loader.rebuild(step)

@@ -30,6 +30,7 @@ from torch.utils.tensorboard.summary import hparams
 from fpn_det.evaluation.coco import Evaluation
 from fpn_det.runs.bad_files import read_bad_files
 from fpn_det.runs.meters import Pace
+from fpn_det.runs.records import StepRecords
 from fpn_det.runs.step_lines import StepLines, clock, loss_text
 from fpn_det.runs.tags import tag_evaluation, tag_metrics, tag_steps
 from fpn_det.runs.trackers import LoggerName, Tracker, start_trackers
@@ -63,6 +64,7 @@ class RunLog:
             replace_unencodable(self._screen.file)
         self._writer: SummaryWriter | None = None
         self._trackers: dict[str, Tracker] = {}
+        self._records: StepRecords | None = None
         columns = (
             TextColumn("{task.description}"),
             BarColumn(None),
@@ -102,22 +104,31 @@ class RunLog:
             say(self._screen, text)
 
     def begin(
-        self, pace: Pace, loggers: Sequence[LoggerName] = ("tensorboard",), settings: Mapping[str, Any] | None = None
+        self,
+        pace: Pace,
+        loggers: Sequence[LoggerName] = ("tensorboard",),
+        settings: Mapping[str, Any] | None = None,
+        bar: str | None = "training",
     ) -> None:
-        """Open TensorBoard, trackers and the progress bar, at the start of training or after `pace.first_step` of a resumed run.
+        """Open `training.jsonl`, TensorBoard, trackers and the progress bar, at the start of training or after `pace.first_step` of a resumed run.
 
         Points of later steps, which an interrupted run may have written, are purged from the curves.
+
+        Args:
+            bar: title of the bar that `advance` moves; None shows none.
         """
         if self._screen is None:
             return
+        self._records = StepRecords(self.folder, pace.first_step)
         purge_step = pace.first_step + 1 if pace.first_step else None
         if "tensorboard" in loggers:
             self._writer = SummaryWriter(str(event_folder(self.folder)), purge_step=purge_step)
         self._trackers = start_trackers(loggers, self.folder, settings or {})
-        self._training = self._bar.add_task(
-            "training", total=pace.total_steps, completed=pace.first_step, note="", ends_at=None
-        )
-        self._bar.start()
+        if bar is not None:
+            self._training = self._bar.add_task(
+                bar, total=pace.total_steps, completed=pace.first_step, note="", ends_at=None
+            )
+            self._bar.start()
 
     def advance(self, step: int, pace: Pace) -> None:
         """Update the progress bar and its time left. Cheap enough to be called at every step."""
@@ -136,7 +147,7 @@ class RunLog:
         self._bar.remove_task(task)
 
     def train(self, step: int, values: Mapping[str, float], parts: Sequence[str], pace: Pace) -> None:
-        """Log what matters of a step as one line, and every value as a point of a curve.
+        """Log what matters of a step as one line, and every value as a point of a curve and in `training.jsonl`.
 
         Throughput since the previous call is added.
 
@@ -157,7 +168,10 @@ class RunLog:
                 "(data.reduced_decoding=train)."
             )
         bad_files = read_bad_files(self.folder)
-        self.scalars(step, tag_steps(values | ({"bad_files": len(bad_files)} if bad_files else {})))
+        tagged = tag_steps(values | ({"bad_files": len(bad_files)} if bad_files else {}))
+        if self._records is not None:
+            self._records.add(step, tagged)
+        self.scalars(step, tagged)
         if self._training is not None:
             self._bar.update(self._training, note=f"loss {loss_text(values['loss'])}")
 

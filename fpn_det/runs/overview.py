@@ -12,10 +12,10 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fpn_det.runs.best_metric import BestMetric
 from fpn_det.runs.folder import LOCK, NAN_DUMP, RunFolder
+from fpn_det.runs.records import read_records
 from fpn_det.runs.settings_diff import ABSENT, OF_A_START, Flat, affects_results, differing, read_settings
 from fpn_det.runs.step_lines import clock
 from fpn_det.terminal import printable, shorten
@@ -101,19 +101,6 @@ def _read_text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: expected UTF-8 text, got other bytes ({error.reason}).") from None
-
-
-def read_records(text: str) -> list[dict[str, Any]]:
-    """Parse the evaluations of `metrics.jsonl`. A line that a killed run left incomplete is skipped."""
-    records = []
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
 
 
 def is_locked(path: Path) -> bool:

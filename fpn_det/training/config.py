@@ -111,7 +111,7 @@ class TrainConfig(DetectorConfig):
     set_aside: bool = False  # rename an existing run_dir instead of refusing it
     logger: list[LoggerName] = field(
         default_factory=lambda: ["tensorboard"]
-    )  # where curves, images and settings go, besides metrics.jsonl; mlflow, wandb and trackio are extras
+    )  # where curves, images and settings go, besides metrics.jsonl and training.jsonl; mlflow, wandb and trackio are extras
     profile: bool = False  # record every operator of the run
 
     def __post_init__(self) -> None:

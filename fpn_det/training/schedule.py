@@ -20,23 +20,28 @@ class Schedule(ABC):
 
     # length of the run in steps
     steps: int
-    # None = a tenth of the run, at most 1000
+    # null = a tenth of the run, at most 1000; the same if the run is shorter than this
     warmup_steps: CountOrZero | None = None
     # factor at the start of the warm-up
     warmup_factor: Fraction = 0.001
 
-    def __post_init__(self) -> None:
-        if self.warmup_steps is not None and self.warmup_steps > self.steps:
-            raise ValueError(
-                f"schedule.warmup_steps: expected at most the length of the run ({self.steps} steps), got {self.warmup_steps}. "
-                "Train longer, or set it to null for a tenth of the run."
-            )
+    @property
+    def warmup(self) -> int:
+        """Length of the warm-up in steps. One that is longer than the run, as in a trial of a recipe, has the default length."""
+        if self.warmup_steps is None or self.warmup_steps > self.steps:
+            return min(1000, self.steps // 10)
+        return self.warmup_steps
+
+    def describe_warmup(self) -> str:
+        """One line, such as `warm-up over 50 steps`, with the setting where it is not followed."""
+        line = f"warm-up over {self.warmup} steps" if self.warmup else "no warm-up"
+        is_limited = self.warmup_steps is not None and self.warmup_steps > self.steps
+        return f"{line}: schedule.warmup_steps={self.warmup_steps} exceeds the run" if is_limited else line
 
     def factor(self, step: int) -> float:
         """The learning rate of `step`, counted from 0, as a fraction of the peak."""
         step = min(step, self.steps - 1)
-        warmup = min(1000, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
-        ramp = self.warmup_factor + (1 - self.warmup_factor) * step / warmup if step < warmup else 1.0
+        ramp = self.warmup_factor + (1 - self.warmup_factor) * step / self.warmup if step < self.warmup else 1.0
         return ramp * self.decay(step / self.steps)
 
     @abstractmethod
@@ -54,7 +59,6 @@ class MultiStep(Schedule):
     gamma: Fraction = 0.1
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if wrong := [milestone for milestone in self.milestones if not 0 < milestone < 1]:
             raise ValueError(f"schedule.milestones: expected fractions of the run, between 0 and 1, got {wrong}.")
         if list(self.milestones) != sorted(set(self.milestones)):

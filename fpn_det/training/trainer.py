@@ -165,7 +165,8 @@ class Trainer:
             **describe_tiles(self.train_loader.tiles, config.data.tile.size, config.tiling),
             "length": f"{self.total_steps} steps of {batch_size} {shown}: {self.total_steps / per_epoch:.3g} epochs "
             f"of {per_epoch} steps; {evaluations}",
-            "lr": self.recipe.describe_lr(batch_size, self.ranks.world_size, config.trainer.accumulate),
+            "lr": self.recipe.describe_lr(batch_size, self.ranks.world_size, config.trainer.accumulate)
+            + f"\n{self.optimization.schedule.describe_warmup()}",
             "folder": str(shown_path(path)),
             "watch": watch_command(path),
         }

@@ -266,7 +266,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...], bool]] = {
     "voc name missing": (
         "voc",
         edit("Annotations/a.xml", "<name>ant</name>", ""),
-        ("class_unknown", "a.xml object 1"),
+        ("class_unknown", "a.xml object 1: expected the name of a class, got none; left out"),
         False,
     ),
     "voc size differs": (
@@ -295,6 +295,12 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...], bool]] = {
         "yolo",
         edit("labels/train/a.txt", "1 0.75", "-1 0.75"),
         ("class_unknown", "a.txt line 2"),
+        False,
+    ),
+    "yolo class with a fraction": (
+        "yolo",
+        edit("labels/train/a.txt", "1 0.75", "1.5 0.75"),
+        ("class_unknown", "a.txt line 2: expected the id of a category, got category_id 1.5"),
         False,
     ),
     "yolo class by name": (
@@ -345,7 +351,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...], bool]] = {
     "csv class missing": (
         "csv",
         edit("train.csv", "30,40,ant", "30,40,"),
-        ("class_unknown", "train.csv line 2"),
+        ("class_unknown", "train.csv line 2: expected the name of a class, got none; left out"),
         False,
     ),
     "csv line too short": (

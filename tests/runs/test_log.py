@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -59,6 +60,33 @@ def test_log_shows_a_bar_on_a_terminal(tmp_path):
     shown = screen.file.getvalue()
     assert "10/20" in shown and "loss 0.5000" in shown and "0:00:00 left" in shown
     assert "\r" not in (tmp_path / "log.txt").read_text()
+
+
+def test_log_shows_no_bar_of_training_where_nothing_is_trained(tmp_path):
+    screen = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with RunLog(tmp_path, Ranks(), screen) as log:
+        log.begin(Pace(0, 2, 2, 0), bar=None)
+        assert list(log.track([1, 2], "drawing")) == [1, 2]
+    shown = screen.file.getvalue()
+    assert "drawing" in shown and "training" not in shown
+
+
+def test_log_keeps_the_values_of_steps_in_lines_of_json_that_a_resumed_run_continues(tmp_path):
+    def write(first: int, last: int, loss: float) -> None:
+        with RunLog(tmp_path, Ranks(), Console(file=io.StringIO())) as log:
+            pace = Pace(first, 10, 2, 0)
+            log.begin(pace, loggers=())
+            for step in range(first + 2, last + 1, 2):
+                log.train(step, {"loss": loss, "lr": 0.5, "rois/P2": float("nan")}, [], pace)
+
+    write(0, 6, loss=1.0)
+    file = tmp_path / "training.jsonl"
+    file.write_text(file.read_text() + '{"step": 8, "lo')  # of a killed run
+    write(4, 8, loss=0.25)
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(record["step"], record["loss/loss"]) for record in records] == [(2, 1.0), (4, 1.0), (6, 0.25), (8, 0.25)]
+    assert all(record["pyramid/rois/P2"] is None and record["lr"] == 0.5 for record in records)
+    assert "machine/images_per_s" in records[0]
 
 
 def test_log_of_another_rank_goes_to_its_own_file(tmp_path, capsys):

@@ -30,6 +30,22 @@ def test_warmup_is_a_tenth_of_the_run_and_at_most_1000(steps, warmup):
     assert all(schedule.factor(step) < 1 for step in range(warmup))
 
 
+@pytest.mark.parametrize(
+    "steps, stated, warmup, told",
+    [
+        (50, 50, 50, "warm-up over 50 steps"),  # exactly the run
+        (49, 50, 4, "warm-up over 4 steps: schedule.warmup_steps=50 exceeds the run"),
+        (9, 50, 0, "no warm-up: schedule.warmup_steps=50 exceeds the run"),
+        (9, 0, 0, "no warm-up"),
+    ],
+)
+def test_warmup_that_exceeds_the_run_has_the_default_length_and_says_so(steps, stated, warmup, told):
+    schedule = MultiStep(steps=steps, milestones=(), warmup_steps=stated)
+    factors = [schedule.factor(step) for step in range(steps)]
+    assert [factor < 1 for factor in factors] == [step < warmup for step in range(steps)]
+    assert schedule.describe_warmup() == told
+
+
 def test_schedule_holds_its_last_value():
     schedule = Cosine(steps=10)
     assert schedule.factor(9) == schedule.factor(10) == schedule.factor(1000)
@@ -41,10 +57,6 @@ def test_schedule_means_the_same_at_any_length():
 
 
 def test_schedule_refuses_what_cannot_be():
-    with pytest.raises(
-        ValueError, match=r"schedule.warmup_steps: expected at most the length of the run \(20 steps\), got 50"
-    ):
-        Cosine(steps=20, warmup_steps=50)
     with pytest.raises(
         ValueError, match=r"schedule.milestones: expected fractions of the run, between 0 and 1, got \[60000\]"
     ):

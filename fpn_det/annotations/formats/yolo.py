@@ -337,7 +337,7 @@ def _add_objects(
             x, y, w, h = box
             height, width = image.height or 0, image.width or 0
             corners = [(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height]
-            category_id = int(values[0]) if values[0] % 1 == 0 else None
+            category_id = int(values[0]) if values[0] % 1 == 0 else values[0]
             raw.add_box(image, category_id, corners, where)
 
 
