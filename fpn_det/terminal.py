@@ -93,14 +93,17 @@ def shown_path(path: Path) -> Path:
 
 
 def shorten(text: str, width: int) -> str:
-    """Return `text` in at most `width` terminal cells, without its middle: of a path, the file name says most."""
+    """Return `text` in at most `width` terminal cells, without its middle. The file name of a path is kept whole if it fits."""
     if cell_len(text) <= width:
         return text
     kept = width - len(GAP)
     if kept < 2:
         return set_cell_size(text, width)
-    head = kept // 4
-    return f"{set_cell_size(text, head)}{GAP}{set_cell_size(text[::-1], kept - head)[::-1]}"
+    tail = kept - kept // 4
+    name = cell_len(text[text.rfind("/") :]) if "/" in text else 0
+    if tail < name <= kept:
+        tail = name
+    return f"{set_cell_size(text, kept - tail)}{GAP}{set_cell_size(text[::-1], tail)[::-1]}"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from fpn_det.cli.arguments import fit_words, run_command
 from fpn_det.cli.declarations import as_word, declarations, describe_setting, experiments
 from fpn_det.cli.settings import describe_tree
 from fpn_det.composition import CONFIGS, compose
+from fpn_det.interop.catalog import PUBLISHED
 
 HEAVY = ("torch", "hydra", "omegaconf", "numpy")
 
@@ -181,6 +182,25 @@ def test_settings_are_listed_with_values_types_and_meanings(run_tool, monkeypatc
     text = capsys.readouterr().out
     assert re.search(r"trainer\.batch_size=4 .*images per step", text)
     assert "optimizer.base_batch_size=4" in text and "model.backbone.depth" not in text
+
+
+def test_settings_state_what_they_admit_without_a_look_into_the_source():
+    rows = dict(describe_tree(yaml.safe_load(compose(["roi_head=conv5"]).to_yaml())))
+    assert rows["data.on_error=fail"].endswith("(fail, fix or skip)")
+    assert rows["trainer.batch_size=16"].endswith("(a whole number at least 1 or auto)")
+    assert rows["optimizer.bias_weight_decay=null"].endswith("null: as for weights (a number at least 0 or null)")
+    assert rows["model.roi_head.pooler.canonical_size=224.0"].startswith("a box of this side, px,")  # of LevelAssigner
+    assert [row for row in rows.items() if re.search(r"\bNone\b|^see `", row[1])] == []
+
+
+def test_weights_are_listed_in_lines_of_eighty_characters(capsys, monkeypatch):
+    from fpn_det.cli.weights import main
+
+    monkeypatch.setattr(sys, "argv", ["fpn-det weights"])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("  https://") for line in lines) == len(PUBLISHED)  # whole, to be copied
+    assert all(len(line) <= 80 for line in lines if "/" not in line.strip()[:1] and "https://" not in line)
 
 
 @pytest.mark.parametrize(

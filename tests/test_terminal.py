@@ -68,6 +68,8 @@ def test_console_prints_tables_and_colors_without_foreign_escapes():
     [
         ("a/b.jpg", 7, "a/b.jpg"),
         ("/data/set/images/train/0001.jpg", 19, "/dat...ain/0001.jpg"),
+        ("/data/set/images/train/image_0001.jpg", 19, "/.../image_0001.jpg"),
+        ("/data/set/images/train/my_image_0001.jpg", 19, "/dat...age_0001.jpg"),  # the name does not fit
         ("/data/set/images/train/0001.jpg", 4, "/dat"),
         ("資料/資料/資料/資料/a.jpg", 15, "資 ... 料/a.jpg"),  # two cells a character
     ],

@@ -61,6 +61,7 @@ class Conversion:
 
     splits: Mapping[str, CheckedDataset]
     findings: list[Finding]
+    on_error: OnError
     remarks: list[str] = field(default_factory=list)
 
     def describe(self) -> str:
@@ -68,7 +69,8 @@ class Conversion:
         lines = [one_line(remark) for remark in self.remarks]
         reported = [finding for finding in self.findings if finding.severity != "note"]
         if reported:
-            lines.append(f"Found in the source:\n{describe_findings(reported)}")
+            outcome = {"fail": "", "fix": ", and repaired or left out", "skip": ", and left out"}[self.on_error]
+            lines.append(f"Found in the source{outcome}:\n{describe_findings(reported)}")
         for split, dataset in self.splits.items():
             annotations = dataset.annotations
             empty = int((annotations.boxes_per_image == 0).sum())
@@ -217,7 +219,7 @@ def _check(raws: Mapping[str, RawDataset], config: ConversionConfig) -> Conversi
             if not len(checked[one].annotations):
                 raise ValueError(f"{one}: expected images that {other} does not have, got none.")
     splits = {split: checked[split] for split in ("train", *reversed(HELD_OUT)) if split in checked}
-    return Conversion(splits, findings, remarks)
+    return Conversion(splits, findings, config.on_error, remarks)
 
 
 def _names(annotations: Annotations, folder: Path | None) -> list[str]:

@@ -38,9 +38,10 @@ class Declaration:
     meaning: str
 
     def describe(self) -> str:
-        """The meaning; the options where the type lists them and the meaning is missing."""
+        """The meaning in the words of a command line; the options where the type lists them and the meaning is missing."""
         options = re.search(r"Literal\[([^\]]*)\]", self.type)
-        return self.meaning or (options[1].replace("'", "") if options else "")
+        meaning = self.meaning or (options[1].replace("'", "") if options else "")
+        return re.sub(r"\bNone\b", "null", meaning)
 
 
 @cache
@@ -67,8 +68,16 @@ def declarations(class_path: str) -> dict[str, Declaration]:
     documented = _args_section(ast.get_docstring(node) or "")
     for item in _fields(node, source.splitlines()) if is_dataclass else _arguments(node):
         inherited = found[item.name].meaning if item.name in found else ""
-        found[item.name] = replace(item, meaning=item.meaning or documented.get(item.name, "") or inherited)
+        meaning = item.meaning or documented.get(item.name, "") or inherited
+        found[item.name] = replace(item, meaning=_followed(item.name, meaning, module, tree))
     return found
+
+
+def _followed(name: str, meaning: str, module: str, tree: ast.Module) -> str:
+    """`meaning`; where it is ``see `ResNet`.``, that of the argument of the same name there."""
+    reference = re.match(r"see `(\w+)`", meaning)
+    there = declarations(_resolve(reference[1], module, tree)).get(name) if reference else None
+    return there.meaning if there else meaning
 
 
 def _resolve(name: str, module: str, tree: ast.Module) -> str:

@@ -156,7 +156,7 @@ def format_rows(rows: Iterable[tuple[str, str]], left: int = 34) -> str:
     width = _width()
     lines = []
     for name, text in rows:
-        wrapped = textwrap.wrap(text, width - left) or [""]
+        wrapped = textwrap.wrap(text, width - left, break_on_hyphens=False) or [""]
         if len(name) > left - 4:
             lines.append(f"  {name}")
         else:

@@ -11,9 +11,11 @@ Examples:
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import is_dataclass
+from typing import Any, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
 
@@ -21,6 +23,7 @@ from fpn_det.cli.declarations import as_word, class_of_field, declarations
 from fpn_det.cli.help import TRAIN_CONFIG, format_rows
 from fpn_det.cli.launch import USER_ERRORS, end_with
 from fpn_det.composition import compose
+from fpn_det.schema import describe
 
 
 def main() -> None:
@@ -49,7 +52,7 @@ def describe_tree(
         prefix: dotted name of the section, with a dot at its end.
         outer: meaning of the section, for settings without a declaration of their own.
     """
-    declared = declarations(class_path)
+    declared, hints = declarations(class_path), _hints(class_path)
     for name, value in tree.items():
         if name == "_partial_":
             continue
@@ -60,5 +63,14 @@ def describe_tree(
         else:
             item = declared.get(name)
             meaning = "class of this part" if name == "_target_" else item.describe() if item else outer
-            kind = f" ({item.type})" if item and item.type else ""
+            kind = f" ({describe(hints[name])})" if item and name in hints else ""
             yield f"{prefix}{name}={as_word(value)}", f"{meaning}{kind}".strip()
+
+
+def _hints(class_path: str) -> dict[str, Any]:
+    """Type hints of the fields or arguments of a class; none for one that is not declared in this package."""
+    module, _, name = class_path.rpartition(".")
+    if not declarations(class_path):
+        return {}
+    kind = getattr(importlib.import_module(module), name)
+    return get_type_hints(kind if is_dataclass(kind) else kind.__init__, include_extras=True)

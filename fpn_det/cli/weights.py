@@ -18,7 +18,7 @@ from fpn_det.terminal import standard_console
 
 
 def main() -> None:
-    """Print the table, and below it where each file comes from and is kept."""
+    """Print the table, and below it the folder that keeps the files and where each comes from."""
     if words := sys.argv[1:]:
         print(f"command line: expected no options, got '{words[0]}'. Leave it out.", file=sys.stderr)
         sys.exit(2)
@@ -31,6 +31,7 @@ def main() -> None:
         table.add_row(name, f"{item.ap:.1f}", str(item.megabytes), item.licence, digits, here)
     console = standard_console()
     console.print(table)
-    print("\nAP is what their projects state. Files:")
+    folders = {str(item.path.parent) for item in PUBLISHED.values()}
+    print(f"\nAP is what their projects state. Files are kept in\n  {', '.join(folders)}\nand fetched from")
     for item in PUBLISHED.values():
-        print(f"  {item.url}\n    -> {item.path}")
+        print(f"  {item.url}")

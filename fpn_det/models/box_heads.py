@@ -61,7 +61,7 @@ class ConvHead(BoxHead):
         bins: per side.
         num_convs, conv_channels: number and width of the convolutions.
         width: of the hidden layer, and of the output.
-        norm: after each convolution, one of `layers.NORMS`; None = none, with bias.
+        norm: after each convolution; None = none, and a bias.
     """
 
     def __init__(

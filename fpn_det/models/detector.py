@@ -39,7 +39,7 @@ class Detector(nn.Module):
             trained, and its proposals are the detections, all of label 0. Without an RPN the ROI head is trained on the
             proposals of the batch (Fast R-CNN).
         pixel_mean, pixel_std: by channel, in `channel_order`, in units of the pixels; None = those of the backbone for three
-            channels, else to be given by `set_normalization`.
+            channels, else measured on the training images (`set_normalization`).
         channel_order: of the backbone's weights, `rgb` or `bgr`; batches of three channels are always RGB.
         channels_last: memory format of the maps; None = channels last for detection on the CPU, where training was
             measured to be slower with it, and for half precision on a GPU.

@@ -69,7 +69,7 @@ class ResNet(torchvision_resnet.ResNet, Backbone):
         depth: 18, 34, 50 or 101.
         weights: `torchvision/IMAGENET1K_V1` or `V2`, `timm/<name>` such as timm/resnet50.a1_in1k, `pip/<package>`, the path
             of a ResNet state dict, or None for random ones.
-        norm: one of `layers.NORMS`; None = frozen with pretrained weights, batch without.
+        norm: None = frozen with pretrained weights, batch without.
         frozen_stages: the first of stem, C2, C3, C4, C5 that are not trained; None = 2 with pretrained weights for three
             channels, else 0.
         stride_in_1x1: stride on a bottleneck's first convolution, as in the original weights of MSRA; else on its 3x3.
@@ -77,7 +77,7 @@ class ResNet(torchvision_resnet.ResNet, Backbone):
         deformable: stages whose 3x3 convolutions (of a basic block the second) are deformable, such as [3, 4, 5].
         stochastic_depth: rate at which the last block is skipped in training; it grows linearly from 0 (Huang et al. 2016).
             Random draws are those of torch's generator, which training seeds from (seed, step, rank).
-        in_channels: of the images. Pretrained weights of three are adapted, see `widen_input`.
+        in_channels: of the images. Pretrained weights of three are adapted (`widen_input`).
 
     Raises:
         ValueError: unknown depth or norm, stages out of range, or a deformable stage that is frozen.

@@ -24,7 +24,7 @@ class ProposalFilter:
         post_nms: best boxes per image that are kept after it.
         nms_iou: suppression threshold, within a level.
         min_side: smallest width and height of a clipped box, px; boxes without area are always left out.
-        nms_method: see `nms_keep`.
+        nms_method: implementation of suppression, all with the same result; `auto` takes the faster one on the device.
     """
 
     pre_nms: Count
@@ -64,7 +64,7 @@ class DetectionFilter:
         nms_iou: suppression threshold, within a class.
         max_detections: D, per image.
         min_side: smallest width and height of a clipped box, px.
-        nms_method: see `nms_keep`.
+        nms_method: implementation of suppression, all with the same result; `auto` takes the faster one on the device.
     """
 
     score_threshold: Fraction = 0.05

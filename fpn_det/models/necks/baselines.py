@@ -19,8 +19,9 @@ class BottomUp(Neck):
     Args:
         in_channels, in_strides: of the backbone's maps, fine to coarse.
         channels: width of every level.
-        norm: after each convolution, one of `layers.NORMS`; None = none, with bias.
-        extra_levels, extra_method: coarser levels on top, for the RPN; see `ExtraLevels`.
+        norm: after each convolution; None = none, and a bias.
+        extra_levels: number of coarser levels on top, for the RPN.
+        extra_method: `subsample` takes every second cell, `max_pool` the largest of 3x3, `conv` a strided 3x3 convolution.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class TopDownOnly(Neck):
     Args:
         in_channels, in_strides: of the backbone's maps, fine to coarse.
         channels: width of every level.
-        norm: after each convolution, one of `layers.NORMS`; None = none, with bias.
+        norm: after each convolution; None = none, and a bias.
         upsampling: `nearest` or `bilinear`.
-        extra_levels, extra_method: coarser levels on top, for the RPN; see `ExtraLevels`.
+        extra_levels: number of coarser levels on top, for the RPN.
+        extra_method: `subsample` takes every second cell, `max_pool` the largest of 3x3, `conv` a strided 3x3 convolution.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class FinestLevel(Neck):
     Args:
         in_channels, in_strides: of the backbone's maps, fine to coarse.
         channels: width.
-        norm: after each convolution, one of `layers.NORMS`; None = none, with bias.
+        norm: after each convolution; None = none, and a bias.
         merge, upsampling: see `FPN`.
     """
 
@@ -123,7 +125,7 @@ class SingleMap(Neck):
         in_channels, in_strides: of the backbone's maps, fine to coarse.
         level: the map, C2 to C5. The backbone is truncated after it.
         channels: width, by a 1x1 and a 3x3 convolution as in the FPN; None = the map unchanged.
-        norm: after each convolution, one of `layers.NORMS`; None = none, with bias.
+        norm: after each convolution; None = none, and a bias.
     """
 
     def __init__(
@@ -162,7 +164,7 @@ class FeatureHierarchy(Neck):
         first: the finest map used, C2 to C5. C3 has the stride of SSD's conv4_3.
         num_levels: of the pyramid.
         channels: width of every level.
-        norm: after each convolution, one of `layers.NORMS`; None = none, with bias.
+        norm: after each convolution; None = none, and a bias.
     """
 
     def __init__(

@@ -19,9 +19,10 @@ class BiFPN(Neck):
     Args:
         in_channels, in_strides: of the backbone's maps, fine to coarse.
         channels: width of every level.
-        norm: after each convolution, one of `layers.NORMS`; None = none, with bias.
+        norm: after each convolution; None = none, and a bias.
         repeats: number of layers.
-        extra_levels, extra_method: coarser levels on top; see `ExtraLevels`.
+        extra_levels: number of coarser levels on top.
+        extra_method: `subsample` takes every second cell, `max_pool` the largest of 3x3, `conv` a strided 3x3 convolution.
     """
 
     def __init__(

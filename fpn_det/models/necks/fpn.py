@@ -19,10 +19,11 @@ class FPN(Neck):
     Args:
         in_channels, in_strides: of the backbone's maps, fine to coarse.
         channels: width of every level.
-        norm: after each convolution, one of `layers.NORMS`; None = none, with bias.
+        norm: after each convolution; None = none, and a bias.
         merge: `sum`, or `average` of a lateral and what comes from above.
         upsampling: `nearest` or `bilinear`.
-        extra_levels, extra_method: coarser levels on top, for the RPN; see `ExtraLevels`.
+        extra_levels: number of coarser levels on top, for the RPN.
+        extra_method: `subsample` takes every second cell, `max_pool` the largest of 3x3, `conv` a strided 3x3 convolution.
     """
 
     def __init__(
