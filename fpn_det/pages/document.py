@@ -35,6 +35,7 @@ pre { padding: .6rem .8rem; white-space: pre-wrap } pre code { padding: 0 }
 td, th { padding: .2rem .8rem .2rem 0; text-align: right; vertical-align: top; white-space: nowrap; overflow-wrap: normal }
 td:first-child, th:first-child { text-align: left } td:first-child { white-space: normal; overflow-wrap: break-word; min-width: 6rem }
 td.text, th.text, table.markdown td, table.markdown th { text-align: left }
+td:has(> code) { white-space: normal; overflow-wrap: anywhere; min-width: 12rem }
 th { color: var(--soft); font-weight: 600 } table.sortable th { cursor: pointer; text-decoration: underline dotted }
 .count { display: inline-block; min-width: 3.2em }
 .bar { display: inline-block; width: var(--bar); height: .8rem; vertical-align: middle; background:
