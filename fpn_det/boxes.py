@@ -14,6 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fpn_det.caching import LastResults
+
 MAX_LOG_SCALE = math.log(1000 / 16)  # a predicted box is at most 62.5 times as wide or high as its anchor
 
 
@@ -75,6 +77,7 @@ class BoxCoder:
     def __post_init__(self) -> None:
         if len(self.weights) != 4 or min(self.weights) <= 0:
             raise ValueError(f"coder.weights: expected four positive numbers, got {list(self.weights)}.")
+        object.__setattr__(self, "_weights", LastResults())  # no field, because it is no setting
 
     def encode(self, boxes: Tensor, references: Tensor) -> Tensor:
         """Encode boxes [..., 4] as deltas [..., 4] of reference boxes.
@@ -87,16 +90,27 @@ class BoxCoder:
             (dx, dy) in reference widths and heights, (dw, dh) as natural logs of the side ratios, times `weights`.
         """
         size, reference_size = boxes[..., 2:] - boxes[..., :2], references[..., 2:] - references[..., :2]
-        shift = (boxes[..., :2] + 0.5 * size - references[..., :2] - 0.5 * reference_size) / reference_size
-        deltas = (*shift.unbind(-1), *torch.log(size / reference_size).unbind(-1))
-        return torch.stack([delta * weight for delta, weight in zip(deltas, self.weights, strict=True)], dim=-1)
+        shift = torch.add(boxes[..., :2], size, alpha=0.5) - references[..., :2]
+        shift = torch.sub(shift, reference_size, alpha=0.5) / reference_size
+        deltas = torch.cat([shift, torch.log(size / reference_size)], dim=-1)
+        return deltas if self._is_unit else deltas * self._weights_on(deltas.device)
 
     def decode(self, deltas: Tensor, references: Tensor) -> Tensor:
         """Decode deltas [..., 4] of reference boxes [..., 4] to boxes [..., 4], float32."""
-        # Python numbers, because a tensor of weights would have to be copied to the device
-        dx, dy, dw, dh = (delta / weight for delta, weight in zip(deltas.float().unbind(-1), self.weights, strict=True))
+        deltas = deltas.float() if self._is_unit else deltas.float() / self._weights_on(deltas.device)
+        shift, log_scale = deltas.split(2, dim=-1)
         size = references[..., 2:] - references[..., :2]
-        center = references[..., :2] + 0.5 * size + torch.stack([dx, dy], dim=-1) * size
-        log_scale = torch.stack([dw, dh], dim=-1).clamp(self.min_log_scale, MAX_LOG_SCALE)
-        half = 0.5 * torch.exp(log_scale) * size
-        return torch.cat([center - half, center + half], dim=-1)
+        center = torch.add(references[..., :2], size, alpha=0.5) + shift * size
+        size = torch.exp(log_scale.clamp(self.min_log_scale, MAX_LOG_SCALE)) * size
+        return torch.cat([torch.sub(center, size, alpha=0.5), torch.add(center, size, alpha=0.5)], dim=-1)
+
+    @property
+    def _is_unit(self) -> bool:
+        return all(weight == 1 for weight in self.weights)
+
+    def _weights_on(self, device: torch.device) -> Tensor:
+        def make() -> Tensor:
+            # filled on the device, because a copy from the host blocks
+            return torch.stack([torch.full((), float(weight), device=device) for weight in self.weights])
+
+        return self._weights.get(device, make)  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ RANKS = {
     **dict.fromkeys(
         [
             "structures",
-            "boxes",
+            "caching",
             "runtime",
             "array_io",
             "image_io",
@@ -29,7 +29,7 @@ RANKS = {
         0,
     ),
     "weight_files": 0,
-    **dict.fromkeys(["errors", "image_io"], 1),
+    **dict.fromkeys(["errors", "image_io", "boxes"], 1),
     "schema": 2,
     "annotations": 3,
     **dict.fromkeys(["models", "data"], 4),

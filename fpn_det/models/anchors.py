@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fpn_det.models.caching import LastResults
+from fpn_det.caching import LastResults
 from fpn_det.schema import Positive
 
 

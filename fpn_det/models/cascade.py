@@ -118,10 +118,11 @@ class CascadeROIHead(ROIHead):
         """Losses of every stage: `roi_class` and `roi_box` of the first, `roi_class_2` and `roi_box_2` of the second, ..."""
         sampled = self.sample(proposals, batch, step)
         terms: dict[str, Tensor] = {}
-        statistics = self._statistics(sampled.boxes, sampled.sample)
+        levels = self.pooler.assigner(sampled.boxes)
+        statistics = self._statistics(levels, sampled.sample)
         for number, stage in enumerate(self.stages, start=1):
             suffix = "" if number == 1 else f"_{number}"
-            pooled = scale_gradient(self.pooler(pyramid, sampled.boxes), 1 / len(self.stages))
+            pooled = scale_gradient(self.pooler(pyramid, sampled.boxes, levels), 1 / len(self.stages))
             logits, deltas = predict(pooled, sampled.sample.valid, stage.box_head, stage.predictor)
             cls_loss, box_loss = self.compare(logits, deltas, sampled, stage.predictor)
             terms |= {f"roi_class{suffix}": cls_loss, f"roi_box{suffix}": box_loss}
@@ -129,6 +130,7 @@ class CascadeROIHead(ROIHead):
             if number < len(self.stages):
                 boxes, valid = refine(deltas, sampled.boxes, sampled.sample.valid, stage.predictor.coder, batch)
                 sampled = self.stages[number].match(boxes, valid, batch.targets)
+                levels = self.pooler.assigner(sampled.boxes)
         return Losses(terms, statistics)
 
     @torch.no_grad()

@@ -120,9 +120,10 @@ class DynamicROIHead(ROIHead):
         if self.training:
             iou = self.iou_of_rank(proposals, batch.targets)
             self.dynamics.add(iou, *self.error_of_rank(sampled), step)
-        logits, deltas = self._predict(pyramid, sampled.boxes, sampled.sample.valid)
+        levels = self.pooler.assigner(sampled.boxes)
+        logits, deltas = self._predict(pyramid, sampled.boxes, sampled.sample.valid, levels)
         cls_loss, box_loss = self.compare(logits, deltas, sampled, self.predictor)
-        statistics = self._statistics(sampled.boxes, sampled.sample)
+        statistics = self._statistics(levels, sampled.sample)
         statistics |= {"dynamic/iou": self.dynamics.iou.clone(), "dynamic/beta": self.dynamics.beta.clone()}
         return Losses({"roi_class": cls_loss, "roi_box": box_loss}, statistics)
 

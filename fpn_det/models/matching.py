@@ -5,6 +5,8 @@ Everything here has a fixed shape and asks the device nothing: no candidate is p
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fpn_det.boxes import box_iou
-from fpn_det.models.caching import LastResults
+from fpn_det.caching import LastResults
 from fpn_det.schema import Count, CountOrZero, Fraction
 from fpn_det.structures import Match, Sample, Targets
 
@@ -54,9 +56,7 @@ class Matcher:
             images = slice(start, start + images_at_once)
             boxes, valid = targets.boxes[images], targets.valid[images]
             matches.append(self._match(boxes, valid, candidates[images], allowed[images], candidates_at_once))
-        if len(matches) == 1:
-            return Match(*matches[0])
-        return Match(*(torch.cat(parts) for parts in zip(*matches, strict=True)))
+        return Match(*(_joined(parts, dim=0) for parts in zip(*matches, strict=True)))
 
     def _match(
         self, gt_boxes: Tensor, gt_valid: Tensor, candidates: Tensor, allowed: Tensor, candidates_at_once: int
@@ -72,21 +72,21 @@ class Matcher:
             if self.allow_low_quality_matches:
                 box_bests.append(iou.amax(dim=2))
                 masks.append(iou == box_bests[-1][..., None])
-        best_iou = torch.cat([values for values, _ in best], dim=1)  # -1 for images without boxes
-        matched_idxs = torch.cat([idxs for _, idxs in best], dim=1)
+        best_iou = _joined([values for values, _ in best], dim=1)  # -1 for images without boxes
+        matched_idxs = _joined([idxs for _, idxs in best], dim=1)
         positive = best_iou >= self.positive_iou
+        negative = (best_iou < self.negative_iou) & allowed
         if self.allow_low_quality_matches:
-            box_best = torch.stack(box_bests).amax(dim=0)  # [B, G]
+            box_best = functools.reduce(torch.maximum, box_bests)  # [B, G]
             eligible = gt_valid & self.is_eligible(box_best)
             low_quality, reassigned = [], []
             for (_, part_idxs), part_best, is_best in zip(best, box_bests, masks, strict=True):
                 is_best &= (eligible & (part_best == box_best))[..., None]
                 low_quality.append(is_best.any(dim=1))
                 reassigned.append(self.reassign(part_idxs, is_best))
-            positive = positive | torch.cat(low_quality, dim=1)
-            matched_idxs = torch.cat(reassigned, dim=1)
-        positive = positive & allowed
-        negative = (best_iou < self.negative_iou) & allowed & ~positive
+            positive = (positive | _joined(low_quality, dim=1)) & allowed
+            negative = negative & ~positive
+            matched_idxs = _joined(reassigned, dim=1)
         return positive, negative, matched_idxs
 
     def is_eligible(self, best_iou: Tensor) -> Tensor:
@@ -100,6 +100,10 @@ class Matcher:
             is_best: whether each candidate is a best one of each box [B, G, M'].
         """
         return matched_idxs
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 @dataclass(frozen=True)
@@ -134,15 +138,15 @@ class Sampler:
         keys = random_keys(self.seed, step, indices, *hashes)
         num_slots = min(self.num_samples, keys.shape[1])
         max_positives = min(int(self.num_samples * self.positive_fraction), keys.shape[1])
-        positive_keys, positive_idxs = torch.where(match.positive, keys, -1).topk(max_positives)
-        negative_keys, negative_idxs = torch.where(match.negative, keys, -1).topk(num_slots)
-        num_positives = (positive_keys >= 0).sum(dim=1, keepdim=True)
-        num_negatives = (negative_keys >= 0).sum(dim=1, keepdim=True)
+        kinds = torch.stack([match.positive, match.negative], dim=1)  # [B, 2, M]
+        best, idxs = torch.where(kinds, keys[:, None], -1).topk(num_slots)
+        num_positives, num_negatives = (best >= 0).sum(dim=2, keepdim=True).unbind(1)
+        num_positives = num_positives.clamp(max=max_positives)
         slots = torch.arange(num_slots, device=keys.device).expand(len(keys), -1)
         positive = slots < num_positives
         # slot s holds the s-th positive, then negative number s - num_positives
-        source = torch.where(positive, slots, max_positives + slots - num_positives)
-        idxs = torch.cat([positive_idxs, negative_idxs], dim=1).gather(1, source)
+        source = torch.where(positive, slots, slots + (num_slots - num_positives))
+        idxs = idxs.flatten(1).gather(1, source)
         return Sample(idxs, positive, slots < num_positives + num_negatives)
 
 

@@ -61,7 +61,7 @@ def _suppress(
     if not valid.numel():
         return torch.zeros_like(valid)
     suppress = _batched if batched else _per_group
-    return suppress(boxes, scores.masked_fill(~valid, -torch.inf), valid, iou_threshold, labels) & valid
+    return suppress(boxes, torch.where(valid, scores, -torch.inf), valid, iou_threshold, labels) & valid
 
 
 # As one operator, which a compiled graph contains without a break, and which has a fake implementation for tracing.

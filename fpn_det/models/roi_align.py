@@ -7,7 +7,6 @@ images are pooled in one call, without a loop over levels and without scatter.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,41 +14,30 @@ import torchvision
 from torch import Tensor
 
 from fpn_det.boxes import box_area
-from fpn_det.models.caching import LastResults
+from fpn_det.caching import LastResults
 from fpn_det.schema import Count, CountOrZero, Positive
 from fpn_det.structures import Pyramid
 
 
-class Geometry(NamedTuple):
-    """Position and shape of each level in the table of cells; [L] each, i64, on the pyramid's device."""
-
-    start: Tensor  # first row
-    height: Tensor
-    width: Tensor
-    stride: Tensor
-
-
-class GeometryCache:
-    """Makes the geometry of a pyramid once for each shape."""
+class Geometry:
+    """Position and shape of the levels in the table of cells, made once for each shape."""
 
     def __init__(self) -> None:
-        self._results: LastResults[Geometry] = LastResults()
+        self._results: LastResults[Tensor] = LastResults()
 
-    def __call__(self, pyramid: Pyramid, num_levels: int) -> Geometry:
-        """The geometry of the first `num_levels` levels."""
-        device, shapes = pyramid.levels[0].device, pyramid.shapes[:num_levels]
-        columns = (
-            tuple(pyramid.starts[:num_levels]),
-            tuple(height for height, _ in shapes),
-            tuple(width for _, width in shapes),
-            tuple(pyramid.strides[:num_levels]),
-        )
+    def __call__(self, pyramid: Pyramid, num_levels: int) -> Tensor:
+        """(first row, stride, width, height) of the first `num_levels` levels: [L, 4], i64, on the pyramid's device."""
+        device = pyramid.levels[0].device
+        rows = tuple(
+            (start, stride, width, height)
+            for start, stride, (height, width) in zip(pyramid.starts, pyramid.strides, pyramid.shapes, strict=True)
+        )[:num_levels]
 
-        def make() -> Geometry:
+        def make() -> Tensor:
             # filled on the device, because a copy from the host blocks
-            return Geometry(*(torch.stack([torch.full((), each, device=device) for each in row]) for row in columns))
+            return torch.stack([torch.stack([torch.full((), each, device=device) for each in row]) for row in rows])
 
-        return self._results.get((columns, device), make)
+        return self._results.get((rows, device), make)
 
 
 class LevelAssigner:
@@ -123,22 +111,27 @@ class RoIAlign:
         self.sampling_ratio = sampling_ratio
         self.aligned = aligned
         self.method = method
-        self._geometry = GeometryCache()
+        self._geometry = Geometry()
         self.assigner = self.assigner_class(strides, canonical_size, canonical_level)
 
-    def __call__(self, pyramid: Pyramid, boxes: Tensor) -> Tensor:
-        """Pool boxes [B, R, 4] (input px) of each image: [B * R, C, output_size, output_size], float32."""
+    def __call__(self, pyramid: Pyramid, boxes: Tensor, levels: Tensor | None = None) -> Tensor:
+        """Pool boxes [B, R, 4] (input px) of each image: [B * R, C, output_size, output_size], float32.
+
+        Args:
+            levels: [B, R], what `assigner` gives for these boxes, if it is known.
+        """
         assert pyramid.strides[: len(self.strides)] == self.strides, "pooling from other levels than declared"
         with torch.autocast(boxes.device.type, enabled=False):
             pool = self._table if self.method == "table" else self._torchvision
-            return pool(pyramid, boxes, self.assigner(boxes))
+            return pool(pyramid, boxes, self.assigner(boxes) if levels is None else levels)
 
     def _table(self, pyramid: Pyramid, boxes: Tensor, levels: Tensor) -> Tensor:
         cells = pyramid.cells
         num_images, num_cells, channels = cells.shape
-        start, height, width, stride = (value[levels] for value in self._geometry(pyramid, len(self.strides)))
+        geometry = self._geometry(pyramid, len(self.strides))[levels]  # [B, R, 4]
+        start, stride, width, _ = geometry.unbind(-1)
         first_row = start + torch.arange(num_images, device=boxes.device)[:, None] * num_cells
-        cell_xy, weight_xy = self._points(boxes / stride[..., None], torch.stack([width, height], dim=-1))
+        cell_xy, weight_xy = self._points(boxes / stride[..., None], geometry[..., 2:])
         (x, y), (x_weight, y_weight) = cell_xy.unbind(2), weight_xy.unbind(2)
         rows = first_row[..., None, None] + y * width[..., None, None]
         # [B, R, bins_y, 1, 2 * points, 1] and [B, R, 1, bins_x, 1, 2 * points] -> one bag of rows per bin
@@ -164,14 +157,15 @@ class RoIAlign:
         extent = high - low if self.aligned else (high - low).clamp(min=1)
         low = low - 0.5 if self.aligned else low
         num_points = self.output_size * self.sampling_ratio
-        steps = (torch.arange(num_points, device=low.device) + 0.5) / num_points
+        steps = torch.arange(0.5, num_points, device=low.device) / num_points
         limit = limits[..., None]
+        last = limit - 1
         point = low[..., None] + steps * extent[..., None]
         inside = (point >= -1) & (point <= limit)
-        point = torch.minimum(point.clamp(min=0), limit - 1)
-        cell = point.floor().long()  # proposals are finite
+        point = torch.minimum(point.clamp(min=0), last)
+        cell = point.long()  # its floor; proposals are finite
         fraction = point - cell
-        cells = torch.stack([cell, torch.minimum(cell + 1, limit - 1)], dim=-1)
+        cells = torch.stack([cell, torch.minimum(cell + 1, last)], dim=-1)
         weights = torch.stack([1 - fraction, fraction], dim=-1) * (inside / self.sampling_ratio)[..., None]
         shape = (*low.shape, self.output_size, 2 * self.sampling_ratio)
         return cells.reshape(shape), weights.reshape(shape)
@@ -195,24 +189,29 @@ class RoIAlign:
         return pooled
 
 
-def gather_neighborhoods(pyramid: Pyramid, geometry: Geometry, cell_idxs: Tensor) -> Tensor:
-    """The 3x3 cells around each of `cell_idxs` [B, S], which are the input of a 3x3 convolution with padding 1.
+class Neighborhoods:
+    """Gathers the 3x3 cells around single cells, which are the input of a 3x3 convolution with padding 1."""
 
-    Args:
-        geometry: of all levels of the pyramid.
+    def __init__(self) -> None:
+        self._rows: LastResults[Tensor] = LastResults()
 
-    Returns:
-        [B, S, 9 * C], float32, row by row, channels innermost; zero outside the map.
-    """
-    level = torch.searchsorted(geometry.start, cell_idxs, right=True) - 1
-    start, height, width, _ = (value[level][..., None] for value in geometry)
-    cell = cell_idxs[..., None] - start
-    around = torch.arange(9, device=cell_idxs.device)
-    y = cell // width + around // 3 - 1
-    x = cell % width + around % 3 - 1
-    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)  # [B, S, 9]
-    num_images, num_cells, _ = pyramid.cells.shape
-    image = torch.arange(num_images, device=cell_idxs.device)[:, None, None] * num_cells
-    rows = image + start + torch.where(inside, y * width + x, 0)
-    values = F.embedding(rows, pyramid.cells.flatten(0, 1))
-    return torch.where(inside[..., None], values, 0.0).flatten(2)
+    def __call__(self, pyramid: Pyramid, cell_idxs: Tensor) -> Tensor:
+        """The cells around each of `cell_idxs` [B, S]: [B, S, 9 * C], float32, row by row, channels innermost; zero outside the map."""
+        device, shapes = cell_idxs.device, tuple(pyramid.shapes)
+        rows = self._rows.get((shapes, device), lambda: _neighbors(shapes, device))[cell_idxs]  # [B, S, 9]
+        num_images, num_cells, _ = pyramid.cells.shape
+        first_row = torch.arange(num_images, device=device)[:, None, None] * num_cells
+        values = F.embedding(first_row + rows.clamp(min=0), pyramid.cells.flatten(0, 1))
+        return torch.where((rows >= 0)[..., None], values, 0.0).flatten(2)
+
+
+def _neighbors(shapes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """Rows [N, 9] of the 3x3 cells around each cell of an image in its table, i32; -1 outside the map."""
+    tables, start = [], 0
+    for height, width in shapes:
+        stop = start + height * width
+        rows = torch.arange(start, stop, dtype=torch.int32, device=device).view(height, width)
+        around = F.pad(rows, (1, 1, 1, 1), value=-1).unfold(0, 3, 1).unfold(1, 3, 1)  # [H, W, 3, 3]
+        tables.append(around.reshape(-1, 9))
+        start = stop
+    return torch.cat(tables)

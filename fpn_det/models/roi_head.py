@@ -119,9 +119,10 @@ class ROIHead(nn.Module):
     def losses(self, pyramid: Pyramid, proposals: Proposals, batch: Batch, step: int | Tensor) -> Losses:
         """Losses `roi_class` of the sampled boxes and `roi_box` of the positive ones."""
         sampled = self.sample(proposals, batch, step)
-        logits, deltas = self._predict(pyramid, sampled.boxes, sampled.sample.valid)
+        levels = self.pooler.assigner(sampled.boxes)
+        logits, deltas = self._predict(pyramid, sampled.boxes, sampled.sample.valid, levels)
         cls_loss, box_loss = self.compare(logits, deltas, sampled, self.predictor)
-        return Losses({"roi_class": cls_loss, "roi_box": box_loss}, self._statistics(sampled.boxes, sampled.sample))
+        return Losses({"roi_class": cls_loss, "roi_box": box_loss}, self._statistics(levels, sampled.sample))
 
     def sample(self, proposals: Proposals, batch: Batch, step: int | Tensor) -> SampledBoxes:
         """The boxes of the loss: a sample of the proposals and, with `sampler.add_gt`, of the ground truth."""
@@ -178,20 +179,24 @@ class ROIHead(nn.Module):
         """The detections among all candidates; see `DetectionFilter`."""
         return self.test_filter(candidates, batch)
 
-    def _predict(self, pyramid: Pyramid, boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(
+        self, pyramid: Pyramid, boxes: Tensor, valid: Tensor, levels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Class logits [B, R, K + 1] and deltas [B, R, K or 1, 4] of boxes [B, R, 4]; at least those `valid` [B, R]."""
-        return predict(self.pooler(pyramid, boxes), valid, self.box_head, self.predictor)
+        return predict(self.pooler(pyramid, boxes, levels), valid, self.box_head, self.predictor)
 
     @torch.no_grad()
-    def _statistics(self, boxes: Tensor, sample: Sample) -> dict[str, Tensor]:
-        """Sampled boxes and positives of each level, per image."""
+    def _statistics(self, levels: Tensor, sample: Sample) -> dict[str, Tensor]:
+        """Sampled boxes, which are pooled from `levels` [B, S], and positives of each level, per image."""
         assigner = self.pooler.assigner
-        here = assigner(boxes)[..., None] == torch.arange(assigner.num_levels, device=boxes.device)  # [B, S, L]
-        statistics: dict[str, Tensor] = {}
-        for name, mask in (("rois", sample.valid), ("positives", sample.positive)):
-            per_level = (here & mask[..., None]).sum((0, 1)) / len(boxes)
-            statistics |= {f"{name}/P{assigner.first + index}": count for index, count in enumerate(per_level)}
-        return statistics
+        here = levels[..., None] == torch.arange(assigner.num_levels, device=levels.device)  # [B, S, L]
+        kinds = torch.stack([sample.valid, sample.positive])  # [2, B, S]
+        counts = (here & kinds[..., None]).sum((1, 2)) / len(levels)  # [2, L]
+        return {
+            f"{name}/P{assigner.first + index}": count
+            for name, per_level in zip(("rois", "positives"), counts, strict=True)
+            for index, count in enumerate(per_level)
+        }
 
 
 def with_targets(boxes: Tensor, matched_idxs: Tensor, sample: Sample, targets: Targets) -> SampledBoxes:

@@ -19,7 +19,7 @@ from fpn_det.models.anchors import AnchorGenerator
 from fpn_det.models.losses import BinaryCrossEntropy, BinaryLoss, BoxLoss, SmoothL1, masked_sum
 from fpn_det.models.matching import Matcher, Sampler
 from fpn_det.models.nms import nms_keep
-from fpn_det.models.roi_align import GeometryCache, gather_neighborhoods
+from fpn_det.models.roi_align import Geometry, Neighborhoods
 from fpn_det.models.selection import ProposalFilter
 from fpn_det.schema import Count
 from fpn_det.structures import Batch, Candidates, Detections, Losses, Proposals, Pyramid, Sample
@@ -68,12 +68,12 @@ class RPNHead(nn.Module):
         """Logits [B, S] and deltas [B, S, 4] at single cells; see `samples_loss`.
 
         Args:
-            neighborhoods: 3x3 cells around each [B, S, 9 * C], see `gather_neighborhoods`.
+            neighborhoods: 3x3 cells around each [B, S, 9 * C], see `Neighborhoods`.
             anchors: number of the anchor within each cell [B, S].
         """
         conv = self.convs[0]
         assert isinstance(conv, nn.Conv2d)
-        # [C_out, C_in, 3, 3] -> [C_out, 9 * C_in], in the order of gather_neighborhoods
+        # [C_out, C_in, 3, 3] -> [C_out, 9 * C_in], in the order of Neighborhoods
         hidden = F.linear(neighborhoods, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias).relu()
         logits = F.linear(hidden, self.objectness.weight.flatten(1), self.objectness.bias).float()
         deltas = F.linear(hidden, self.deltas.weight.flatten(1), self.deltas.bias).float()
@@ -133,7 +133,8 @@ class RPN(nn.Module):
         self.test_filter = test_filter
         self.cls_loss = cls_loss
         self.box_loss = box_loss
-        self._geometry = GeometryCache()
+        self._geometry = Geometry()
+        self._neighborhoods = Neighborhoods()
 
     def forward(self, pyramid: Pyramid) -> RPNOutput:
         """Run the head at every anchor; without gradient where the loss is evaluated at the sampled anchors."""
@@ -174,7 +175,7 @@ class RPN(nn.Module):
         """The best boxes of each image, after suppression within each level."""
         logits = output.logits.detach()
         # a logit that is not finite is never proposed
-        logits = logits.masked_fill(~(logits.isfinite() & self.proposable(output)), -torch.inf)
+        logits = torch.where((logits.abs() < torch.inf) & self.proposable(output), logits, -torch.inf)
         start, widest = 0, min(select.pre_nms, max(output.level_sizes))
         level_scores, level_idxs = [], []
         for size in output.level_sizes:
@@ -186,15 +187,15 @@ class RPN(nn.Module):
             level_idxs.append(idxs + start)
             start += size
         scores, idxs = torch.stack(level_scores, dim=1), torch.cat(level_idxs, dim=1)  # [B, L, K], [B, L*K]
-        valid = scores.isfinite()
+        valid = scores > -torch.inf
         deltas = output.deltas.detach().gather(1, idxs[..., None].expand(-1, -1, 4))
         boxes = clip_boxes(self.coder.decode(deltas, output.anchors[idxs]), batch.sizes)
-        sides = torch.stack(box_sides(boxes)).amin(dim=0).view_as(valid)
+        sides = torch.minimum(*box_sides(boxes)).view_as(valid)
         valid = valid & (sides >= select.min_side) & (sides > 0)  # NaN fails
         valid = select.suppress(boxes.view(*valid.shape, 4), scores, valid)
-        scores = scores.masked_fill(~valid, -torch.inf).flatten(1)
+        scores = torch.where(valid, scores, -torch.inf).flatten(1)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
-        valid, order = scores[:, : select.post_nms].isfinite(), order[:, : select.post_nms]
+        valid, order = scores[:, : select.post_nms] > -torch.inf, order[:, : select.post_nms]
         boxes = torch.where(valid[..., None], boxes.gather(1, order[..., None].expand(-1, -1, 4)), 0.0)
         anchor_idxs = idxs.gather(1, order)
         logits = torch.where(valid, logits.gather(1, anchor_idxs), 0.0)
@@ -202,7 +203,7 @@ class RPN(nn.Module):
 
     def levels_of(self, anchor_idxs: Tensor, pyramid: Pyramid) -> Tensor:
         """Levels [B, R] of anchors [B, R]."""
-        starts = self._geometry(pyramid, len(pyramid.levels)).start * self.anchors.num_per_cell
+        starts = self._geometry(pyramid, len(pyramid.levels))[:, 0] * self.anchors.num_per_cell
         return (anchor_idxs[..., None] >= starts[1:]).sum(dim=2)
 
     def proposable(self, output: RPNOutput) -> Tensor:
@@ -216,7 +217,7 @@ class RPN(nn.Module):
         boxes, scores, valid = candidates.boxes[:, :, 0], candidates.scores[..., 0], candidates.valid
         if valid.shape[1] > keep.post_nms:
             valid = nms_keep(boxes, scores, valid, keep.nms_iou, method=keep.nms_method)
-        scores, order = scores.masked_fill(~valid, -1.0).sort(dim=1, descending=True, stable=True)
+        scores, order = torch.where(valid, scores, -1.0).sort(dim=1, descending=True, stable=True)
         scores, order = scores[:, : keep.post_nms], order[:, : keep.post_nms]
         valid = scores >= 0
         boxes = torch.where(valid[..., None], boxes.gather(1, order[..., None].expand(-1, -1, 4)), 0.0)
@@ -229,14 +230,13 @@ class RPN(nn.Module):
                 1, sample.idxs[..., None].expand(-1, -1, 4)
             )
         per_cell = self.anchors.num_per_cell
-        geometry = self._geometry(pyramid, len(pyramid.levels))
-        neighborhoods = gather_neighborhoods(pyramid, geometry, sample.idxs // per_cell)
+        neighborhoods = self._neighborhoods(pyramid, sample.idxs // per_cell)
         return self.head.at(neighborhoods, sample.idxs % per_cell)
 
     def inside(self, pyramid: Pyramid) -> Tensor:
         """Anchors [B, M] centered within their image's own size, rounded up to the canvas stride."""
         centers = torch.cat(self.anchors.centers(pyramid.shapes))  # [N, 2] (x, y)
         stride = pyramid.canvas_stride
-        limits = (pyramid.sizes + stride - 1) // stride * stride
+        limits = (pyramid.sizes + (stride - 1)) // stride * stride
         inside = (centers < limits.flip(1)[:, None]).all(dim=2)
         return inside[..., None].expand(-1, -1, self.anchors.num_per_cell).flatten(1)

@@ -78,9 +78,8 @@ class DetectionFilter:
     def __call__(self, candidates: Candidates, batch: Batch) -> Detections:
         """The detections of each image, best first."""
         num_classes = candidates.scores.shape[2]
-        width, height = box_sides(candidates.boxes)
         passes = (candidates.scores > self.score_threshold) & candidates.valid[..., None]  # NaN fails
-        passes = passes & (width >= self.min_side) & (height >= self.min_side)
+        passes = passes & (torch.minimum(*box_sides(candidates.boxes)) >= self.min_side)
         scores = torch.where(passes, candidates.scores, -1.0)
         if self.suppresses_by_class and (scores.is_cuda or torch.compiler.is_compiling()):
             keep, order = self._suppress_by_class(candidates.boxes, scores).flatten(1), None
@@ -94,14 +93,14 @@ class DetectionFilter:
             order = order.sort(dim=1).values  # of equal scores the first proposal wins
             scores, labels = scores.flatten(1).gather(1, order), order % num_classes
             keep = self.suppress(_boxes_at(candidates, order), scores, scores > 0, labels, batch)
-        scores, best = scores.masked_fill(~keep, -1.0).sort(dim=1, descending=True, stable=True)
+        scores, best = torch.where(keep, scores, -1.0).sort(dim=1, descending=True, stable=True)
         scores, best = scores[:, : self.max_detections], best[:, : self.max_detections]
         valid = scores > 0
         chosen = best if order is None else order.gather(1, best)
         boxes = _boxes_at(candidates, chosen)
         boxes = torch.where(valid[..., None], boxes, 0.0)
         return Detections(
-            boxes, scores.masked_fill(~valid, 0.0), labels.gather(1, best), valid, _levels_at(candidates, chosen)
+            boxes, torch.where(valid, scores, 0.0), labels.gather(1, best), valid, _levels_at(candidates, chosen)
         )
 
     def suppress(self, boxes: Tensor, scores: Tensor, valid: Tensor, labels: Tensor, batch: Batch) -> Tensor:
@@ -149,9 +148,8 @@ class SoftDetectionFilter(DetectionFilter):
     def __call__(self, candidates: Candidates, batch: Batch) -> Detections:
         """The detections of each image, best first."""
         _, num_proposals, num_classes = candidates.scores.shape
-        width, height = box_sides(candidates.boxes)
         passes = (candidates.scores > self.score_threshold) & candidates.valid[..., None]  # NaN fails
-        passes = passes & (width >= self.min_side) & (height >= self.min_side)
+        passes = passes & (torch.minimum(*box_sides(candidates.boxes)) >= self.min_side)
         # [B, R, K] -> [B, R * K], by proposal, then by class
         # and an empty slot, so that there is always something to take
         scores = F.pad(torch.where(passes, candidates.scores, 0.0).flatten(1), (0, 1))

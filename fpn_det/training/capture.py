@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from fpn_det.models.caching import results_used
+from fpn_det.caching import results_used
 from fpn_det.runtime import current_ranks
 from fpn_det.structures import Batch, Losses, tensors_of
 from fpn_det.training.memory import is_out_of_memory

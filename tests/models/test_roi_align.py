@@ -7,7 +7,7 @@ import torchvision
 from compare import assert_close
 
 from fpn_det.interop.conventions import TorchvisionLevelAssigner
-from fpn_det.models.roi_align import GeometryCache, LevelAssigner, RoIAlign, gather_neighborhoods
+from fpn_det.models.roi_align import LevelAssigner, Neighborhoods, RoIAlign
 from fpn_det.structures import Pyramid
 
 STRIDES = (4, 8, 16, 32)
@@ -109,6 +109,5 @@ def test_neighborhoods_are_what_a_convolution_sees():
     weight = torch.randn(7, 5, 3, 3)
     dense = torch.cat([F.conv2d(level, weight, padding=1).flatten(2) for level in pyramid.levels], dim=2)  # [B, 7, N]
     everywhere = torch.arange(dense.shape[2]).repeat(2, 1)
-    geometry = GeometryCache()(pyramid, len(pyramid.levels))
-    sparse = F.linear(gather_neighborhoods(pyramid, geometry, everywhere), weight.permute(0, 2, 3, 1).flatten(1))
+    sparse = F.linear(Neighborhoods()(pyramid, everywhere), weight.permute(0, 2, 3, 1).flatten(1))
     assert_close(sparse, dense.transpose(1, 2), 1e-5)

@@ -47,6 +47,7 @@ class LastResults(Generic[T]):
         """
         if torch.compiler.is_compiling():
             return make()
+        key = key, torch._guards.detect_fake_mode()  # a tensor without data is of use within its mode only
         if key not in self._results:
             with torch.inference_mode(False), torch.no_grad():  # usable wherever it is first needed
                 self._results[key] = make()
