@@ -57,7 +57,7 @@ def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
 
 def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
     """Clip boxes [B, P, 4] to their images of `sizes` [B, 2], (h, w)."""
-    limit = sizes.to(boxes.dtype).flip(-1).repeat(1, 2)[:, None]  # [B, 1, 4] (w, h, w, h)
+    limit = sizes.flip(-1).repeat(1, 2)[:, None]  # [B, 1, 4] (w, h, w, h)
     return torch.minimum(boxes.clamp(min=0), limit)
 
 

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from fpn_det.benchmark.config import BenchmarkConfig
 from fpn_det.benchmark.contestants import NUM_CLASSES, OBJECTS, make_contestants
 from fpn_det.benchmark.measures import host_reads
-from fpn_det.models import nms
+from fpn_det.models import layers, nms
 from fpn_det.structures import Batch, Targets
 from fpn_det.training.optimization import Optimization
 
@@ -152,7 +152,8 @@ def _launches(name: str, args: Sequence[Any]) -> int:
         return 1
     lists = [each for each in args if isinstance(each, (list, tuple)) and each and isinstance(each[0], Tensor)]
     first = lists[0]
-    if any(one.shape != other.shape for each in lists for one, other in zip(first, each, strict=True)):
+    layouts = [[(tensor.shape, tensor.stride()) for tensor in each] for each in lists]
+    if any(layout != layouts[0] for layout in layouts):
         return len(first)  # torch then runs one operator after another
     most = MAX_TENSORS[min(len(lists), 5)]
     launches = blocks = tensors = 0
@@ -189,13 +190,14 @@ def _nbytes(tensor: Tensor) -> int:
 
 @contextmanager
 def fake_cuda() -> Iterator[None]:
-    """Within this context, tensors have no data and CUDA needs no GPU; suppression is one operator on every device."""
+    """Within this context, tensors have no data and CUDA needs no GPU; tensors of the CPU take the GPU's way."""
     with (
         FakeTensorMode(),
         # torch turns autocast for CUDA off where it finds no GPU
         mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_: True),
         mock.patch.object(nms, "_uses_triton", lambda boxes: True),
+        mock.patch.object(layers, "_scales_together", lambda weight: True),
     ):
         yield
 

@@ -45,21 +45,21 @@ class AnchorGenerator(nn.Module):
         cells = torch.stack([self.make_cell(level_sizes, ratios) for level_sizes in per_level])
         self.register_buffer("cell_anchors", cells, persistent=False)  # [L, A, 4]
         self.cell_anchors: Tensor
-        self._centers: LastResults[list[Tensor]] = LastResults()
+        self._centers: LastResults[Tensor] = LastResults()
         self._anchors: LastResults[Tensor] = LastResults()
 
-    def centers(self, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Centers (x, y) of the anchors of every cell, input px, [H_l * W_l, 2] per level."""
+    def centers(self, shapes: Sequence[tuple[int, int]]) -> Tensor:
+        """Centers (x, y) of the anchors of every cell, input px, [N, 2]."""
         return self._centers.get((tuple(shapes), self.cell_anchors.device), lambda: self._make_centers(shapes))
 
-    def _make_centers(self, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def _make_centers(self, shapes: Sequence[tuple[int, int]]) -> Tensor:
         centers = []
         for (height, width), (stride_y, stride_x) in zip(shapes, self.steps(shapes), strict=True):
             y = (torch.arange(height, device=self.cell_anchors.device) + self.offset) * stride_y
             x = (torch.arange(width, device=self.cell_anchors.device) + self.offset) * stride_x
             grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=2)
             centers.append(grid.flatten(0, 1).to(self.cell_anchors.dtype))
-        return centers
+        return torch.cat(centers)
 
     def forward(self, shapes: Sequence[tuple[int, int]]) -> Tensor:
         """All anchors [M, 4] of maps with these (H_l, W_l), in input px. They may reach beyond the image."""
@@ -67,7 +67,8 @@ class AnchorGenerator(nn.Module):
 
     def _make_anchors(self, shapes: Sequence[tuple[int, int]]) -> Tensor:
         levels = []
-        for centers, cells in zip(self.centers(shapes), self.cell_anchors, strict=True):
+        by_level = self.centers(shapes).split([height * width for height, width in shapes])
+        for centers, cells in zip(by_level, self.cell_anchors, strict=True):
             # [H*W, 1, 4] + [A, 4] -> [H*W*A, 4]
             levels.append((centers.repeat(1, 2)[:, None] + cells).flatten(0, 1))
         return torch.cat(levels)

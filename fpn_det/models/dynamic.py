@@ -161,4 +161,4 @@ class DynamicROIHead(ROIHead):
 def _overlaps(targets: Targets, boxes: Tensor, valid: Tensor) -> Tensor:
     """IoU [B, G, R] of objects and boxes [B, R, 4]; -1 where one of them is not valid."""
     iou = box_iou(targets.boxes, boxes)
-    return iou.masked_fill(~(targets.valid[:, :, None] & valid[:, None, :]), -1.0)
+    return torch.where(targets.valid[:, :, None] & valid[:, None, :], iou, -1.0)

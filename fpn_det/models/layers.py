@@ -6,7 +6,7 @@ Folding it saves two passes over every activation and keeps nothing extra for th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -53,6 +53,14 @@ class FixedBatchNorm2d(FrozenBatchNorm2d):
                 self._kept = _ScaleAndShift(buffers, _scale_and_shift(*buffers, self.eps))
         return self._kept.value
 
+    def scale_like(self, weight: Tensor) -> Tensor:
+        """The scale with the shape and strides of a convolution's weight; kept likewise."""
+        scale, _ = self.scale_and_shift()
+        if self._kept is None or self._kept.value[0] is not scale:
+            return scale[:, None, None, None].expand_as(weight)
+        with torch.inference_mode(False), torch.no_grad():
+            return self._kept.scale_like(weight)
+
 
 class _ScaleAndShift:
     """Scale and shift with the buffers, and their versions, that they were computed from."""
@@ -61,6 +69,14 @@ class _ScaleAndShift:
         self.buffers = buffers
         self.versions = [buffer._version for buffer in buffers]
         self.value = value
+        self._expanded: Tensor | None = None
+
+    def scale_like(self, weight: Tensor) -> Tensor:
+        """The scale in memory of its own, with the shape and strides of a convolution's weight."""
+        kept = self._expanded
+        if kept is None or (kept.shape, kept.stride()) != (weight.shape, weight.stride()):
+            kept = self._expanded = torch.empty_like(weight).copy_(self.value[0][:, None, None, None])
+        return kept
 
     def is_of(self, buffers: tuple[Tensor, ...]) -> bool:
         """True if these are the same buffers with unchanged values."""
@@ -189,17 +205,56 @@ def set_foldable(model: nn.Module, foldable: bool) -> None:
             module.foldable = foldable
 
 
-def conv_norm(input: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """Convolution followed by a norm; one operator where the norm can be folded."""
+ScaledWeights = dict[nn.Module, Tensor]  # by convolution, its weight times the scale of its norm
+
+
+def conv_norm(input: Tensor, conv: nn.Conv2d, norm: nn.Module, scaled: ScaledWeights | None = None) -> Tensor:
+    """Convolution followed by a norm; one operator where the norm can be folded.
+
+    Args:
+        scaled: weights from `scaled_weights`.
+    """
     affine = folded(norm)
     if affine is None:
         return norm(conv(input))
     scale, shift = affine
-    weight = conv.weight * scale[:, None, None, None]
+    weight = conv.weight * scale[:, None, None, None] if scaled is None else scaled[conv]
     bias = shift if conv.bias is None else shift + conv.bias * scale
     if isinstance(conv, DeformableConv2d):
         return conv.apply_with(input, weight, bias)
     return F.conv2d(input, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def scaled_weights(pairs: Sequence[tuple[nn.Conv2d, nn.Module]]) -> ScaledWeights | None:
+    """The weights of convolutions times the scales of their frozen norms, in one kernel or a few for all of them.
+
+    Their gradients are there once all of them are, so it is for the convolutions of a stage: ranks exchange gradients meanwhile.
+    None where that does not pay or is not possible: on the CPU, in a compiled graph, and under other norms.
+    """
+    if torch.compiler.is_compiling() or not _scales_together(pairs[0][0].weight):
+        return None
+    scales = [norm.scale_like(conv.weight) for conv, norm in pairs if isinstance(norm, FixedBatchNorm2d)]
+    if len(scales) < len(pairs) or not all(getattr(norm, "foldable", True) for _, norm in pairs):
+        return None
+    convs = [conv for conv, _ in pairs]
+    return dict(zip(convs, _Products.apply(scales, *(conv.weight for conv in convs)), strict=True))
+
+
+def _scales_together(weight: Tensor) -> bool:
+    return weight.is_cuda  # each small kernel costs a launch there
+
+
+class _Products(torch.autograd.Function):
+    """Products of tensors with constants of equal shapes and strides, in one kernel or a few forward and backward."""
+
+    @staticmethod
+    def forward(ctx, constants: list[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.constants = constants
+        return tuple(torch._foreach_mul(tensors, constants))
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *torch._foreach_mul(gradients, ctx.constants)
 
 
 class DeformableConv2d(nn.Conv2d):

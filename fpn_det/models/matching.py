@@ -67,7 +67,7 @@ class Matcher:
             candidates.split(candidates_at_once, dim=1), allowed.split(candidates_at_once, dim=1), strict=True
         ):
             iou = box_iou(gt_boxes, part)  # [B, G, M'], -1 for padding and candidates that do not take part
-            iou.masked_fill_(~(gt_valid[:, :, None] & part_allowed[:, None, :]), -1.0)
+            iou = torch.where(gt_valid[:, :, None] & part_allowed[:, None, :], iou, -1.0)
             best.append(iou.max(dim=1))
             if self.allow_low_quality_matches:
                 box_bests.append(iou.amax(dim=2))
@@ -134,15 +134,15 @@ class Sampler:
         """
         num_candidates = match.positive.shape[1]
         key = (num_candidates, indices.device)
-        hashes: tuple[Tensor, Tensor] = self._hashes.get(key, lambda: candidate_hashes(*key))  # type: ignore[attr-defined]
-        keys = random_keys(self.seed, step, indices, *hashes)
+        candidates, hashes = self._hashes.get(key, lambda: candidate_hashes(*key))  # type: ignore[attr-defined]
+        keys = random_keys(self.seed, step, indices, candidates, hashes)
         num_slots = min(self.num_samples, keys.shape[1])
         max_positives = min(int(self.num_samples * self.positive_fraction), keys.shape[1])
         kinds = torch.stack([match.positive, match.negative], dim=1)  # [B, 2, M]
         best, idxs = torch.where(kinds, keys[:, None], -1).topk(num_slots)
         num_positives, num_negatives = (best >= 0).sum(dim=2, keepdim=True).unbind(1)
         num_positives = num_positives.clamp(max=max_positives)
-        slots = torch.arange(num_slots, device=keys.device).expand(len(keys), -1)
+        slots = candidates[:num_slots].expand(len(keys), -1)
         positive = slots < num_positives
         # slot s holds the s-th positive, then negative number s - num_positives
         source = torch.where(positive, slots, slots + (num_slots - num_positives))

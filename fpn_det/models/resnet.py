@@ -12,7 +12,7 @@ from torchvision.models import resnet as torchvision_resnet
 from torchvision.ops import StochasticDepth
 
 from fpn_det.models.backbone import Backbone
-from fpn_det.models.layers import DeformableConv2d, Norm, conv_norm, make_norm
+from fpn_det.models.layers import DeformableConv2d, Norm, ScaledWeights, conv_norm, make_norm, scaled_weights
 from fpn_det.models.weights import widen_input
 from fpn_det.schema import Amount, Count, Decay, listed
 from fpn_det.weight_files import check_source, fetch, read_state, read_state_file
@@ -25,33 +25,52 @@ class _Residual:
 
     drop: nn.Module | None
 
-    def shortcut(self, input: Tensor) -> Tensor:
-        downsample = self.downsample  # type: ignore[attr-defined]
-        return input if downsample is None else conv_norm(input, downsample[0], downsample[1])
+    def pairs(self) -> list[tuple[nn.Conv2d, nn.Module]]:
+        """The convolutions with their norms."""
+        block: Any = self
+        pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+        if hasattr(block, "conv3"):
+            pairs.append((block.conv3, block.bn3))
+        return pairs if block.downsample is None else [*pairs, tuple(block.downsample)]
 
-    def join(self, output: Tensor, input: Tensor) -> Tensor:
+    def shortcut(self, input: Tensor, scaled: ScaledWeights | None) -> Tensor:
+        downsample = self.downsample  # type: ignore[attr-defined]
+        return input if downsample is None else conv_norm(input, downsample[0], downsample[1], scaled)
+
+    def join(self, output: Tensor, input: Tensor, scaled: ScaledWeights | None) -> Tensor:
         """The sum of residual and shortcut, after ReLU."""
         output = output if self.drop is None else self.drop(output)
-        return output.add_(self.shortcut(input)).relu_()
+        return output.add_(self.shortcut(input, scaled)).relu_()
 
 
 class BasicBlock(_Residual, torchvision_resnet.BasicBlock):
     """Two 3x3 convolutions with a shortcut (ResNet-18 and 34)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        output = conv_norm(x, self.conv1, self.bn1).relu_()
-        output = conv_norm(output, self.conv2, self.bn2)
-        return self.join(output, x)
+    def forward(self, x: Tensor, scaled: ScaledWeights | None = None) -> Tensor:
+        output = conv_norm(x, self.conv1, self.bn1, scaled).relu_()
+        output = conv_norm(output, self.conv2, self.bn2, scaled)
+        return self.join(output, x, scaled)
 
 
 class Bottleneck(_Residual, torchvision_resnet.Bottleneck):
     """1x1, 3x3, 1x1 convolutions with a shortcut (ResNet-50 and 101)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        output = conv_norm(x, self.conv1, self.bn1).relu_()
-        output = conv_norm(output, self.conv2, self.bn2).relu_()
-        output = conv_norm(output, self.conv3, self.bn3)
-        return self.join(output, x)
+    def forward(self, x: Tensor, scaled: ScaledWeights | None = None) -> Tensor:
+        output = conv_norm(x, self.conv1, self.bn1, scaled).relu_()
+        output = conv_norm(output, self.conv2, self.bn2, scaled).relu_()
+        output = conv_norm(output, self.conv3, self.bn3, scaled)
+        return self.join(output, x, scaled)
+
+
+class Stage(nn.Sequential):
+    """Blocks of one stride. The weights that norms are folded into are scaled together before the first of them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C', H / stride, W / stride]."""
+        scaled = scaled_weights([pair for block in self for pair in block.pairs()])  # type: ignore[union-attr, operator]
+        for block in self:
+            input = block(input, scaled)
+        return input
 
 
 _BLOCKS: dict[int, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
@@ -131,6 +150,9 @@ class ResNet(torchvision_resnet.ResNet, Backbone):
             block.drop = StochasticDepth(rate, "row") if stochastic_depth else None
         for part in self._frozen_parts():
             part.requires_grad_(False)
+
+    def _make_layer(self, *args: Any, **options: Any) -> Stage:
+        return Stage(*super()._make_layer(*args, **options))
 
     def _deform(self, stages: tuple[int, ...]) -> None:
         for number in stages:

@@ -235,7 +235,7 @@ class RPN(nn.Module):
 
     def inside(self, pyramid: Pyramid) -> Tensor:
         """Anchors [B, M] centered within their image's own size, rounded up to the canvas stride."""
-        centers = torch.cat(self.anchors.centers(pyramid.shapes))  # [N, 2] (x, y)
+        centers = self.anchors.centers(pyramid.shapes)  # [N, 2] (x, y)
         stride = pyramid.canvas_stride
         limits = (pyramid.sizes + (stride - 1)) // stride * stride
         inside = (centers < limits.flip(1)[:, None]).all(dim=2)

@@ -204,7 +204,7 @@ class Optimization:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / self.scale.value
         if self.scale.grows:  # an overflow is told from a bad loss alike on all ranks
             finite = all_reduce_mean(finite.float()) == 1
-        bad = ~(finite & torch.isfinite(norm))
+        bad = ~(finite & (norm < torch.inf))  # NaN fails
         first_alarm = bad & (self.alarm < 0) & (~finite | (self.scale.value <= 1))
         self.alarm.copy_(torch.where(first_alarm, self._step, self.alarm))
         self._grad_norm.copy_(torch.where(bad, self._grad_norm, norm))

@@ -186,12 +186,14 @@ def test_a_read_or_a_copy_in_the_step_is_found(fault, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_counts_of_a_step_and_of_detection(precision: str):
-    counters = count_ours(BenchmarkConfig(size=(64, 96), precision=precision))
+    counters = count_ours(BenchmarkConfig(precision=precision))
     for counter in counters.values():
         assert not counter.between_devices and not counter.host_reads
     assert counters["backward"].matrix_dtypes == counters["forward"].matrix_dtypes == {PRECISIONS[precision]}
     kernels = {name: counter.kernels.total() for name, counter in counters.items()}
-    assert kernels["forward"] + kernels["update"] < 1336 and kernels["update"] < 50 and kernels["detection"] < 650
+    assert kernels["update"] < 50 and kernels["detection"] < 330
+    if precision == "fp32":  # half precision casts every weight and most activations
+        assert kernels["forward"] + kernels["backward"] + kernels["update"] <= 600
 
 
 def test_counter_by_hand():

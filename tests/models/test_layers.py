@@ -8,7 +8,9 @@ import torch
 from compare import assert_close
 from torch import nn
 
-from fpn_det.models.layers import NORMS, ConvBlock, conv_norm, folded, make_norm
+from fpn_det.models import layers
+from fpn_det.models.layers import NORMS, ConvBlock, FixedBatchNorm2d, conv_norm, folded, make_norm, scaled_weights
+from fpn_det.models.resnet import ResNet
 
 
 def lively(norm: nn.Module) -> nn.Module:
@@ -56,6 +58,37 @@ def test_scale_and_shift_of_a_frozen_norm_are_computed_once_and_follow_its_buffe
     torch.save(norm, buffer)
     buffer.seek(0)
     assert torch.equal(folded(torch.load(buffer, weights_only=False))[0], folded(norm)[0])
+
+
+@pytest.mark.parametrize("deformable", [(), (5,)])
+def test_weights_scaled_together_give_the_same_bits(deformable: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    model = ResNet(18, norm="frozen", frozen_stages=2, deformable=deformable)
+    norms = [lively(module) for module in model.modules() if isinstance(module, FixedBatchNorm2d)]
+
+    def results(together: bool) -> list[torch.Tensor]:
+        monkeypatch.setattr(layers, "_scales_together", lambda weight: together)
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        maps = model(images)
+        return [*maps, *torch.autograd.grad(sum(map.square().mean() for map in maps), weights)]
+
+    images = torch.randn(2, 3, 64, 64)
+    for _ in range(2):
+        for mine, theirs in zip(results(True), results(False), strict=True):
+            assert torch.equal(mine, theirs)
+        with torch.no_grad():  # new weights and scales
+            torch._foreach_mul_([*model.parameters(), *(norm.weight for norm in norms)], 1.01)
+
+
+def test_weights_are_scaled_together_for_frozen_norms_alone(monkeypatch: pytest.MonkeyPatch):
+    conv, frozen = nn.Conv2d(2, 3, 1), make_norm("frozen", 3)
+    assert scaled_weights([(conv, frozen)]) is None  # on the CPU
+    monkeypatch.setattr(layers, "_scales_together", lambda weight: True)
+    assert set(scaled_weights([(conv, frozen)])) == {conv}
+    for name in ("fixed_statistics", "batch", "group"):
+        assert scaled_weights([(conv, make_norm(name, 3))]) is None
+    frozen.foldable = False
+    assert scaled_weights([(conv, frozen)]) is None
 
 
 def test_norms_whose_statistics_move_are_not_folded():
