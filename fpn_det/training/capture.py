@@ -136,10 +136,8 @@ def make_step(optimization: Optimization, capture: Capture, tell: Callable[[str]
         return optimization.step
     if optimization.device.type != "cuda":
         reason = f"CUDA graphs need a GPU, the device is {optimization.device.type}"
-    elif (
-        current_ranks().world_size > 1
-    ):  # one rank would capture while another replays, and their exchanges would differ
-        reason = "ranks have batches of different shapes"
+    elif (num_ranks := current_ranks().world_size) > 1:
+        reason = f"there are {num_ranks} ranks, of which one would capture a new shape while another replays"
     else:
         group = optimization.optimizer.param_groups
         for each in group:

@@ -56,7 +56,9 @@ class TrainerConfig:
     clip_norm: Positive | None = None  # upper bound of the gradient's norm
     ema: Share | None = None  # decay of the moving average of the weights, e.g. 0.999
     compile: bool = False  # compile backbone and neck
-    capture: bool | Literal["auto"] = False  # replay whole steps as CUDA graphs, one for each shape; auto = on a GPU
+    capture: bool | Literal["auto"] = (
+        False  # replay steps as CUDA graphs, one for each shape; auto = on one GPU, not several
+    )
     keep_last: CountOrZero = 2  # numbered checkpoints to keep; 0 = all
     best_metric: str = "AP"  # decides which checkpoint becomes best.pt
     early_stop: EarlyStopping | None = None  # end the run when the metric stops improving

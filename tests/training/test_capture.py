@@ -7,6 +7,7 @@ import pytest
 import torch
 from parts import TinyDetector, differences, make_batch, make_optimization, snapshot
 
+from fpn_det.runtime import Ranks
 from fpn_det.structures import Batch
 from fpn_det.training import capture
 from fpn_det.training.capture import CapturedSteps, CudaGraphs, make_step
@@ -90,6 +91,18 @@ def test_steps_that_cannot_be_captured_are_ordinary_and_the_reason_is_told_once(
     run(steps, [[make_batch([0, 1])]] * 4)
     assert told == [
         "trainer.capture: some steps are not captured as CUDA graphs: operation not permitted when stream is capturing."
+    ]
+
+
+def test_steps_on_several_ranks_are_ordinary(monkeypatch: pytest.MonkeyPatch):
+    told: list[str] = []
+    optimization = make(RECIPES[0])
+    optimization.device = torch.device("cuda")
+    monkeypatch.setattr(capture, "current_ranks", lambda: Ranks(world_size=2))
+    assert [make_step(optimization, word, told.append) for word in ("auto", True)] == [optimization.step] * 2
+    assert told == 2 * [
+        "trainer.capture: steps are not captured as CUDA graphs: "
+        "there are 2 ranks, of which one would capture a new shape while another replays."
     ]
 
 
