@@ -67,7 +67,7 @@ class Stage(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C', H / stride, W / stride]."""
-        scaled = scaled_weights([pair for block in self for pair in block.pairs()])  # type: ignore[union-attr, operator]
+        scaled = scaled_weights([pair for block in self for pair in block.pairs()])  # type: ignore[operator]
         for block in self:
             input = block(input, scaled)
         return input
