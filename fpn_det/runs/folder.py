@@ -166,11 +166,24 @@ def choose_folder(
     return run_on_main(choose)
 
 
-def write_settings(folder: Path, config: str, overrides: Sequence[str]) -> None:
-    """Write `config.yaml` (all settings), `overrides.txt` (of the command line) and `versions.json`. Rank 0 only."""
+def write_settings(folder: Path, config: str, overrides: Sequence[str]) -> list[str]:
+    """Write `config.yaml` (all settings), `overrides.txt` (of the command line) and `versions.json`. Rank 0 only.
+
+    Returns:
+        The words in `overrides.txt`: of a resumed run those that it was started with too, unless they were typed anew.
+    """
+    file = folder / "overrides.txt"
+    earlier = file.read_text().splitlines() if file.is_file() else []
+    named = {_name_of(word) for word in overrides}
+    words = [*(word for word in earlier if _name_of(word) not in named), *overrides]
     (folder / "config.yaml").write_text(config)
-    (folder / "overrides.txt").write_text("".join(f"{override}\n" for override in overrides))
+    file.write_text("".join(f"{word}\n" for word in words))
     (folder / "versions.json").write_text(json.dumps({**versions(), "command": " ".join(sys.argv)}, indent=2) + "\n")
+    return words
+
+
+def _name_of(word: str) -> str:
+    return word.lstrip("+~").partition("=")[0]
 
 
 def versions() -> dict[str, str | None]:

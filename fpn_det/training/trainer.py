@@ -146,7 +146,7 @@ class Trainer:
             "data_digests": {"train": self.train_annotations.digest(), "val": self.val_annotations.digest()},
         }
         if self.ranks.is_main:
-            write_settings(folder.path, self.metadata["config"], overrides)
+            self.overrides = write_settings(folder.path, self.metadata["config"], overrides)
         self._prepare_optimization(state)
         log.info(self._introduction(data.findings))
 

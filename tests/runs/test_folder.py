@@ -102,6 +102,9 @@ def test_settings_are_written(tmp_path):
     write_settings(tmp_path, "seed: 1\n", ["seed=1", "trainer.epochs=2"])
     assert (tmp_path / "config.yaml").read_text() == "seed: 1\n"
     assert (tmp_path / "overrides.txt").read_text().split() == ["seed=1", "trainer.epochs=2"]
+    # a run that is resumed keeps the words that it was started with
+    words = write_settings(tmp_path, "seed: 1\n", ["resume=auto", "trainer.epochs=3"])
+    assert words == (tmp_path / "overrides.txt").read_text().split() == ["seed=1", "resume=auto", "trainer.epochs=3"]
     assert json.loads((tmp_path / "versions.json").read_text())["torch"] == versions()["torch"]
 
 
