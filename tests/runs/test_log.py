@@ -129,6 +129,8 @@ def test_log_curves_are_monotonic_after_a_resume(tmp_path):
         log.begin(Pace(0, 10, 1, 0))
         for step in range(1, 7):
             log.scalars(step, {"loss/loss": 1.0})
+    (file,) = tmp_path.glob("events.*")
+    file.rename(tmp_path / "events.out.tfevents.0")  # precedes the next also if both were made in one second
     with RunLog(tmp_path, Ranks()) as log:
         log.begin(Pace(3, 10, 1, 0))
         for step in range(4, 7):
