@@ -193,6 +193,18 @@ def test_settings_state_what_they_admit_without_a_look_into_the_source():
     assert [row for row in rows.items() if re.search(r"\bNone\b|^see `", row[1])] == []
 
 
+def test_rows_keep_to_the_width_and_words_whole(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    name, value = "data.train_transforms.resize._target_", "fpn_det.data.transforms.ResizeShortestSide"
+    meaning = "the rest of a sentence with faster-rcnn_r50_fpn in it"
+    assert help_texts.format_rows([(f"{name}={value}", meaning)]).splitlines() == [
+        f"  {name}=",
+        f"    {value}",
+        f"{' ' * 34}the rest of a sentence with",
+        f"{' ' * 34}faster-rcnn_r50_fpn in it",
+    ]
+
+
 def test_weights_are_listed_in_lines_of_eighty_characters(capsys, monkeypatch):
     from fpn_det.cli.weights import main
 

@@ -152,13 +152,14 @@ def _settings(names: Iterable[str]) -> Iterable[tuple[str, str]]:
 
 
 def format_rows(rows: Iterable[tuple[str, str]], left: int = 34) -> str:
-    """Two columns, the second from character `left` on; a long left side gets a line of its own."""
+    """Two columns, the second from character `left` on; a long left side gets a line of its own, or two."""
     width = _width()
     lines = []
     for name, text in rows:
         wrapped = textwrap.wrap(text, width - left, break_on_hyphens=False) or [""]
         if len(name) > left - 4:
-            lines.append(f"  {name}")
+            first, equals, value = name.partition("=")
+            lines += [f"  {name}"] if len(name) + 2 <= width else [f"  {first}{equals}", f"    {value}"]
         else:
             lines.append(f"  {name:{left - 2}}{wrapped.pop(0)}".rstrip())
         lines += [" " * left + line for line in wrapped if line]

@@ -157,13 +157,14 @@ class Trainer:
         shown = "images or tiles" if self.train_loader.tiles else "images"
         on_error, per_epoch = config.data.on_error, self.train_loader.steps_per_epoch
         evaluations = f"evaluated every {self.eval_every} steps" if self.eval_every else "evaluated at the end"
+        epochs = f"{self.total_steps / per_epoch:.3g}"
         rows = {
             "device": describe_device(self.device, config.precision, self.ranks.world_size),
             **{name: describe_split(split, findings.get(name, []), on_error) for name, split in splits.items()},
             "model": describe_model(self.model, config.model),
             "input": describe_input(config.data.train_transforms, config.data.eval_transforms),
             **describe_tiles(self.train_loader.tiles, config.data.tile.size, config.tiling),
-            "length": f"{self.total_steps} steps of {batch_size} {shown}: {self.total_steps / per_epoch:.3g} epochs "
+            "length": f"{self.total_steps} steps of {batch_size} {shown}: {epochs} {'epoch' if epochs == '1' else 'epochs'} "
             f"of {per_epoch} steps; {evaluations}",
             "lr": self.recipe.describe_lr(batch_size, self.ranks.world_size, config.trainer.accumulate)
             + f"\n{self.optimization.schedule.describe_warmup()}",
