@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+
 import albumentations as A
 import pytest
 import torch
@@ -11,6 +13,7 @@ from fpn_det.models.detector import Detector
 from fpn_det.runs.checkpoint import fill_model
 from fpn_det.runtime import Ranks
 from fpn_det.schema import build
+from fpn_det.terminal import SafeConsole
 
 CPU = torch.device("cpu")
 
@@ -118,7 +121,9 @@ def test_load_says_that_there_is_no_such_run():
         api.load("runs/nope")
 
 
-def test_an_interrupted_run_is_loaded_and_evaluated_by_its_last_checkpoint(settings, shapes_dataset, tmp_path, capsys):
+def test_an_interrupted_run_is_loaded_and_evaluated_by_its_last_checkpoint(
+    shapes_dataset, tmp_path, capsys, monkeypatch
+):
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="run: expected a run with a checkpoint, got .*, which has none yet"):
         api.load(tmp_path)
@@ -131,4 +136,9 @@ def test_an_interrupted_run_is_loaded_and_evaluated_by_its_last_checkpoint(setti
     found = predictor.predict(shapes_dataset / "val2017")
     assert len(found) == 8 and predictor.class_names == found[0].class_names
     evaluation = api.evaluate(run, "device=cpu")
-    assert "The last checkpoint is taken" in capsys.readouterr().out and evaluation.num_images == 8
+    lines = capsys.readouterr().out
+    assert "The last checkpoint is taken" in lines and "evaluating" not in lines and evaluation.num_images == 8
+    screen = SafeConsole(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr("fpn_det.runs.log.standard_console", lambda: screen)
+    assert api.evaluate(run, "device=cpu").metrics == evaluation.metrics
+    assert "evaluating" in screen.file.getvalue()  # the bar
