@@ -376,7 +376,8 @@ def _parameters(target: type) -> Mapping[str, inspect.Parameter]:
 
 def _check_complete(given: Mapping[str, Any], required: Iterable[str], where: str) -> None:
     if missing := [name for name in required if name not in given]:
-        raise ValueError(f"{where or 'config'}: expected a value for {', '.join(missing)}, got none.")
+        words = " ".join(f"{join(where, name)}=..." for name in missing)
+        raise ValueError(f"{where or 'config'}: expected a value for {', '.join(missing)}, got none. Set {words}")
 
 
 def check_names(given: Iterable[str], known: Iterable[str], where: str) -> None:

@@ -152,7 +152,7 @@ def test_words_become_options(words, expected):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "config: expected a value for path, got none."),
+        ([], "config: expected a value for path, got none. Set path=..."),
         (["path=x", "conut=3"], "conut: there is no setting of that name. Did you mean count?"),
         (["path=x", "count=three"], "count: expected a whole number, got 'three'."),
         (["path=x", "kind=thwo"], "kind: expected one of one or two, got 'thwo'. Did you mean two?"),

@@ -83,7 +83,7 @@ def test_fit_refuses_a_missing_value():
     [
         ({"width": 3, "rations": [1]}, "node.rations: there is no setting of that name. Did you mean node.ratios?"),
         ({"width": "3"}, "node.width: expected a whole number, got '3'."),
-        ({}, "node: expected a value for width, got none."),
+        ({}, "node: expected a value for width, got none. Set node.width=..."),
         ({"_partial_": True, "width": 3}, "node.width: follows from other settings and cannot be set. Leave it out."),
         ({"width": 3, "inner": {**PART, "_partial_": True, "ratio": []}}, "node.inner.ratio: there is no setting"),
     ],
