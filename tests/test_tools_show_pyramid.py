@@ -17,7 +17,9 @@ def test_pictures_of_the_split_and_of_a_file(run, run_tool, shapes_dataset, tmp_
     assert shown.returncode == 0, shown.stderr
     pictures = sorted((run / "pyramid").glob("*.png"))
     page = (run / "pyramid" / "index.html").read_text()
-    assert len(pictures) == 2 and all(f'src="{picture.name}"' in page for picture in pictures)
+    assert len(pictures) == 2 and all(
+        f'<a href="{picture.name}"><img src="{picture.name}"' in page for picture in pictures
+    )
     assert Image.open(pictures[0]).size[0] > 6 * 240  # all levels together, and five of them
 
     one = run_tool(

@@ -26,8 +26,11 @@ def write_pyramid_page(path: Path, title: str, images: Sequence[Path]) -> None:
         title: of the page.
         images: files in the folder of the page.
     """
-    figures = [
-        figure(f'<img src="{escape(quote(image.name))}" alt="levels of {escape(image.stem)}">', escape(image.stem))
-        for image in images
-    ]
+    figures = [figure(_linked(image), escape(image.stem)) for image in images]
     write_document(path, title, f"<h1>{escape(title)}</h1>{hint(ROWS)}{''.join(figures)}")
+
+
+def _linked(image: Path) -> str:
+    """A picture that a click opens at full size: a phone shows its titles too small."""
+    source = escape(quote(image.name))
+    return f'<a href="{source}"><img src="{source}" alt="levels of {escape(image.stem)}"></a>'
