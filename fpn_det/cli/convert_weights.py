@@ -25,6 +25,7 @@ from fpn_det.interop.naming import Project
 from fpn_det.interop.writing import write_weights
 from fpn_det.pretrained import settings_for, to_checkpoint
 from fpn_det.runs.checkpoint import save_checkpoint, save_weights
+from fpn_det.terminal import say, standard_console
 from fpn_det.weight_files import SAFETENSORS
 
 Target = Literal[Project, "safetensors"]
@@ -59,19 +60,23 @@ def convert_weights(config: ConvertWeightsConfig) -> None:
     project = None if config.source == "auto" else config.source
     weights = read_as_ours(config.input, config.class_names, project, config.norm_eps)
     backbone = "" if config.target == "safetensors" else f", ResNet-{weights.layout.depth}"
-    print(f"{config.input}: weights of {weights.project}, {weights.num_classes} classes{backbone}")
-    print("\n".join(f"  dropped {key}: {reason}" for key, reason in weights.dropped.items()))
+    console = standard_console()
+    say(console, f"{config.input}: weights of {weights.project}, {weights.num_classes} classes{backbone}")
+    for reason in dict.fromkeys(weights.dropped.values()):
+        keys = [key for key, why in weights.dropped.items() if why == reason]
+        say(console, f"  dropped {', '.join(keys)}: {reason}")
     if config.target == "fpn_det" or config.target == "safetensors":
         settings = compose([f"experiment={config.experiment}"]) if config.experiment else settings_for(weights)
         output.parent.mkdir(parents=True, exist_ok=True)
         save = save_checkpoint if config.target == "fpn_det" else save_weights
         save(output, to_checkpoint(weights, settings))
-        print(f"written: {output}\nnext: fpn-det eval checkpoint={output} data.root=<coco folder>")
+        say(console, f"written: {output}\nnext: fpn-det eval checkpoint={output} data.root=<folder>")
     else:
         conversion = convert(weights.state, "fpn_det", config.target)
-        print(conversion.report())
+        say(console, conversion.report())
         write_weights(output, conversion.state, config.target, weights.class_names)
-        print(
+        say(
+            console,
             f"written: {output}\nnext: run it with the pixel order, statistics, strides and anchors of {weights.project}, "
-            "which weights do not contain"
+            "which weights do not contain",
         )
