@@ -156,7 +156,8 @@ class Trainer:
         splits = {"train": self.train_annotations, "val": self.val_annotations}
         shown = "images or tiles" if self.train_loader.tiles else "images"
         on_error, per_epoch = config.data.on_error, self.train_loader.steps_per_epoch
-        evaluations = f"evaluated every {self.eval_every} steps" if self.eval_every else "evaluated at the end"
+        is_interval = 0 < self.eval_every < self.total_steps
+        evaluations = f"evaluated every {self.eval_every} steps" if is_interval else "evaluated at the end"
         epochs = f"{self.total_steps / per_epoch:.3g}"
         rows = {
             "device": describe_device(self.device, config.precision, self.ranks.world_size),

@@ -207,6 +207,13 @@ def test_length_in_epochs(tmp_path):
     assert make_run(tmp_path / "run", max_steps=None, epochs=2.5).total_steps == 10  # 4 steps per epoch
 
 
+@pytest.mark.parametrize(
+    "eval_every, told", [("4 steps", "every 4 steps"), ("12 steps", "at the end"), (None, "at the end")]
+)
+def test_introduction_says_when_a_run_of_twelve_steps_is_evaluated(tmp_path, eval_every, told):
+    assert f"of 4 steps; evaluated {told}\n" in log_of(make_run(tmp_path / "run", eval_every=eval_every))
+
+
 def test_finished_run_says_so(tmp_path):
     make_run(tmp_path / "run").train()
     again = make_run(tmp_path / "run", resume="auto")
