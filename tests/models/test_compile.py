@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 
 import pytest
@@ -108,6 +109,25 @@ def test_losses_are_one_graph_for_each_canvas():
 @pytest.mark.slow
 def test_detection_is_one_graph_for_each_canvas():
     check_detections([(96, 128), (128, 128), (64, 96)])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_losses_and_gradients_of_inductor_are_those_of_the_plain_step():
+    model = make_model().train()
+    step = torch.compile(lambda batch, number: model(batch, number).terms, fullgraph=True, dynamic=False)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    for number, content in enumerate(CONTENTS):
+        batch = make_batch(**content)
+        expected, terms = model(batch, number).terms, step(batch, torch.tensor(number))
+        for name, value in expected.items():
+            assert_close(terms[name], value, 1e-5)
+        plain, gradient = (
+            torch.cat([part.flatten() for part in torch.autograd.grad(sum(losses.values()), weights)])
+            for losses in (expected, terms)
+        )
+        # rounding turns a few ReLUs near zero on or off
+        assert torch.linalg.vector_norm(gradient - plain) < 2e-3 * torch.linalg.vector_norm(plain)
 
 
 def test_suppression_by_class_equals_suppression_of_the_candidates_that_pass(monkeypatch: pytest.MonkeyPatch):
