@@ -28,8 +28,7 @@ def test_files_of_a_detector_detect_what_torch_detects(name: str, tmp_path: Path
     assert results.keys() == formats
     for format, found in results.items():
         assert found["images"] >= 8 and found["empty"] >= 1 and found["detections"] > 200, (format, found)
-        # the rounding of a random ResNet-50 is amplified a hundred times, in torch's own operators too
-        assert not found["unmatched"] and found["box"] < 0.5 and found["score"] < 0.005, (format, found)
+        assert found["ok"], (format, found)
     if name == QUANTIZED and importlib.util.find_spec("nncf"):
         # it can be opened and run; with random weights, 8 bits change the order of the proposals and so everything
         assert quantized["images"] == 8 and quantized["score"] > 0
