@@ -1,7 +1,7 @@
 """8-bit weights and activations for OpenVINO by post-training quantization (NNCF).
 
 Convolutions and matrix products of backbone, neck and heads are quantized, with what lies between the convolutions. The last layers,
-whose results are scores and box deltas, take little time and stay in float, as box decoding, RoIAlign and suppression: a box has
+whose results are scores and box deltas, take little time and stay in float, as box decoding and suppression: a box has
 more than 256 positions.
 """
 
