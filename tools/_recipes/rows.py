@@ -12,6 +12,11 @@ CASCADE = "roi_head=cascade"
 NARROW = "model.roi_head.box_head.width=512"
 EMA = "trainer.ema=0.998"
 SOFT_NMS = "model.roi_head.test_filter._target_=fpn_det.models.selection.SoftDetectionFilter"
+AS_THEY_ARE = ("data.train_transforms.vertical_flip=null", "data.train_transforms.resize.sides=[240]")
+AUGMENTED = (
+    "data.train_transforms.vertical_flip={_target_: albumentations.VerticalFlip, p: 0.5}",
+    "data.train_transforms.resize={sides: [192, 216, 240, 264, 288], max_side: 384}",
+)
 CONVOLUTIONS = "_target_: fpn_det.models.box_heads.ConvHead, _partial_: true, num_convs: 4, norm: group"
 
 
@@ -107,8 +112,8 @@ def tables(bccd: Path, shapes: Path, seeds: int) -> tuple[Table, ...]:
         ("AP", "AP50", "AP75"),
         rows(
             "scratch",
-            ("experiment=bccd", *cells, *PLAIN),
-            ("together", "cascade with heads of 512, moving average", CASCADE, NARROW, EMA),
+            ("experiment=bccd", *cells, *PLAIN, *AS_THEY_ARE),
+            ("together", "cascade with heads of 512, moving average, vertical flip, multi-scale", CASCADE, NARROW, EMA, *AUGMENTED),
         ),
     )
     drawn = Table(
