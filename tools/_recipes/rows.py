@@ -12,11 +12,9 @@ CASCADE = "roi_head=cascade"
 NARROW = "model.roi_head.box_head.width=512"
 EMA = "trainer.ema=0.998"
 SOFT_NMS = "model.roi_head.test_filter._target_=fpn_det.models.selection.SoftDetectionFilter"
-AS_THEY_ARE = ("data.train_transforms.vertical_flip=null", "data.train_transforms.resize.sides=[240]")
-AUGMENTED = (
-    "data.train_transforms.vertical_flip={_target_: albumentations.VerticalFlip, p: 0.5}",
-    "data.train_transforms.resize={sides: [192, 216, 240, 264, 288], max_side: 384}",
-)
+VERTICAL_FLIP = "data.train_transforms.vertical_flip={_target_: albumentations.VerticalFlip, p: 0.5}"
+MULTI_SCALE = "data.train_transforms.resize={sides: [192, 216, 240, 264, 288], max_side: 384}"
+ONE_SCALE = "data.train_transforms.resize={sides: [240], max_side: 320}"
 CONVOLUTIONS = "_target_: fpn_det.models.box_heads.ConvHead, _partial_: true, num_convs: 4, norm: group"
 
 
@@ -77,13 +75,14 @@ def tables(bccd: Path, shapes: Path, seeds: int) -> tuple[Table, ...]:
                 "experiment=finetune_small",
                 "data=voc",
                 "data.on_error=fix",
-                "data.train_transforms.resize={sides: [240], max_side: 320}",
+                ONE_SCALE,
                 "data.eval_transforms.resize={sides: [240], max_side: 320}",
                 "trainer.epochs=8",
                 *cells,
                 *PLAIN,
             ),
             ("together", "cascade with heads of 512, moving average", CASCADE, NARROW, EMA),
+            ("everything", "the same, vertical flip, multi-scale", CASCADE, NARROW, EMA, VERTICAL_FLIP, MULTI_SCALE),
             ("ema", "moving average of the weights", EMA),
             ("cascade", "cascade", CASCADE),
             ("cascade_narrow", "cascade with heads of 512", CASCADE, NARROW),
@@ -95,11 +94,8 @@ def tables(bccd: Path, shapes: Path, seeds: int) -> tuple[Table, ...]:
             ("label_smoothing", "label smoothing", "model.roi_head.cls_loss.label_smoothing=0.1"),
             ("layer_decay", "learning rates by depth", "optimizer.layer_decay=0.8"),
             ("focal", "focal loss in the RPN", "objectness_loss@model.rpn.cls_loss=focal"),
-            (
-                "multi_scale",
-                "multi-scale",
-                "data.train_transforms.resize={sides: [192, 216, 240, 264, 288], max_side: 384}",
-            ),
+            ("vertical_flip", "vertical flip", VERTICAL_FLIP),
+            ("multi_scale", "multi-scale", MULTI_SCALE),
             ("pafpn", "PAFPN", "neck=pafpn"),
             ("conv_head", "4conv1fc head with group norm", f"model.roi_head.box_head={{{CONVOLUTIONS}}}"),
         ),
@@ -112,8 +108,16 @@ def tables(bccd: Path, shapes: Path, seeds: int) -> tuple[Table, ...]:
         ("AP", "AP50", "AP75"),
         rows(
             "scratch",
-            ("experiment=bccd", *cells, *PLAIN, *AS_THEY_ARE),
-            ("together", "cascade with heads of 512, moving average, vertical flip, multi-scale", CASCADE, NARROW, EMA, *AUGMENTED),
+            ("experiment=bccd", *cells, *PLAIN, "data.train_transforms.vertical_flip=null", ONE_SCALE),
+            (
+                "together",
+                "cascade with heads of 512, moving average, vertical flip, multi-scale",
+                CASCADE,
+                NARROW,
+                EMA,
+                VERTICAL_FLIP,
+                MULTI_SCALE,
+            ),
         ),
     )
     drawn = Table(
