@@ -25,6 +25,8 @@ CPU = torch.device("cpu")
 def export_seconds(config: BenchmarkConfig) -> dict[str, float]:
     """Median seconds of a batch by torch, ONNX and OpenVINO, as far as their libraries are installed, on the CPU.
 
+    `openvino native` computes in the half precision of the processor, if it has one.
+
     Raises:
         ValueError: the libraries of ONNX are not installed.
     """
@@ -40,13 +42,14 @@ def export_seconds(config: BenchmarkConfig) -> dict[str, float]:
             class_names=[str(label) for label in range(NUM_CLASSES)], category_ids=list(range(1, NUM_CLASSES + 1))
         )
         write_onnx(Graph(ours.model).trace(None, torch.uint8), files["onnx"], metadata)
-        precisions: dict[str, Precision] = {"openvino": "fp32", "openvino fp16": "fp16", "openvino int8": "int8"}
+        precisions: dict[str, Precision] = {"openvino": "fp32", "openvino native": "fp32", "openvino int8": "int8"}
         for name, precision in precisions.items():
             if is_installed("openvino") and (precision != "int8" or is_installed("nncf")):
-                files[name] = Path(folder) / f"{precision}.xml"
+                files[name] = Path(folder) / f"{name}.xml"
                 write_openvino(files["onnx"], files[name], replace(metadata, precision=precision), [(images, sizes)])
         runs: dict[str, Callable[[], object]] = {"torch": ours.inference()}
         for name, file in files.items():
-            runs[name] = partial(ExportedFile(file, torch.get_num_threads()), images, sizes)
+            opened = ExportedFile(file, torch.get_num_threads(), native=name == "openvino native")
+            runs[name] = partial(opened, images, sizes)
         seconds = alternate(list(runs.values()), config.repeats, CPU)
     return dict(zip(runs, seconds, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -31,6 +30,11 @@ def is_exported(path: str | Path | None) -> TypeGuard[str | Path]:
 class ExportedFile:
     """An exported file, opened for inference.
 
+    Args:
+        path: of the file.
+        threads: of its runtime; None = all cores.
+        native: let OpenVINO compute in bfloat16 or float16 where the processor has it, instead of float32.
+
     Attributes:
         metadata: what the file says about itself.
         dtype: of the images.
@@ -40,14 +44,14 @@ class ExportedFile:
         ValueError: there is no such file, it is damaged, or it was not written by fpn-det export.
     """
 
-    def __init__(self, path: str | Path, threads: int | None = None) -> None:
+    def __init__(self, path: str | Path, threads: int | None = None, native: bool = False) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(f"{path}: expected an exported model, got no such file.")
         opener, library = _OPENERS[self.path.suffix.lower()]
         imported(library)
         try:
-            self._run, texts = opener(self.path, threads)
+            self._run, texts = opener(self.path, threads, native)
             self.metadata = Metadata.read(texts)
         except Exception as error:  # of any kind: a damaged file may raise anything
             raise ValueError(
@@ -128,7 +132,7 @@ def _reason(error: Exception) -> str:
     return lines[0].split(". ")[0].strip().rstrip(".")[:150] if lines else type(error).__name__
 
 
-def _open_onnx(path: Path, threads: int | None) -> tuple[Run, dict[str, str]]:
+def _open_onnx(path: Path, threads: int | None, native: bool) -> tuple[Run, dict[str, str]]:
     onnxruntime = imported("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
@@ -139,7 +143,7 @@ def _open_onnx(path: Path, threads: int | None) -> tuple[Run, dict[str, str]]:
     )
 
 
-def _open_openvino(path: Path, threads: int | None) -> tuple[Run, dict[str, str]]:
+def _open_openvino(path: Path, threads: int | None, native: bool) -> tuple[Run, dict[str, str]]:
     openvino = imported("openvino")
     with path.open("rb") as file:
         if not file.read(100).lstrip().startswith(b"<"):  # OpenVINO would try other formats, and print of each
@@ -147,15 +151,15 @@ def _open_openvino(path: Path, threads: int | None) -> tuple[Run, dict[str, str]
     model = openvino.Core().read_model(path)
     texts = {name: item.astype(str) for name, item in model.get_rt_info(["fpn_det"]).astype(dict).items()}
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-    if texts.get("precision") != json.dumps("fp16"):
-        settings["INFERENCE_PRECISION_HINT"] = "f32"  # a CPU with bfloat16 would use it
+    if not native:
+        settings["INFERENCE_PRECISION_HINT"] = "f32"
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
     compiled = openvino.Core().compile_model(model, "CPU", settings)
     return lambda images, sizes: [np.array(value) for value in compiled([images, sizes]).values()], texts
 
 
-def _open_program(path: Path, threads: int | None) -> tuple[Run, dict[str, str]]:
+def _open_program(path: Path, threads: int | None, native: bool) -> tuple[Run, dict[str, str]]:
     program, texts = read_program(path)
 
     @torch.no_grad()

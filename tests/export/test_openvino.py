@@ -37,8 +37,7 @@ def logits_and_deltas(path, precision):  # of the RPN on all levels, in an order
     found = [item for item in network.get_ordered_ops() if item.get_type_name() == "Convolution" and item.get_friendly_name() in names]
     outputs = network.add_outputs([(item.get_friendly_name(), 0) for item in found])
     last.update(item.get_friendly_name() for item in found)
-    hint = {} if precision == "fp16" else {"INFERENCE_PRECISION_HINT": "f32"}  # as ExportedFile opens them
-    run = openvino.Core().compile_model(network, "CPU", hint)
+    run = openvino.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})  # as ExportedFile opens them
     values = list(run([part.numpy() for part in inputs[0]]).values())[-len(outputs):]
     return [torch.tensor(value).double() for value in values]
 
