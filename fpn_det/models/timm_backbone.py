@@ -70,8 +70,10 @@ class TimmBackbone(Backbone):
         self.drop_path = drop_path
         self.in_channels = in_channels
         with torch.device("meta"):
-            info = self._create().feature_info
-        self.places = _places(info, name)
+            model = self._create()
+        if drop_path and not any(type(part).__name__ == "DropPath" for part in model.modules()):
+            raise ValueError(self._refusal_of_drop_path())  # some models ignore the argument
+        self.places = _places(model.feature_info, name)
         self._build()
 
     def _build(self) -> None:
@@ -125,8 +127,11 @@ class TimmBackbone(Backbone):
                     + (f" Similar ones: {', '.join(near)}." if near else "")
                 ) from None
         if self.drop_path and "drop_path_rate" in str(refusals[-1]):
-            raise ValueError(f"backbone.drop_path: expected 0 for {self.name}, which has none, got {self.drop_path}.")
+            raise ValueError(self._refusal_of_drop_path())
         raise ValueError(f"backbone.name: timm cannot build {self.name}: {refusals[-1]}.")
+
+    def _refusal_of_drop_path(self) -> str:
+        return f"backbone.drop_path: expected 0 for {self.name}, which has none, got {self.drop_path}."
 
     def _probe(self, input_side: int) -> tuple[int, list[Tensor]]:
         """Find the divisor of canvases, and the maps of a canvas of zeros, whose graph shows what they depend on.

@@ -132,7 +132,8 @@ def test_weights_of_an_installed_package_are_loaded():
         ({"name": "no_such_net"}, "expected a model of timm with feature maps, got 'no_such_net'"),
         ({"name": "hf-hub:someone/model"}, r"expected a name that timm.list_models\(\) gives"),
         ({"name": "vit_tiny_patch16_224"}, "maps of growing stride"),
-        ({"name": "coat_lite_tiny"}, "expected a model that takes images of any size"),
+        # timm 1.0.24 gives no feature maps of it
+        ({"name": "coat_lite_tiny"}, "expected a model (that takes images of any size|of timm with feature maps)"),
         ({"name": "resnet10t", "frozen_stages": 6}, "0 .none. to 5"),
         ({"name": "hrnet_w18_small", "drop_path": 0.1}, "drop_path: expected 0 for hrnet_w18_small"),
     ],
