@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fpn_det.caching import LastResults
+from fpn_det.caching import LastResults, filled
 
 MAX_LOG_SCALE = math.log(1000 / 16)  # a predicted box is at most 62.5 times as wide or high as its anchor
 
@@ -109,8 +109,4 @@ class BoxCoder:
         return all(weight == 1 for weight in self.weights)
 
     def _weights_on(self, device: torch.device) -> Tensor:
-        def make() -> Tensor:
-            # filled on the device, because a copy from the host blocks
-            return torch.stack([torch.full((), float(weight), device=device) for weight in self.weights])
-
-        return self._weights.get(device, make)  # type: ignore[attr-defined]
+        return self._weights.get(device, lambda: filled(map(float, self.weights), device))  # type: ignore[attr-defined]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -24,6 +25,11 @@ def results_used() -> Iterator[list[object]]:
         yield used
     finally:
         _used = None
+
+
+def filled(values: Iterable[float], device: torch.device) -> Tensor:
+    """A tensor of numbers, filled on the device, because a copy from the host blocks."""
+    return torch.stack([torch.full((), value, device=device) for value in values])
 
 
 class LastResults(Generic[T]):

@@ -30,6 +30,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from fpn_det.config import DetectorConfig, EvalConfig
 from fpn_det.locations import CONFIGS
 from fpn_det.migration import find, migrate, refuse_old_name
+from fpn_det.runs.settings_diff import setting_of
 from fpn_det.safe_yaml import load_yaml
 from fpn_det.schema import check_names, complete, did_you_mean, fit, listed, missing_names
 from fpn_det.synonyms import find_by_last_name, refuse_synonym
@@ -157,7 +158,7 @@ def compose_as(schema: type[C], config_name: str, overrides: Sequence[str] = (),
         raise ValueError("allow_targets: expected on the command line only, got it from a file. Remove it there.")
     admitted: Any = next((value.value() for value in values if value.key_or_group == "allow_targets"), None)
     packages = [*PACKAGES, *admitted] if isinstance(admitted, list) else [*PACKAGES]
-    return _finish(tree, values, named | {word.lstrip("+~").split("=")[0] for word in selections}, packages, schema)
+    return _finish(tree, values, named | {setting_of(word) for word in selections}, packages, schema)
 
 
 def read_saved(text: str, where: str = "config") -> Saved:
@@ -273,7 +274,7 @@ def _refuse_unused_files(selections: Sequence[str], tree: Tree, places: Mapping[
     Raises:
         ValueError: with what is left out.
     """
-    chosen = {word.lstrip("+~").partition("=")[0]: word.partition("=")[2] for word in selections}
+    chosen = {setting_of(word): word.partition("=")[2] for word in selections}
     for place, word in places.items():
         parts = place.split(".")
         outer = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]

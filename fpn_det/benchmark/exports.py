@@ -42,14 +42,16 @@ def export_seconds(config: BenchmarkConfig) -> dict[str, float]:
             class_names=[str(label) for label in range(NUM_CLASSES)], category_ids=list(range(1, NUM_CLASSES + 1))
         )
         write_onnx(Graph(ours.model).trace(None, torch.uint8), files["onnx"], metadata)
-        precisions: dict[str, Precision] = {"openvino": "fp32", "openvino native": "fp32", "openvino int8": "int8"}
+        precisions: dict[str, Precision] = {"openvino": "fp32", "openvino int8": "int8"}
         for name, precision in precisions.items():
             if is_installed("openvino") and (precision != "int8" or is_installed("nncf")):
-                files[name] = Path(folder) / f"{name}.xml"
+                files[name] = Path(folder) / f"{precision}.xml"
                 write_openvino(files["onnx"], files[name], replace(metadata, precision=precision), [(images, sizes)])
         runs: dict[str, Callable[[], object]] = {"torch": ours.inference()}
+        threads = torch.get_num_threads()
         for name, file in files.items():
-            opened = ExportedFile(file, torch.get_num_threads(), native=name == "openvino native")
-            runs[name] = partial(opened, images, sizes)
+            runs[name] = partial(ExportedFile(file, threads), images, sizes)
+        if "openvino" in files:
+            runs["openvino native"] = partial(ExportedFile(files["openvino"], threads, native=True), images, sizes)
         seconds = alternate(list(runs.values()), config.repeats, CPU)
     return dict(zip(runs, seconds, strict=True))

@@ -29,6 +29,7 @@ from fpn_det.composition import (
 )
 from fpn_det.errors import SystemFault, is_user_facing, translate_system_errors
 from fpn_det.runs.overview import compare_runs, find_runs, runs_table, write_results
+from fpn_det.runs.settings_diff import setting_of
 from fpn_det.runtime import is_reported_by_main
 from fpn_det.terminal import SafeConsole, say, shown_path, standard_console
 from fpn_det.training.config import TrainConfig
@@ -114,7 +115,7 @@ def _sweep(command: Command, schema: type[C], config_name: str, words: Sequence[
 
 
 def _is_hydras(word: str) -> bool:
-    return is_selection(word.lstrip("+~").split("=")[0], [CONFIGS])
+    return is_selection(setting_of(word), [CONFIGS])
 
 
 def _check_selections(config_name: str, words: Sequence[str], saved: Saved | None) -> None:

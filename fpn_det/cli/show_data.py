@@ -52,7 +52,7 @@ def show_data(config: ShowDataConfig, words: Sequence[str]) -> None:
     model = config.build_model(train.num_classes).to(device)
     loader = config.train_loader(train, model.stride, Ranks(), device)
     with RunLog(Path(config.output), Ranks()) as log:
-        log.begin(Pace(0, config.steps, loader.batch_size, 0), bar=None)
+        log.begin(Pace(0, config.steps, loader.batch_size, 0), trains=False)
         for step in log.track(range(config.first_step, config.first_step + config.steps), "drawing"):
             sheets = [
                 sheet

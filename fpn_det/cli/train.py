@@ -22,6 +22,7 @@ from fpn_det.cli.launch import argument, end_with, launch
 from fpn_det.composition import is_selection
 from fpn_det.locations import CONFIGS
 from fpn_det.runs.folder import newest_to_resume
+from fpn_det.runs.settings_diff import setting_of
 from fpn_det.training.config import TrainConfig
 
 
@@ -46,8 +47,7 @@ def resumed_run() -> Path | None:
     Words that select files, such as `experiment=demo`, state the settings of the run anew.
     """
     resume, run_dir = argument("resume"), argument("run_dir")
-    names = [word.lstrip("+~").partition("=")[0] for word in sys.argv[1:]]
-    if resume in (None, "null") or any(is_selection(name, [CONFIGS]) for name in names):
+    if resume in (None, "null") or any(is_selection(setting_of(word), [CONFIGS]) for word in sys.argv[1:]):
         return None
     if resume == "auto":
         folder = Path(run_dir) if run_dir else newest_to_resume(Path("runs"))

@@ -14,7 +14,7 @@ import torchvision
 from torch import Tensor
 
 from fpn_det.boxes import box_area
-from fpn_det.caching import LastResults
+from fpn_det.caching import LastResults, filled
 from fpn_det.schema import Count, CountOrZero, Positive
 from fpn_det.structures import Pyramid
 
@@ -32,12 +32,7 @@ class Geometry:
             (start, stride, width, height)
             for start, stride, (height, width) in zip(pyramid.starts, pyramid.strides, pyramid.shapes, strict=True)
         )[:num_levels]
-
-        def make() -> Tensor:
-            # filled on the device, because a copy from the host blocks
-            return torch.stack([torch.stack([torch.full((), each, device=device) for each in row]) for row in rows])
-
-        return self._results.get((rows, device), make)
+        return self._results.get((rows, device), lambda: torch.stack([filled(row, device) for row in rows]))
 
 
 class LevelAssigner:

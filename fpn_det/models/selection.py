@@ -78,8 +78,7 @@ class DetectionFilter:
     def __call__(self, candidates: Candidates, batch: Batch) -> Detections:
         """The detections of each image, best first."""
         num_classes = candidates.scores.shape[2]
-        passes = (candidates.scores > self.score_threshold) & candidates.valid[..., None]  # NaN fails
-        passes = passes & (torch.minimum(*box_sides(candidates.boxes)) >= self.min_side)
+        passes = self.passes(candidates)
         scores = torch.where(passes, candidates.scores, -1.0)
         if self.suppresses_by_class and (scores.is_cuda or torch.compiler.is_compiling()):
             keep, order = self._suppress_by_class(candidates.boxes, scores).flatten(1), None
@@ -102,6 +101,11 @@ class DetectionFilter:
         return Detections(
             boxes, torch.where(valid, scores, 0.0), labels.gather(1, best), valid, _levels_at(candidates, chosen)
         )
+
+    def passes(self, candidates: Candidates) -> Tensor:
+        """True for the candidates [B, R, K] of sufficient score and size."""
+        passes = (candidates.scores > self.score_threshold) & candidates.valid[..., None]  # NaN fails
+        return passes & (torch.minimum(*box_sides(candidates.boxes)) >= self.min_side)
 
     def suppress(self, boxes: Tensor, scores: Tensor, valid: Tensor, labels: Tensor, batch: Batch) -> Tensor:
         """Mask [B, P] of the boxes [B, P, 4] that survive suppression within their class."""
@@ -148,8 +152,7 @@ class SoftDetectionFilter(DetectionFilter):
     def __call__(self, candidates: Candidates, batch: Batch) -> Detections:
         """The detections of each image, best first."""
         _, num_proposals, num_classes = candidates.scores.shape
-        passes = (candidates.scores > self.score_threshold) & candidates.valid[..., None]  # NaN fails
-        passes = passes & (torch.minimum(*box_sides(candidates.boxes)) >= self.min_side)
+        passes = self.passes(candidates)
         # [B, R, K] -> [B, R * K], by proposal, then by class
         # and an empty slot, so that there is always something to take
         scores = F.pad(torch.where(passes, candidates.scores, 0.0).flatten(1), (0, 1))

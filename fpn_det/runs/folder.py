@@ -22,6 +22,7 @@ from typing import IO, Any
 import torch
 
 from fpn_det.runs.checkpoint import CheckpointFolder
+from fpn_det.runs.settings_diff import setting_of
 from fpn_det.runtime import current_ranks, run_on_main
 from fpn_det.terminal import shown_path
 
@@ -174,16 +175,12 @@ def write_settings(folder: Path, config: str, overrides: Sequence[str]) -> list[
     """
     file = folder / "overrides.txt"
     earlier = file.read_text().splitlines() if file.is_file() else []
-    named = {_name_of(word) for word in overrides}
-    words = [*(word for word in earlier if _name_of(word) not in named), *overrides]
+    named = {setting_of(word) for word in overrides}
+    words = [*(word for word in earlier if setting_of(word) not in named), *overrides]
     (folder / "config.yaml").write_text(config)
     file.write_text("".join(f"{word}\n" for word in words))
     (folder / "versions.json").write_text(json.dumps({**versions(), "command": " ".join(sys.argv)}, indent=2) + "\n")
     return words
-
-
-def _name_of(word: str) -> str:
-    return word.lstrip("+~").partition("=")[0]
 
 
 def versions() -> dict[str, str | None]:

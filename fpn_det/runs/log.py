@@ -108,25 +108,25 @@ class RunLog:
         pace: Pace,
         loggers: Sequence[LoggerName] = ("tensorboard",),
         settings: Mapping[str, Any] | None = None,
-        bar: str | None = "training",
+        trains: bool = True,
     ) -> None:
-        """Open `training.jsonl`, TensorBoard, trackers and the progress bar, at the start of training or after `pace.first_step` of a resumed run.
+        """Open TensorBoard, trackers, `training.jsonl` and the progress bar, at the start of training or after `pace.first_step` of a resumed run.
 
         Points of later steps, which an interrupted run may have written, are purged from the curves.
 
         Args:
-            bar: title of the bar that `advance` moves; None shows none.
+            trains: False where steps are shown only; there is neither `training.jsonl` nor the bar that `advance` moves.
         """
         if self._screen is None:
             return
-        self._records = StepRecords(self.folder, pace.first_step)
         purge_step = pace.first_step + 1 if pace.first_step else None
         if "tensorboard" in loggers:
             self._writer = SummaryWriter(str(event_folder(self.folder)), purge_step=purge_step)
         self._trackers = start_trackers(loggers, self.folder, settings or {})
-        if bar is not None:
+        if trains:
+            self._records = StepRecords(self.folder, pace.first_step)
             self._training = self._bar.add_task(
-                bar, total=pace.total_steps, completed=pace.first_step, note="", ends_at=None
+                "training", total=pace.total_steps, completed=pace.first_step, note="", ends_at=None
             )
             self._bar.start()
 

@@ -49,10 +49,14 @@ def read_settings(text: str, where: str = "config.yaml") -> Flat:
     return flatten(tree)
 
 
+def setting_of(word: str) -> str:
+    """The name of the setting that a word of a command line states."""
+    return word.lstrip("+~").partition("=")[0]
+
+
 def typed_settings(words: Sequence[str], settings: Flat) -> Flat:
     """The settings that a command line states, with their values; a selected file, `data=yolo`, counts by its name."""
-    pairs = [word.lstrip("+~").partition("=") for word in words]
-    typed = {name: settings.get(name, value) for name, _, value in pairs}
+    typed = {setting_of(word): settings.get(setting_of(word), word.partition("=")[2]) for word in words}
     return {name: value for name, value in typed.items() if name not in OF_A_START}
 
 

@@ -35,8 +35,8 @@ class Schedule(ABC):
     def describe_warmup(self) -> str:
         """One line, such as `warm-up over 50 steps`, with the setting where it is not followed."""
         line = f"warm-up over {self.warmup} steps" if self.warmup else "no warm-up"
-        is_limited = self.warmup_steps is not None and self.warmup_steps > self.steps
-        return f"{line}: schedule.warmup_steps={self.warmup_steps} exceeds the run" if is_limited else line
+        is_followed = self.warmup_steps in (None, self.warmup)
+        return line if is_followed else f"{line}: schedule.warmup_steps={self.warmup_steps} exceeds the run"
 
     def factor(self, step: int) -> float:
         """The learning rate of `step`, counted from 0, as a fraction of the peak."""

@@ -51,7 +51,7 @@ for precision in ("fp32", "fp16", "int8"):
     values = logits_and_deltas(path, precision)
     expected = expected or values
     error = max(float((value - other).norm() / other.norm()) for value, other in zip(values, expected, strict=True))
-    results[precision] = asdict(found) | {"error": error} | {"size": size, "fake": kinds.count("FakeQuantize"), "ok": found.is_within_tolerance}
+    results[precision] = asdict(found) | {"error": error, "size": size, "fake": kinds.count("FakeQuantize"), "ok": found.is_within_tolerance}
 network = openvino.Core().read_model(folder / "fp32.xml")
 names = in_float(network)
 results["in_float"] = sorted(item.get_type_name() for item in network.get_ops() if item.get_friendly_name() in names)

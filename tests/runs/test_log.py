@@ -64,11 +64,13 @@ def test_log_shows_a_bar_on_a_terminal(tmp_path):
 
 def test_log_shows_no_bar_of_training_where_nothing_is_trained(tmp_path):
     screen = Console(file=io.StringIO(), force_terminal=True, width=100)
+    (tmp_path / "training.jsonl").write_text('{"step": 7}\n')
     with RunLog(tmp_path, Ranks(), screen) as log:
-        log.begin(Pace(0, 2, 2, 0), bar=None)
+        log.begin(Pace(0, 2, 2, 0), trains=False)
         assert list(log.track([1, 2], "drawing")) == [1, 2]
     shown = screen.file.getvalue()
     assert "drawing" in shown and "training" not in shown
+    assert (tmp_path / "training.jsonl").read_text() == '{"step": 7}\n'  # of a run in this folder
 
 
 def test_log_keeps_the_values_of_steps_in_lines_of_json_that_a_resumed_run_continues(tmp_path):
