@@ -12,27 +12,34 @@ to be bad during the run
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from fpn_det.image_io import BadImage
 
 T = TypeVar("T")
-Key = tuple[int, int]  # (row of Annotations, epoch); repetitions count as epochs, see GlobalBatches.occurrences
 OnBadImage = Callable[[BadImage], None]  # called for each image that was replaced or left out
 
 MAX_REPLACEMENTS = 10  # of one image, in a row
 
 
-def load_or_replace(load: Callable[[int, int], T], key: Key, num_images: int, seed: int) -> tuple[T, list[BadImage]]:
+class Key(NamedTuple):
+    """Names an example: an image, and what its random transforms are drawn by."""
+
+    row: int  # of the data set
+    epoch: int  # repetitions count as epochs, see GlobalBatches.occurrences
+    step: int = 0  # draws what all images of a training step have in common
+
+
+def load_or_replace(load: Callable[[Key], T], key: Key, num_images: int, seed: int) -> tuple[T, list[BadImage]]:
     """Load an image, or another one in its place if it is bad.
 
     Replacements are drawn by (seed, epoch, row, attempt), so they do not depend on workers or ranks.
 
     Args:
-        load: loads (row, epoch).
-        key: row and epoch.
+        load: loads an image.
+        key: of the image.
         num_images: in the data set.
         seed: of the draw.
 
@@ -42,11 +49,11 @@ def load_or_replace(load: Callable[[int, int], T], key: Key, num_images: int, se
     Raises:
         ValueError: so many images in a row are bad that the data set must be broken.
     """
-    row, epoch = key
+    wanted = key
     bad: list[BadImage] = []
     while True:
         try:
-            return load(row, epoch), bad
+            return load(key), bad
         except BadImage as error:
             bad.append(error)
             if len(bad) > MAX_REPLACEMENTS:
@@ -54,7 +61,8 @@ def load_or_replace(load: Callable[[int, int], T], key: Key, num_images: int, se
                     f"{error} It is the last of {len(bad)} randomly drawn images, all of which are bad. "
                     "Run fpn-det check-data."
                 ) from None
-            row = int(np.random.default_rng((seed, epoch, key[0], len(bad))).integers(num_images))
+            random = np.random.default_rng((seed, wanted.epoch, wanted.row, len(bad)))
+            key = wanted._replace(row=int(random.integers(num_images)))
 
 
 def load_available(load: Callable[[Key], T], keys: Sequence[Key]) -> tuple[list[T], list[BadImage]]:

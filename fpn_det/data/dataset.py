@@ -41,7 +41,7 @@ class Example:
 
 
 class DetectionDataset:
-    """Reads and transforms images. An example is a pure function of (seed, epoch, row).
+    """Reads and transforms images. An example is a pure function of the seed and its key.
 
     Args:
         annotations: images and their objects.
@@ -89,23 +89,24 @@ class DetectionDataset:
         return torch.cat([self.annotations.sizes, self.tiles.sizes]) if self.tiles else self.annotations.sizes
 
     def __getitem__(self, key: Key) -> Example:
-        """Load the image or tile of row `key[0]` with the random transforms of epoch `key[1]`.
+        """Load the image or tile of a row with the random transforms of an epoch and a step.
 
         Raises:
             BadImage: it cannot be read, or has not the annotated size.
             ValueError: a box or label is invalid, or a transform fails.
         """
         if not self.replace_bad:
-            return self._load(*key)
+            return self._load(key)
         example, bad = load_or_replace(self._load, key, len(self), self.seed)
         return replace(example, replaced=tuple(bad))
 
-    def _load(self, row: int, epoch: int) -> Example:
+    def _load(self, key: Key) -> Example:
+        row, epoch, step = key
         index, window = self._find(row, epoch)
         size, boxes, labels, read = self._view(index, window)
         try:
             pixels, boxes, labels, flip_resize = self.transform.prepare(
-                size, boxes, labels, read, (self.seed, epoch, row), self._draw_scene
+                size, boxes, labels, read, (self.seed, epoch, row), self._draw_scene, (self.seed, step)
             )
         except BadImage:
             raise

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 
 import numpy as np
 import torch
 
+from fpn_det.data.bad_images import Key
 from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset, Example
 from fpn_det.image_io import BadImage
 from fpn_det.structures import Batch, Targets
 
 IMAGES_PER_MEASURE = 4
-EPOCHS = 6  # random transforms tried per image
+EPOCHS = 6  # random transforms tried per image, each as in a step of its own
 
 
 def largest_batch(dataset: DetectionDataset, num_images: int, collator: Collator) -> Batch:
@@ -47,10 +49,11 @@ def _extreme_examples(dataset: DetectionDataset) -> Iterator[Example]:
     """Yield the examples of the most extreme images in several epochs."""
     heights, widths = dataset.annotations.sizes.double().unbind(1)
     measures = (heights * widths, widths / heights, heights / widths, dataset.annotations.boxes_per_image.double())
-    count = min(IMAGES_PER_MEASURE, len(dataset))
-    for row in torch.cat([measure.topk(count).indices for measure in measures]).unique().tolist():
+    most = min(IMAGES_PER_MEASURE, len(dataset))
+    steps = count()
+    for row in torch.cat([measure.topk(most).indices for measure in measures]).unique().tolist():
         for epoch in range(EPOCHS):
             try:
-                yield dataset[(row, epoch)]
+                yield dataset[Key(row, epoch, next(steps))]
             except BadImage:  # decided when the image is loaded for training
                 break

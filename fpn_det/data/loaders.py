@@ -117,13 +117,15 @@ class TrainLoader:
         return largest_batch(maker.dataset, num_images or self._micro_batch_size, maker.collator).to(self._device)
 
     def keys(self, step: int) -> list[list[Key]]:
-        """Return the (row, epoch) of this rank's images for each micro-batch of a step."""
+        """Return the keys of this rank's images for each micro-batch of a step."""
         _, indices = self._batches.slice(step)
         rows, epochs = (
             micro_batches(part, self._ranks, self._accumulate).tolist()
             for part in (indices, self._batches.occurrences(step))
         )
-        return [list(zip(*pair, strict=True)) for pair in zip(rows, epochs, strict=True)]
+        return [
+            [Key(row, epoch, step) for row, epoch in zip(*pair, strict=True)] for pair in zip(rows, epochs, strict=True)
+        ]
 
 
 class EvalLoader:
@@ -163,10 +165,10 @@ class EvalLoader:
             check_shared_memory(tile_bytes, most, workers.count, BUFFERS_PER_WORKER)
         keys: list[list[Key]] = []
         for batch in batches:
-            keys.append([(index, 0) for index in batch.tolist()])
+            keys.append([Key(index, 0) for index in batch.tolist()])
             for index in batch.tolist():
                 rows = tiles.rows_of(index) if tiles else range(0)
-                keys += [[(row, 0) for row in rows[start : start + most]] for start in range(0, len(rows), most)]
+                keys += [[Key(row, 0) for row in rows[start : start + most]] for start in range(0, len(rows), most)]
         self._batch_size = batch_size
         self._num_batches = sum(-(-len(part) // batch_size) for part in keys)
         maker = _BatchMaker(dataset, collator, skip_bad=on_bad_image is not None, marks_tiles=True)

@@ -59,6 +59,8 @@ class Pipeline:
         self.min_area = min_area
         self.pixel_format = pixel_format
         self.mixing, self.eager, self.deferred = _split(transforms)
+        leaves = [leaf for step in transforms for leaf in _leaves(step)]
+        self._drawn_per_step = [leaf for leaf in leaves if isinstance(leaf, ResizeShortestSide) and leaf.per_step]
         in_float = any(getattr(step, "backend", "") == "torch_float" for step in self.eager)
         self.normalizes = any(isinstance(step, Normalize) for step in self.eager)
         self.dtype = np.dtype(
@@ -115,6 +117,7 @@ class Pipeline:
         read: ReadPixels,
         key: tuple[int, ...],
         draw_scene: DrawScene | None = None,
+        step_key: tuple[int, ...] = (0,),
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, FlipResize]:
         """Transform one image except for the pixels of the deferred flip and resize.
 
@@ -125,6 +128,7 @@ class Pipeline:
             read: decodes the pixels; called once, with the least size that is needed.
             key: seed of all random choices, such as (seed, epoch, index).
             draw_scene: draws another image for `Mixing` transforms.
+            step_key: seed of the choices that all images of a step have in common, such as (seed, step).
 
         Returns:
             Pixels ([h, w, C] in the pipeline's format or f32), boxes (f32 [G, 4], input frame, positive sides) and labels (i64 [G]) of the
@@ -137,6 +141,8 @@ class Pipeline:
         # same numbers (two flips would always agree), and its own seeding the same numbers to every worker.
         words = np.random.SeedSequence(key).generate_state(4)
         random_state = random.Random(words.tobytes())
+        for each in self._drawn_per_step:
+            each.draw_side_of_step(step_key)
         pixels: np.ndarray | None = None
         visible = np.ones(len(boxes))
         if self.mixing:
@@ -323,6 +329,9 @@ class _Resizing(A.DualTransform):
 class ResizeShortestSide(_Resizing):
     """Resize the shorter side to one of `sides`, drawn uniformly, and the longer side to at most `max_side`.
 
+    Images of different sides are padded to the largest in their batch. `per_step` draws one side for all images of a training step, on all
+    ranks: nearly no padding, and no rank waits for another with larger images.
+
     Args:
         sides: candidates for the shorter side, px.
         max_side: upper bound of the longer side, px.
@@ -330,6 +339,7 @@ class ResizeShortestSide(_Resizing):
         backend: `cv2`, `pil`, or `torch_float`, which returns unrounded float32 values as torchvision does.
         antialias: average when shrinking. None is True for pil, which always does, and False for the others.
         p: probability.
+        per_step: draw a side for a step, by (seed, step), instead of one for each image.
     """
 
     def __init__(
@@ -340,9 +350,12 @@ class ResizeShortestSide(_Resizing):
         backend: Backend = "cv2",
         antialias: bool | None = None,
         p: float = 1.0,
+        per_step: bool = False,
     ) -> None:
         super().__init__(backend, antialias, p)
         self.sides, self.max_side = list(sides), max_side
+        self.per_step = per_step
+        self._side_of_step = max(self.sides, default=0)
         self.rounding: Rounding = rounding
         if not self.sides or min(self.sides) < 1 or max(self.sides) > max_side:
             raise ValueError(f"ResizeShortestSide: expected sides in 1..max_side={max_side}, got {self.sides}.")
@@ -354,9 +367,14 @@ class ResizeShortestSide(_Resizing):
         max_side = round(side * self.max_side / max(self.sides))
         return ResizeShortestSide([side], max_side, self.rounding, self.backend, self.antialias, self.p)
 
+    def draw_side_of_step(self, key: tuple[int, ...]) -> None:
+        """Draw the side of all images of a step; with `per_step`, the following images get it."""
+        self._side_of_step = int(np.random.default_rng(key).choice(self.sides))
+
     def draw_size(self, size: Size) -> Size:
         """Draw the size that an image of `size` is resized to."""
-        return resized_size(size, self.py_random.choice(self.sides), self.max_side, self.rounding)
+        side = self._side_of_step if self.per_step else self.py_random.choice(self.sides)
+        return resized_size(size, side, self.max_side, self.rounding)
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         return {"size": self.draw_size(params["shape"][:2])}

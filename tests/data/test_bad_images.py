@@ -9,6 +9,7 @@ import torch
 from test_flip_resize import assert_same
 
 from fpn_det.annotations.reading import read_annotations
+from fpn_det.data.bad_images import Key
 from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.loaders import EvalLoader, TrainLoader
@@ -79,7 +80,7 @@ def test_replacements_do_not_depend_on_workers_ranks_or_the_start(broken):
 
 def test_replacements_differ_between_epochs(broken):
     dataset = DetectionDataset(broken, Pipeline([]), seed=5, replace_bad=True)
-    assert len({dataset[3, epoch].index for epoch in range(30)}) == 6
+    assert len({dataset[Key(3, epoch)].index for epoch in range(30)}) == 6
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -102,7 +103,7 @@ def test_a_data_set_of_bad_images_is_an_error(document, write, pictures, tmp_pat
         ValueError,
         match=r"got an empty file\. Copy or download it again\. It is image .* It is the last of 11 randomly drawn images",
     ):
-        dataset[0, 0]
+        dataset[Key(0, 0)]
 
 
 def test_a_bad_image_can_be_pickled():

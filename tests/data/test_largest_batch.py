@@ -15,6 +15,7 @@ from fpn_det.data.transforms import Pipeline, ResizeShortestSide
     [
         ([], "batch", (64, 96)),  # the tallest is 64 x 48, the widest 40 x 80: 64 x 80 px, in steps of 32
         ([ResizeShortestSide([60, 100], 150)], "batch", (160, 160)),  # 133 x 100 and 75 x 150, from sides of 100
+        ([ResizeShortestSide([20, 40, 60, 80, 100], 150, per_step=True)], "batch", (160, 160)),
         ([], (128, 160), (128, 160)),
     ],
 )

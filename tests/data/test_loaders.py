@@ -18,6 +18,7 @@ from torch import Tensor
 from fpn_det.annotations.reading import read_annotations
 from fpn_det.annotations.subsets import drop_empty
 from fpn_det.data import loaders
+from fpn_det.data.bad_images import Key
 from fpn_det.data.collation import Collator, PackedBatch
 from fpn_det.data.dataset import DetectionDataset, Example
 from fpn_det.data.flip_resize import FlipResize
@@ -57,13 +58,13 @@ def assert_same(one: Batch, other: Batch) -> None:
 def test_dataset_returns_objects_without_crowds(document, write, pictures):
     annotations = read_annotations(write(document), pictures)
     dataset = DetectionDataset(annotations, Pipeline([A.HorizontalFlip(p=1)]), seed=0)
-    example = dataset[3, 0]
+    example = dataset[Key(3, 0)]
     # image 3 is 64 px wide; its boxes are 5..28 and 5..28
     assert example.boxes.tolist() == [[36, 3, 59, 18], [36, 13, 59, 29]]
     assert example.labels.tolist() == [0, 1]
     assert (example.original_size, example.index) == ((48, 64), 3)
-    assert dataset[1, 0].boxes.shape == (0, 4)  # crowds only
-    assert dataset[2, 0].boxes.shape == (0, 4)  # nothing
+    assert dataset[Key(1, 0)].boxes.shape == (0, 4)  # crowds only
+    assert dataset[Key(2, 0)].boxes.shape == (0, 4)  # nothing
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_dataset_names_the_invalid_annotation(document, write, pictures, column,
     with pytest.raises(
         ValueError, match=r"3.png \(image 37\): annotation 6: expected a finite box and a label below 2, got"
     ):
-        dataset[3, 0]
+        dataset[Key(3, 0)]
 
 
 def test_dataset_names_the_image_whose_size_differs_from_the_annotations(document, write, pictures):
@@ -86,9 +87,9 @@ def test_dataset_names_the_image_whose_size_differs_from_the_annotations(documen
     with pytest.raises(
         ValueError, match=r"0\.png: expected 48 x 64 px as annotated, got 64 x 48\. The annotations ignore its EXIF"
     ):
-        dataset[0, 0]
+        dataset[Key(0, 0)]
     with pytest.raises(ValueError, match=r"3\.png: expected 100 x 48 px as annotated, got 64 x 48\. Correct"):
-        dataset[3, 0]
+        dataset[Key(3, 0)]
 
 
 def test_dataset_names_the_image_on_which_a_transform_fails(document, write, pictures):
@@ -96,7 +97,7 @@ def test_dataset_names_the_image_on_which_a_transform_fails(document, write, pic
         read_annotations(write(document), pictures), Pipeline([A.RandomCrop(height=60, width=10, p=1)]), seed=0
     )
     with pytest.raises(ValueError, match=r"0\.png \(image 7, annotations 1, 2\): a transform failed: CropSizeError"):
-        dataset[0, 0]
+        dataset[Key(0, 0)]
 
 
 def example(height: int, width: int, objects: int = 0, index: int = 0) -> Example:
@@ -183,6 +184,28 @@ def test_batches_of_ranks_and_micro_batches_form_the_global_batch(dataset):
             parts = [share[step * accumulate + number] for number in range(accumulate) for share in shares]
             assert torch.equal(torch.cat([part.indices for part in parts]), batch.indices)
             assert torch.equal(torch.cat([part.pixels for part in parts]), batch.pixels)
+
+
+@pytest.mark.parametrize("later", [[], [A.VerticalFlip(p=0.5)]], ids=["deferred", "followed by another transform"])
+def test_a_side_per_step_is_that_of_all_images_on_all_ranks(document, write, pictures, later):
+    sides = [40, 48, 64]
+    chain = [A.HorizontalFlip(p=0.5), ResizeShortestSide(sides, 1000, per_step=True), *later]
+    dataset = DetectionDataset(drop_empty(read_annotations(write(document), pictures)), Pipeline(chain), seed=5)
+
+    def batches(ranks: Ranks, accumulate: int, workers: int = 0) -> list[Batch]:
+        global_batches = GlobalBatches(dataset.annotations.sizes, 4, 1, ranks.world_size * accumulate)
+        made = TrainLoader(dataset, global_batches, ranks, accumulate, Collator(32), Workers(workers), CPU)
+        return list(islice(made.iterate(0), 60 * accumulate))
+
+    whole = batches(Ranks(), 1)
+    drawn = [batch.sizes.amin(dim=1).unique().tolist() for batch in whole]
+    assert all(len(each) == 1 for each in drawn)  # all images of a step
+    counts = [sum(each == [side] for each in drawn) for side in sides]
+    assert sum(counts) == 60 and min(counts) >= 10  # of 20 expected; standard deviation 3.7
+    for world_size, accumulate, workers in [(2, 1, 0), (1, 2, 1), (2, 2, 0)]:
+        for rank in range(world_size):
+            share = batches(Ranks(rank, world_size), accumulate, workers)
+            assert [batch.sizes.amin(dim=1).unique().tolist() for batch in share[::accumulate]] == drawn
 
 
 def test_iterate_starts_at_any_step_and_rebuild_gives_the_same_batches(dataset):

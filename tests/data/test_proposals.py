@@ -10,6 +10,7 @@ import torch
 from compare import assert_close
 from PIL import Image
 
+from fpn_det.data.bad_images import Key
 from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.proposals import read_proposals
@@ -67,7 +68,7 @@ def test_the_best_proposals_of_each_image_are_read(annotations, tmp_path, kind):
 def test_proposals_are_transformed_and_collated(annotations, tmp_path):
     proposals = read_proposals(written(tmp_path / "p.json", "lines"), annotations, limit=4)
     dataset = DetectionDataset(annotations, Pipeline([albumentations.HorizontalFlip(p=1)]), 0, proposals=proposals)
-    batch = Collator(4).collate([dataset[row, 0] for row in range(3)])
+    batch = Collator(4).collate([dataset[Key(row, 0)] for row in range(3)])
     assert batch.proposals is not None
     assert batch.proposals.valid.sum(dim=1).tolist() == [1, 0, 3]
     assert batch.proposals.boxes.shape == (3, 4, 4) and (batch.proposals.boxes[~batch.proposals.valid] == 0).all()
@@ -88,7 +89,7 @@ def test_the_number_of_proposals_of_mixed_images_is_limited(annotations, tmp_pat
 
 def test_without_a_file_a_batch_has_no_proposals(annotations):
     dataset = DetectionDataset(annotations, Pipeline([]), 0)
-    assert Collator(4).collate([dataset[0, 0]]).proposals is None
+    assert Collator(4).collate([dataset[Key(0, 0)]]).proposals is None
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from PIL import Image
 from test_loaders import assert_same
 
 from fpn_det.data import loaders
+from fpn_det.data.bad_images import Key
 from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.loaders import EvalLoader, TrainLoader
@@ -156,7 +157,7 @@ def with_objects(
 def test_objects_are_cut_to_their_tile(annotations):
     one = with_objects(annotations, [[[5, 6, 25, 36], [35, 15, 55, 25], [90, 50, 100, 60]], [], []])
     dataset = dataset_of(one, Tiling(40, 0.2))
-    windows = {dataset[(row, 0)].window: dataset[(row, 0)].boxes.tolist() for row in range(3, 9)}
+    windows = {dataset[Key(row, 0)].window: dataset[Key(row, 0)].boxes.tolist() for row in range(3, 9)}
     assert windows[0, 0, 40, 40] == [[5, 6, 25, 36], [35, 15, 40, 25]]
     assert windows[30, 20, 70, 60] == [[5, 0, 25, 5]]  # 35 - 30, 15 - 20 clipped, 55 - 30, 25 - 20
     assert windows[60, 20, 100, 60] == [[30, 30, 40, 40]]
@@ -181,8 +182,8 @@ def test_training_leaves_out_objects_of_which_a_tile_shows_too_little(annotation
         tiles = train_tiles(one, Tiling(40, 0.2), min_visible)
         assert tiles.shows_objects[:6].nonzero()[:, 0].tolist() == shown
         dataset = DetectionDataset(one, Pipeline([]), 0, tiles=replace(tiles, reach=0))
-        assert dataset[(3, 0)].boxes.tolist() == ([[25, 0, 40, 10]] if shown else [])
-        assert dataset[(4, 0)].boxes.tolist() == ([[0, 0, 15, 10]] if shown else [])
+        assert dataset[Key(3, 0)].boxes.tolist() == ([[25, 0, 40, 10]] if shown else [])
+        assert dataset[Key(4, 0)].boxes.tolist() == ([[0, 0, 15, 10]] if shown else [])
 
 
 @pytest.mark.parametrize("pairs", [1, 7, 1000])
@@ -277,7 +278,7 @@ def test_the_pixels_of_a_moved_window_are_those_of_its_objects(annotations):
     windows = set()
     for row in [3 + tile for tile in range(len(dataset.tiles)) if dataset.tiles.images[tile] == 0]:
         for epoch in range(5):
-            example = dataset[(row, epoch)]
+            example = dataset[Key(row, epoch)]
             windows.add(example.window)
             num_white = int((example.pixels[..., 0] > 0).sum())
             if len(example.boxes):
@@ -293,8 +294,8 @@ def test_a_mosaic_is_made_of_images_and_tiles_with_objects(annotations):
     dataset = training_loader(one, transforms=[Mosaic([64, 64])])._maker.dataset
     shown = [row for row in range(len(dataset)) if row < 3 or dataset.tiles.shows_objects[row - 3]]
     assert list(dataset._scene_rows) == shown and 4 < len(shown) < len(dataset)
-    assert dataset[(4, 0)].pixels.shape == (64, 64, 3)
-    assert np.array_equal(dataset[(4, 0)].pixels, dataset[(4, 0)].pixels)
+    assert dataset[Key(4, 0)].pixels.shape == (64, 64, 3)
+    assert np.array_equal(dataset[Key(4, 0)].pixels, dataset[Key(4, 0)].pixels)
 
 
 def test_proposals_are_cut_like_objects(annotations):
@@ -303,5 +304,5 @@ def test_proposals_are_cut_like_objects(annotations):
     tiles = Tiles.of(one.sizes, Tiling(40, 0.2))
     dataset = DetectionDataset(one, Pipeline([]), 0, proposals=saved, tiles=tiles)
     row = 3 + [tiles.window(tile) for tile in range(6)].index((30, 20, 70, 60))
-    assert dataset[(row, 0)].proposals.tolist() == [[0, 0, 20, 20], [0] * 4, [0] * 4]
-    assert dataset[(row, 0)].boxes.tolist() == [[11, 2, 25, 10]]
+    assert dataset[Key(row, 0)].proposals.tolist() == [[0, 0, 20, 20], [0] * 4, [0] * 4]
+    assert dataset[Key(row, 0)].boxes.tolist() == [[11, 2, 25, 10]]

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 NUM_IMAGES = 16  # that are detected on, one by one
 ROUNDS = 3
 
-Work = dict[str, Callable[[], None]]  # by what is measured
+Work = dict[str, Callable[[int], None]]  # by what is measured; its argument is the number of the round
 
 
 def measure(rows: Mapping[str, Row], folder: Path, overrides: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -36,7 +36,7 @@ def measure(rows: Mapping[str, Row], folder: Path, overrides: Sequence[str]) -> 
         for name, (_, work) in contestants.items():
             for what, run in work.items():
                 start = time.process_time()
-                run()
+                run(number)
                 if number:  # the first round allocates
                     seconds.setdefault((name, what), []).append(time.process_time() - start)
     for (name, what), spent in seconds.items():
@@ -60,16 +60,17 @@ def _contestant(row: Row, rows: Mapping[str, Row], folder: Path, overrides: Sequ
     file = folder / trained.name / "seed0" / "checkpoints" / "last.pt"
     fill_model(model, load_checkpoint(file), str(file))
     images = list(islice(settings.eval_loader(annotations, model.stride, Ranks(), CPU), NUM_IMAGES))
-    batch = settings.train_loader(annotations, model.stride, Ranks(), CPU).rebuild(0)[0]
+    loader = settings.train_loader(annotations, model.stride, Ranks(), CPU)
+    batches = [loader.rebuild(number)[0] for number in range(ROUNDS + 1)]  # several, because scales are drawn
 
-    def detect() -> None:
+    def detect(number: int) -> None:
         model.eval()
         for image in images:
             model.detect(image)
 
-    def step() -> None:
+    def step(number: int) -> None:
         model.train()
-        model(batch, 0).total().backward()
+        model(batches[number], number).total().backward()
 
     parameters = float(sum(weight.numel() for weight in model.parameters()))
     return parameters, {"inference_s": detect} if row.weights_of else {"inference_s": detect, "step_s": step}

@@ -13,7 +13,7 @@ NARROW = "model.roi_head.box_head.width=512"
 EMA = "trainer.ema=0.998"
 SOFT_NMS = "model.roi_head.test_filter._target_=fpn_det.models.selection.SoftDetectionFilter"
 VERTICAL_FLIP = "data.train_transforms.vertical_flip={_target_: albumentations.VerticalFlip, p: 0.5}"
-MULTI_SCALE = "data.train_transforms.resize={sides: [192, 216, 240, 264, 288], max_side: 384}"
+MULTI_SCALE = "data.train_transforms.resize={sides: [192, 216, 240, 264, 288], max_side: 384, per_step: true}"
 ONE_SCALE = "data.train_transforms.resize={sides: [240], max_side: 320}"
 CONVOLUTIONS = "_target_: fpn_det.models.box_heads.ConvHead, _partial_: true, num_convs: 4, norm: group"
 
