@@ -186,10 +186,18 @@ def test_batches_of_ranks_and_micro_batches_form_the_global_batch(dataset):
             assert torch.equal(torch.cat([part.pixels for part in parts]), batch.pixels)
 
 
-@pytest.mark.parametrize("later", [[], [A.VerticalFlip(p=0.5)]], ids=["deferred", "followed by another transform"])
-def test_a_side_per_step_is_that_of_all_images_on_all_ranks(document, write, pictures, later):
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda resize: [A.HorizontalFlip(p=0.5), resize],
+        lambda resize: [resize, A.VerticalFlip(p=0.5)],
+        lambda resize: [A.Sequential([resize], p=1)],
+    ],
+    ids=["deferred", "followed by another transform", "in a composition"],
+)
+def test_a_side_per_step_is_that_of_all_images_on_all_ranks(document, write, pictures, place):
     sides = [40, 48, 64]
-    chain = [A.HorizontalFlip(p=0.5), ResizeShortestSide(sides, 1000, per_step=True), *later]
+    chain = place(ResizeShortestSide(sides, 1000, per_step=True))
     dataset = DetectionDataset(drop_empty(read_annotations(write(document), pictures)), Pipeline(chain), seed=5)
 
     def batches(ranks: Ranks, accumulate: int, workers: int = 0) -> list[Batch]:
