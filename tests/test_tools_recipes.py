@@ -15,7 +15,7 @@ from _comparison import runs
 from _comparison.results import Results
 from _comparison.rows import Row
 from _recipes import rows as recipe_rows
-from _recipes.page import change, rows_of
+from _recipes.page import change, rows_of, seed_deviation
 from _recipes.rows import Table, tables
 from fpn_det.composition import compose
 from fpn_det.training.config import TrainConfig
@@ -48,17 +48,22 @@ def test_the_names_of_rows_are_unique():
 
 
 @pytest.mark.parametrize(
-    ("base", "values", "text"),
+    ("base", "values", "deviation", "text"),
     [
-        ([50.0, 51.0], [53.0, 54.0], "+3.0"),
-        ([50.0, 51.0], [48.0, 49.0], "-2.0"),
-        ([50.0, 52.0], [51.0, 54.0], "+1.5, within the spread"),
-        ([50.0], [53.0], "+3.0, too few seeds"),
-        ([], [53.0], ""),
+        ([50.0, 51.0], [53.0, 54.0], 0.5, "+3.0 ± 0.5"),  # 0.5 * sqrt(1/2 + 1/2)
+        ([50.0, 51.0], [48.0], 2.0, "-2.5 ± 2.4"),  # 2 * sqrt(1/2 + 1)
+        ([50.0], [53.0], None, "+3.0, too few seeds"),
+        ([], [53.0], 1.0, ""),
     ],
 )
-def test_a_change_is_told_with_its_certainty(base, values, text):
-    assert change(base, values) == text
+def test_a_change_is_told_with_its_standard_error(base, values, deviation, text):
+    assert change(base, values, deviation) == text
+
+
+def test_the_deviation_over_seeds_is_pooled_over_rows():
+    # squares of 1 + 1 with one degree of freedom, and of 4 + 0 + 4 with two
+    assert seed_deviation([[50.0, 52.0], [60.0], [40.0, 42.0, 44.0], []]) == pytest.approx((10 / 3) ** 0.5)
+    assert seed_deviation([[50.0], []]) is None
 
 
 def test_a_table_shows_what_was_measured_and_nothing_else():
