@@ -34,15 +34,14 @@ class Difference:
 
 
 def cases(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches of the proof: images one by one, a part of the first, one of grey, and three of mixed sizes."""
+    """The batches of the proof: images one by one, a part of the first, one without objects, and three of mixed sizes."""
     singles = list(batches)
     yield from singles
     first = singles[0]
     half = torch.stack([(first.sizes[:, 0] * 3 + 3) // 4, (first.sizes[:, 1] + 1) // 2], dim=1)
     part = replace(first, sizes=half, original_sizes=first.original_sizes * half // first.sizes)  # at the same scale
     yield replace(part, pixels=first.pixels[:, :, : int(half[0, 0]), : int(half[0, 1])])
-    grey = 0.0 if first.pixels.is_floating_point() else 114  # float images are normalized
-    yield replace(first, pixels=torch.full_like(first.pixels, grey))
+    yield replace(first, pixels=_ramp(first.pixels))
     three = [first, part, singles[-1]]
     height, width = (max(batch.pixels.shape[side] for batch in three) for side in (2, 3))
     padded = [F.pad(b.pixels, (0, width - b.pixels.shape[3], 0, height - b.pixels.shape[2])) for b in three]
@@ -50,6 +49,16 @@ def cases(batches: Iterable[Batch]) -> Iterator[Batch]:
     originals = torch.cat([batch.original_sizes for batch in three])
     indices = torch.cat([batch.indices for batch in three])
     yield replace(first, pixels=torch.cat(padded), sizes=sizes, original_sizes=originals, indices=indices)
+
+
+def _ramp(pixels: Tensor) -> Tensor:
+    """Pixels that become brighter towards the lower right, more and more. In an image of one color all cells would have the same score,
+    and rounding would decide between them.
+    """
+    height, width = pixels.shape[2:]
+    down, right = torch.linspace(0, 1, height)[:, None], torch.linspace(0, 1, width)
+    low, high = (-0.5, 0.5) if pixels.is_floating_point() else (64, 192)  # float images are normalized
+    return (low + (high - low) * (2 * down.square() + right.square()) / 3).to(pixels.dtype).expand(pixels.shape).contiguous()
 
 
 def compare(detector: Detector, exported: ExportedDetector, batches: Iterable[Batch]) -> Difference:

@@ -81,8 +81,8 @@ def make(name: str) -> Detector:
 
 
 @torch.no_grad()
-def spread_out(model: Detector, example: Batch, grey: Batch) -> None:
-    """Give random weights the spreads of a trained detector, layer by layer: many detections on an example, none on grey.
+def spread_out(model: Detector, example: Batch, plain: Batch) -> None:
+    """Give random weights the spreads of a trained detector, layer by layer: many detections on an example, none on a plain one.
 
     Norms take the statistics of the example, other layers are scaled at their next call, and the background gets a bias.
     """
@@ -108,9 +108,9 @@ def spread_out(model: Detector, example: Batch, grey: Batch) -> None:
     set_foldable(model, not isinstance(model, UnfoldedDetector))
     for name, layer in layers:
         if name.endswith("class_logits"):
-            _teach(layer, _inputs_of(layer, model, example), _inputs_of(layer, model, grey))
-    # the bias of the background with which the highest score on grey becomes half the threshold
-    scores = model.raw(grey).scores
+            _teach(layer, _inputs_of(layer, model, example), _inputs_of(layer, model, plain))
+    # the bias of the background with which the highest score on the plain one becomes half the threshold
+    scores = model.raw(plain).scores
     objects = scores.sum(dim=2)
     odds = (2 / model.score_threshold * scores.amax(dim=2) - objects) / (1 - objects)
     for name, layer in layers:
@@ -157,8 +157,8 @@ def main(name: str, folder: Path) -> None:
     in_float = isinstance(model, UnfoldedDetector)
     batches = [make_batch(size, number, in_float) for number, size in enumerate(SIZES)]
     example = batches[1]
-    (*_, grey, _) = cases(batches)
-    spread_out(model, example, grey)
+    (*_, plain, _) = cases(batches)
+    spread_out(model, example, plain)
     labels = [str(label) for label in range(CASES[name][1])]
     metadata = Metadata(
         class_names=labels, category_ids=list(range(len(labels))), dtype="float32" if in_float else "uint8"
