@@ -58,7 +58,8 @@ def _ramp(pixels: Tensor) -> Tensor:
     height, width = pixels.shape[2:]
     down, right = torch.linspace(0, 1, height)[:, None], torch.linspace(0, 1, width)
     low, high = (-0.5, 0.5) if pixels.is_floating_point() else (0, 255)  # float images are normalized
-    return (low + (high - low) * (2 * (down + down.square()) + right + right.square()) / 6).to(pixels.dtype).expand(pixels.shape).contiguous()
+    values = low + (high - low) * (2 * (down + down.square()) + right + right.square()) / 6
+    return values.to(pixels.dtype).expand(pixels.shape).contiguous()
 
 
 def compare(detector: Detector, exported: ExportedDetector, batches: Iterable[Batch]) -> Difference:
