@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fpn_det.annotations.reading import read_annotations
+from fpn_det.data.bad_images import Key
 from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.flip_resize import FlipResize
@@ -173,7 +174,7 @@ def test_reduced_decoding_keeps_boxes_and_nearly_the_pixels(document, write, tmp
     annotations = read_annotations(write(document), tmp_path)
     examples = [
         DetectionDataset(annotations, Pipeline([A.HorizontalFlip(p=1), ResizeShortestSide([110], 200)]), 0, reduce)[
-            row, 0
+            Key(row, 0)
         ]
         for row in (0, 1)
         for reduce in (False, True)
@@ -189,7 +190,8 @@ def test_reduced_decoding_keeps_boxes_and_nearly_the_pixels(document, write, tmp
     assert np.array_equal(examples[0].boxes, examples[1].boxes) and len(examples[0].boxes) == 2
     assert np.abs(full - reduced).mean() < 1
     chain = [A.RandomCrop(200, 200), ResizeShortestSide([40], 200)]  # crops in pixels of the file
-    assert DetectionDataset(annotations, Pipeline(chain), 0, reduced_decoding=True)[0, 0].pixels.shape == (200, 200, 3)
+    dataset = DetectionDataset(annotations, Pipeline(chain), 0, reduced_decoding=True)
+    assert dataset[Key(0, 0)].pixels.shape == (200, 200, 3)
 
 
 def test_reduced_reading_is_upright_and_refuses_truncated_files(tmp_path):

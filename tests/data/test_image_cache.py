@@ -11,6 +11,7 @@ import pytest
 
 from fpn_det.annotations.reading import read_annotations
 from fpn_det.data import image_cache
+from fpn_det.data.bad_images import Key
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.image_cache import ImageCache
 from fpn_det.data.transforms import Pipeline
@@ -80,5 +81,5 @@ def test_a_data_set_does_not_depend_on_its_cache(document, write, pictures, tmp_
     )
     for _ in range(2):
         for index in range(8):
-            assert np.array_equal(plain[index, 0].pixels, cached[index, 0].pixels)
+            assert np.array_equal(plain[Key(index, 0)].pixels, cached[Key(index, 0)].pixels)
     assert len(files(tmp_path / "cache")) == 8
