@@ -109,13 +109,13 @@ def spread_out(model: Detector, example: Batch, plain: Batch) -> None:
     for name, layer in layers:
         if name.endswith("class_logits"):
             _teach(layer, _inputs_of(layer, model, example), _inputs_of(layer, model, plain))
-    # the bias of the background with which the highest score on the plain one becomes half the threshold
-    scores = model.raw(plain).scores
-    objects = scores.sum(dim=2)
-    odds = (2 / model.score_threshold * scores.amax(dim=2) - objects) / (1 - objects)
-    for name, layer in layers:
-        if name.endswith("class_logits"):
-            layer.bias[-1] += odds.amax().log().clamp(min=0)
+    # the bias of the background with which the highest score on the plain one becomes half the threshold; several times for a mean of stages
+    while (scores := model.raw(plain).scores).amax() > 0.51 * model.score_threshold:
+        objects = scores.sum(dim=2)
+        odds = (2 / model.score_threshold * scores.amax(dim=2) - objects) / (1 - objects)
+        for name, layer in layers:
+            if name.endswith("class_logits"):
+                layer.bias[-1] += odds.amax().log().clamp(min=0)
 
 
 def _inputs_of(layer: nn.Module, model: Detector, batch: Batch) -> Tensor:
