@@ -81,8 +81,8 @@ def make(name: str) -> Detector:
 
 
 @torch.no_grad()
-def spread_out(model: Detector, example: Batch, plain: Batch) -> None:
-    """Give random weights the spreads of a trained detector, layer by layer: many detections on an example, none on a plain one.
+def spread_out(model: Detector, example: Batch, grey: Batch) -> None:
+    """Give random weights the spreads of a trained detector, layer by layer: many detections on an example, none on grey.
 
     Norms take the statistics of the example, other layers are scaled at their next call, and the background gets a bias.
     """
@@ -108,14 +108,14 @@ def spread_out(model: Detector, example: Batch, plain: Batch) -> None:
     set_foldable(model, not isinstance(model, UnfoldedDetector))
     for name, layer in layers:
         if name.endswith("class_logits"):
-            _teach(layer, _inputs_of(layer, model, example), _inputs_of(layer, model, plain))
-    # the bias of the background with which the highest score on the plain one becomes half the threshold; several times for a mean of stages
-    while (scores := model.raw(plain).scores).amax() > 0.51 * model.score_threshold:
-        objects = scores.sum(dim=2)
-        odds = (2 / model.score_threshold * scores.amax(dim=2) - objects) / (1 - objects)
-        for name, layer in layers:
-            if name.endswith("class_logits"):
-                layer.bias[-1] += odds.amax().log().clamp(min=0)
+            _teach(layer, _inputs_of(layer, model, example), _inputs_of(layer, model, grey))
+    # the bias of the background with which the highest score on grey becomes half the threshold
+    scores = model.raw(grey).scores
+    objects = scores.sum(dim=2)
+    odds = (2 / model.score_threshold * scores.amax(dim=2) - objects) / (1 - objects)
+    for name, layer in layers:
+        if name.endswith("class_logits"):
+            layer.bias[-1] += odds.amax().log().clamp(min=0)
 
 
 def _inputs_of(layer: nn.Module, model: Detector, batch: Batch) -> Tensor:
@@ -157,8 +157,8 @@ def main(name: str, folder: Path) -> None:
     in_float = isinstance(model, UnfoldedDetector)
     batches = [make_batch(size, number, in_float) for number, size in enumerate(SIZES)]
     example = batches[1]
-    (*_, plain, _) = cases(batches)
-    spread_out(model, example, plain)
+    grey = replace(batches[0], pixels=torch.full_like(batches[0].pixels, 0.0 if in_float else 114))
+    spread_out(model, example, grey)
     labels = [str(label) for label in range(CASES[name][1])]
     metadata = Metadata(
         class_names=labels, category_ids=list(range(len(labels))), dtype="float32" if in_float else "uint8"
@@ -176,7 +176,7 @@ def main(name: str, folder: Path) -> None:
     results: dict[str, Any] = {"most": int(model.detect(example).valid.sum())}
     exported = {format: ExportedDetector(ExportedFile(file), model) for format, file in files.items() if file.exists()}
     for format, detector in exported.items():
-        found = compare(model, detector, cases(batches))
+        found = compare(model, detector, [*cases(batches), grey])
         results[format] = asdict(found) | {"ok": found.is_within_tolerance}
     with torch.no_grad():
         model.roi_head.predictor.class_logits.weight.mul_(1.01)
