@@ -15,6 +15,10 @@ SOFT_NMS = "model.roi_head.test_filter._target_=fpn_det.models.selection.SoftDet
 VERTICAL_FLIP = "data.train_transforms.vertical_flip={_target_: albumentations.VerticalFlip, p: 0.5}"
 MULTI_SCALE = "data.train_transforms.resize={sides: [192, 216, 240, 264, 288], max_side: 384, per_step: true}"
 ONE_SCALE = "data.train_transforms.resize={sides: [240], max_side: 320}"
+EVERYTHING = (
+    "cascade with heads of 512, moving average, vertical flip, multi-scale",
+    *(CASCADE, NARROW, EMA, VERTICAL_FLIP, MULTI_SCALE),
+)
 CONVOLUTIONS = "_target_: fpn_det.models.box_heads.ConvHead, _partial_: true, num_convs: 4, norm: group"
 
 
@@ -82,15 +86,7 @@ def tables(bccd: Path, shapes: Path, seeds: int) -> tuple[Table, ...]:
                 *PLAIN,
             ),
             ("together", "cascade with heads of 512, moving average", CASCADE, NARROW, EMA),
-            (
-                "everything",
-                "cascade with heads of 512, moving average, vertical flip, multi-scale",
-                CASCADE,
-                NARROW,
-                EMA,
-                VERTICAL_FLIP,
-                MULTI_SCALE,
-            ),
+            ("everything", *EVERYTHING),
             ("ema", "moving average of the weights", EMA),
             ("cascade", "cascade", CASCADE),
             ("cascade_narrow", "cascade with heads of 512", CASCADE, NARROW),
@@ -117,15 +113,7 @@ def tables(bccd: Path, shapes: Path, seeds: int) -> tuple[Table, ...]:
         rows(
             "scratch",
             ("experiment=bccd", *cells, *PLAIN, "data.train_transforms.vertical_flip=null", ONE_SCALE),
-            (
-                "together",
-                "cascade with heads of 512, moving average, vertical flip, multi-scale",
-                CASCADE,
-                NARROW,
-                EMA,
-                VERTICAL_FLIP,
-                MULTI_SCALE,
-            ),
+            ("together", *EVERYTHING),
         ),
     )
     drawn = Table(
