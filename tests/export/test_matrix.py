@@ -31,4 +31,4 @@ def test_files_of_a_detector_detect_what_torch_detects(name: str, tmp_path: Path
         assert found["ok"], (format, found)
     if name == QUANTIZED and importlib.util.find_spec("nncf"):
         # it can be opened and run; with random weights, 8 bits change the order of the proposals and so everything
-        assert quantized["images"] == 9 and quantized["score"] > 0
+        assert quantized["images"] == 8 and quantized["score"] > 0
