@@ -12,24 +12,17 @@ to be bad during the run
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
+from fpn_det.data.sampling import Key
 from fpn_det.image_io import BadImage
 
 T = TypeVar("T")
 OnBadImage = Callable[[BadImage], None]  # called for each image that was replaced or left out
 
 MAX_REPLACEMENTS = 10  # of one image, in a row
-
-
-class Key(NamedTuple):
-    """Names an example: an image, and what its random transforms are drawn by."""
-
-    row: int  # of the data set
-    epoch: int  # repetitions count as epochs, see GlobalBatches.occurrences
-    step: int = 0  # draws what all images of a training step have in common
 
 
 def load_or_replace(load: Callable[[Key], T], key: Key, num_images: int, seed: int) -> tuple[T, list[BadImage]]:

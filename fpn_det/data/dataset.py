@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fpn_det.data.bad_images import Key, load_or_replace
+from fpn_det.data.bad_images import load_or_replace
 from fpn_det.data.flip_resize import FlipResize, Size
 from fpn_det.data.mixing import Scene
 from fpn_det.data.proposals import SavedProposals
+from fpn_det.data.sampling import Key
 from fpn_det.data.tiles import Tiles, TrainTiles, Window, clip_to_windows, is_shown
 from fpn_det.data.transforms import Pipeline, ReadPixels
 from fpn_det.image_io import BadImage, read_image, reduction_to

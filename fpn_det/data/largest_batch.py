@@ -8,9 +8,9 @@ from itertools import count
 import numpy as np
 import torch
 
-from fpn_det.data.bad_images import Key
 from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset, Example
+from fpn_det.data.sampling import Key
 from fpn_det.image_io import BadImage
 from fpn_det.structures import Batch, Targets
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from fpn_det.data.bad_images import Key, OnBadImage, load_available
+from fpn_det.data.bad_images import OnBadImage, load_available
 from fpn_det.data.collation import Collator, PackedBatch
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.flip_resize import Size
 from fpn_det.data.largest_batch import largest_batch
-from fpn_det.data.sampling import GlobalBatches, evaluation_batches, micro_batches
+from fpn_det.data.sampling import GlobalBatches, Key, evaluation_batches, micro_batches
 from fpn_det.data.tiles import Tiles
 from fpn_det.data.workers import (
     BUFFERS_PER_WORKER,

@@ -7,6 +7,7 @@ afterwards, so the images of a step do not depend on the number of ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,14 @@ from fpn_det.structures import Annotations
 
 MAX_EPOCHS = 1 << 32
 MARGIN = 1e-6  # absorbs rounding errors of a sum of repeats that is an integer
+
+
+class Key(NamedTuple):
+    """Names an example: an image, and what its random transforms are drawn by."""
+
+    row: int  # of the data set
+    epoch: int  # repetitions count as epochs, see GlobalBatches.occurrences
+    step: int = 0  # draws what all images of a training step have in common
 
 
 class GlobalBatches:

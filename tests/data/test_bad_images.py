@@ -9,11 +9,10 @@ import torch
 from test_flip_resize import assert_same
 
 from fpn_det.annotations.reading import read_annotations
-from fpn_det.data.bad_images import Key
 from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.loaders import EvalLoader, TrainLoader
-from fpn_det.data.sampling import GlobalBatches
+from fpn_det.data.sampling import GlobalBatches, Key
 from fpn_det.data.transforms import Pipeline, ResizeShortestSide
 from fpn_det.data.workers import Workers
 from fpn_det.image_io import BadImage

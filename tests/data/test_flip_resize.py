@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from fpn_det.annotations.reading import read_annotations
-from fpn_det.data.bad_images import Key
 from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.flip_resize import FlipResize
 from fpn_det.data.loaders import EvalLoader, TrainLoader
-from fpn_det.data.sampling import GlobalBatches
+from fpn_det.data.sampling import GlobalBatches, Key
 from fpn_det.data.transforms import LargeScaleJitter, Normalize, Pipeline, ResizeShortestSide
 from fpn_det.data.workers import Workers
 from fpn_det.image_io import read_image, reduction_to

@@ -11,9 +11,9 @@ import pytest
 
 from fpn_det.annotations.reading import read_annotations
 from fpn_det.data import image_cache
-from fpn_det.data.bad_images import Key
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.image_cache import ImageCache
+from fpn_det.data.sampling import Key
 from fpn_det.data.transforms import Pipeline
 from fpn_det.image_io import read_image
 

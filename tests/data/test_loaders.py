@@ -18,12 +18,11 @@ from torch import Tensor
 from fpn_det.annotations.reading import read_annotations
 from fpn_det.annotations.subsets import drop_empty
 from fpn_det.data import loaders
-from fpn_det.data.bad_images import Key
 from fpn_det.data.collation import Collator, PackedBatch
 from fpn_det.data.dataset import DetectionDataset, Example
 from fpn_det.data.flip_resize import FlipResize
 from fpn_det.data.loaders import EvalLoader, TrainLoader
-from fpn_det.data.sampling import GlobalBatches
+from fpn_det.data.sampling import GlobalBatches, Key
 from fpn_det.data.transforms import Pipeline, ResizeShortestSide
 from fpn_det.data.workers import BUFFERS_PER_WORKER, Workers
 from fpn_det.runtime import Ranks

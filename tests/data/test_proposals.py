@@ -10,10 +10,10 @@ import torch
 from compare import assert_close
 from PIL import Image
 
-from fpn_det.data.bad_images import Key
 from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.proposals import read_proposals
+from fpn_det.data.sampling import Key
 from fpn_det.data.transforms import Pipeline
 from fpn_det.structures import Annotations
 

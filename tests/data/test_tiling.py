@@ -12,13 +12,12 @@ from PIL import Image
 from test_loaders import assert_same
 
 from fpn_det.data import loaders
-from fpn_det.data.bad_images import Key
 from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.loaders import EvalLoader, TrainLoader
 from fpn_det.data.mixing import Mosaic
 from fpn_det.data.proposals import SavedProposals
-from fpn_det.data.sampling import GlobalBatches
+from fpn_det.data.sampling import GlobalBatches, Key
 from fpn_det.data.tiles import Tiles, Tiling, TrainTiles, shown_objects
 from fpn_det.data.transforms import Pipeline, ResizeShortestSide
 from fpn_det.data.workers import Workers
