@@ -71,7 +71,7 @@ class LoadReport:
         """The report in lines, for a log."""
         rows = [("loaded", f"{len(self.loaded)} tensors, {self.share:.1%} of the model")]
         if self.replaced:
-            rows.append(("replaced", f"{', '.join(self.replaced)}: other classes"))
+            rows.append(("replaced", f"{_some(self.replaced)}: other classes"))
             rows.append(("copied", f"{len(self.copied)} classes by name: {_some(self.copied)}"))
             rows.append(
                 ("new", f"{len(self.new_classes)} classes that the file does not have: {_some(self.new_classes)}")
@@ -171,11 +171,12 @@ def load_weights(
     elif wanted != weights.class_names:
         there = {name: row for row, name in enumerate(weights.class_names or ())}
         rows = [(row, there[name]) for row, name in enumerate(wanted) if name in there]
-        is_shared = len(state[f"{DELTAS}.bias"]) == len(own[f"{DELTAS}.bias"]) == 4  # one set of deltas for all classes
-        modules = (LOGITS,) if is_shared else (LOGITS, DELTAS)
-        replaced = tuple(f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias"))
+        numbers = len(wanted), weights.num_classes
+        # of the predictors of all stages
+        replaced = tuple(key for key in own if key in state and _is_by_class(key, own[key], state[key], numbers))
         for key in replaced:
-            state[key] = _copy_rows(own[key], state[key], rows, len(wanted), weights.num_classes)
+            same, per_class = ([*rows, numbers], 1) if _is_of(LOGITS, key) else (rows, 4)  # the last logit: background
+            state[key] = _copy_rows(own[key], state[key], same, per_class)
 
     fitting = [key for key, value in own.items() if key in state and state[key].shape == value.shape]
     loaded = tuple(key for key in fitting if key not in replaced)
@@ -210,13 +211,30 @@ def _is_first_convolution(weight: Tensor, own: Tensor) -> bool:
     )
 
 
-def _copy_rows(own: Tensor, other: Tensor, rows: list[tuple[int, int]], num_classes: int, other_classes: int) -> Tensor:
-    """`own` [K * n (+ background), ...] with the rows of the same classes, and of the background, out of `other`."""
-    per_class = len(own) // num_classes
+def _is_of(module: str, key: str) -> bool:
+    """True for the parameters of `module`, LOGITS or DELTAS, in a predictor of any stage."""
+    return key.rpartition(".")[0].endswith(module.removeprefix("roi_head"))
+
+
+def _is_by_class(key: str, own: Tensor, other: Tensor, numbers: tuple[int, int]) -> bool:
+    """True for parameters with rows for each of the two `numbers` of classes; deltas may be one set for all classes."""
+    lengths = len(own), len(other)
+    return _is_of(LOGITS, key) or (
+        _is_of(DELTAS, key) and lengths == tuple(4 * number for number in numbers) and lengths != (4, 4)
+    )
+
+
+def _copy_rows(own: Tensor, other: Tensor, same: Sequence[tuple[int, int]], per_class: int) -> Tensor:
+    """Copy the rows of the same classes from `other` into a copy of `own`.
+
+    Args:
+        own, other: `per_class` rows for each class.
+        same: index of each common class in `own` and in `other`.
+        per_class: rows of a class.
+    """
     result = own.clone()
-    for row, there in rows:
-        result[row * per_class : (row + 1) * per_class] = other[there * per_class : (there + 1) * per_class]
-    result[num_classes * per_class :] = other[other_classes * per_class :]
+    for here, there in same:
+        result[here * per_class : (here + 1) * per_class] = other[there * per_class : (there + 1) * per_class]
     return result
 
 

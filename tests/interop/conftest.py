@@ -14,8 +14,11 @@ from fpn_det.models.resnet import ResNet
 from fpn_det.models.roi_head import BoxPredictor, ROIHead
 
 
-def _make_detector(num_classes: int = 3, depth: int = 18, norm: str = "frozen", **predictor) -> Detector:
-    head = partial(ROIHead, box_head=partial(TwoLayerHead, width=32), predictor=partial(BoxPredictor, **predictor))
+def _make_detector(
+    num_classes: int = 3, depth: int = 18, norm: str = "frozen", roi_head: type[ROIHead] = ROIHead, **predictor
+) -> Detector:
+    parts = {"predictor": partial(BoxPredictor, **predictor)} if predictor else {}
+    head = partial(roi_head, box_head=partial(TwoLayerHead, width=32), **parts)
     return Detector(num_classes, ResNet(depth, norm=norm), neck=partial(FPN, channels=16), roi_head=head)
 
 

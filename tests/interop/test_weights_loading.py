@@ -12,6 +12,7 @@ from fpn_det.interop.coco_classes import NAMES, assumed_class_names
 from fpn_det.interop.conversion import convert
 from fpn_det.interop.loading import Weights, load_weights, read_as_ours
 from fpn_det.interop.naming import DELTAS, LOGITS
+from fpn_det.models.cascade import CascadeROIHead
 from fpn_det.models.detector import Detector
 
 CLASSES = ("square", "disk", "triangle")
@@ -71,6 +72,52 @@ def test_one_set_of_deltas_for_all_classes_is_kept(make_detector: Maker):
     model = make_detector(num_classes=5, class_agnostic=True)
     load_weights(model, Weights(state, CLASSES, "file.pth", "fpn_det"), ("a", "b", "c", "d", "disk"))
     assert torch.equal(model.state_dict()[f"{DELTAS}.weight"], state[f"{DELTAS}.weight"])
+
+
+def test_a_single_class_takes_its_own_row_and_the_background(make_detector: Maker, weights: Weights):
+    model = make_detector(num_classes=1)
+    fresh = {name: value.clone() for name, value in model.state_dict().items()}
+    load_weights(model, weights, ("disk",))  # row 1 of the file
+    assert torch.equal(model.state_dict()[f"{LOGITS}.weight"], weights.state[f"{LOGITS}.weight"][[1, 3]])
+    assert torch.equal(model.state_dict()[f"{DELTAS}.bias"], weights.state[f"{DELTAS}.bias"][4:8])
+
+    model = make_detector(num_classes=1)
+    model.load_state_dict(fresh)
+    report = load_weights(model, weights, ("ellipse",))
+    expected = torch.stack([fresh[f"{LOGITS}.weight"][0], weights.state[f"{LOGITS}.weight"][3]])
+    assert torch.equal(model.state_dict()[f"{LOGITS}.weight"], expected)
+    assert torch.equal(model.state_dict()[f"{DELTAS}.weight"], fresh[f"{DELTAS}.weight"])
+    assert report.copied == () and report.new_classes == ("ellipse",)
+
+
+def test_all_stages_of_a_cascade_take_the_rows_of_their_classes(make_detector: Maker):
+    state = make_detector(roi_head=CascadeROIHead).state_dict()
+    logits = [name for name in state if name.endswith("class_logits.bias")]
+    assert len(logits) == 3
+    for number, name in enumerate(logits):
+        state[name] = 10 * number + torch.arange(4.0)
+    model = make_detector(num_classes=4, roi_head=CascadeROIHead)
+    fresh = {name: value.clone() for name, value in model.state_dict().items()}
+    report = load_weights(
+        model, Weights(state, CLASSES, "file.pth", "fpn_det"), ("triangle", "ellipse", "square", "cross")
+    )
+    for number, name in enumerate(logits):
+        expected = fresh[name].clone()
+        expected[[0, 2, 4]] = 10 * number + torch.tensor([2.0, 0.0, 3.0])  # triangle, square, background
+        assert torch.equal(model.state_dict()[name], expected)
+    assert set(report.replaced) == {name.replace("bias", leaf) for name in logits for leaf in ("bias", "weight")}
+    assert "and 1 more: other classes" in report.table()
+
+
+@pytest.mark.parametrize("agnostic", [True, False])
+def test_deltas_by_class_and_one_set_for_all_are_different_models(make_detector: Maker, agnostic: bool):
+    state = make_detector(class_agnostic=agnostic).state_dict()
+    with pytest.raises(ValueError, match="2 of other shape: roi_head.predictor.box_deltas.weight"):
+        load_weights(
+            make_detector(num_classes=2, class_agnostic=not agnostic),
+            Weights(state, CLASSES, "file.pth", "fpn_det"),
+            ("triangle", "disk"),
+        )
 
 
 def test_rows_without_names_keep_their_order(make_detector: Maker, weights: Weights):
