@@ -190,8 +190,7 @@ class TimmBackbone(Backbone):
     def _fix_parameters(self) -> None:
         """Stop the training of frozen stages, of frozen norms, and of what no map depends on."""
         assert self.frozen_stages is not None
-        first = self.frozen_stages + 1 if self.frozen_stages else 0
-        trained = {id(parameter) for stage in self.stages[first:] for parameter in stage}
+        trained = {id(parameter) for stage in self.stages[self.frozen_stages :] for parameter in stage}
         if self.norm == "frozen":
             trained -= {id(parameter) for norm in self._batch_norms() for parameter in norm.parameters()}
         for parameter in self.model.parameters():

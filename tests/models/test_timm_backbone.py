@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fpn_det.models.detector import Detector
+from fpn_det.models.resnet import ResNet
 from fpn_det.models.timm_backbone import TimmBackbone
 
 timm = pytest.importorskip("timm", reason="needs the extra timm")
@@ -44,13 +45,23 @@ def test_frozen_stages_and_norms(name: str, norm: str, frozen: int):
     for number, stage in enumerate(model.stages):
         assert stage
         for parameter in stage:
-            is_trained = (number > frozen or not frozen) and not (norm == "frozen" and id(parameter) in norms)
+            is_trained = number >= frozen and not (norm == "frozen" and id(parameter) in norms)
             assert parameter.requires_grad == is_trained == (parameter.grad is not None)
     moved = [key for key, value in model.named_buffers() if not torch.equal(value, before[key])]
     moves = norm in ("batch", "sync") and frozen < 5 and bool(norms)
     assert bool(moved) == moves
-    if moves and frozen:
-        assert not any(key.startswith(("model.bn1", "model.blocks.0")) for key in moved)
+    if moves:  # stem and C2 of EfficientNet
+        assert any(key.startswith("model.bn1") for key in moved) == (frozen < 1)
+        assert any(key.startswith("model.blocks.1") for key in moved) == (frozen < 2)
+
+
+def test_frozen_stages_are_those_of_our_resnet():
+    theirs, ours = TimmBackbone("resnet18", frozen_stages=2), ResNet(18, frozen_stages=2)
+    trained = [
+        sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        for model in (theirs, ours)
+    ]
+    assert trained[0] == trained[1]
 
 
 def test_a_neck_that_reads_fewer_maps_gets_a_shorter_model():
