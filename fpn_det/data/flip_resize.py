@@ -7,6 +7,7 @@ leaves flip and resize to the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,10 +71,12 @@ class FlipResize:
         """Do what `apply` does on any device; the result may differ from it by one grey level, due to interpolation."""
         planes = pixels.permute(2, 0, 1)[None].float()  # [h, w, C] -> [1, C, h, w]
         planes = planes.flip(3) if self.flip else planes
-        if planes.shape[2:] != self.size:
-            area = self.antialias and self.backend == "cv2" and out.numel() < pixels.numel()
-            mode = "area" if area else "bilinear"
-            planes = F.interpolate(planes, self.size, mode=mode, antialias=self.antialias and not area)
+        if self.backend == "cv2" and self.antialias and _shrinks(pixels.shape, self.size):
+            rows, columns = (_areas(*sides, pixels.device) for sides in zip(pixels.shape[:2], self.size, strict=True))
+            planes = rows @ planes @ columns.T
+        elif planes.shape[2:] != self.size:
+            antialias = self.antialias and self.backend != "cv2"
+            planes = F.interpolate(planes, self.size, mode="bilinear", antialias=antialias)
         planes = planes if out.is_floating_point() else planes.round()
         out.copy_(planes[0].permute(1, 2, 0))
 
@@ -102,8 +105,7 @@ def resize(
     if backend == "cv2":
         if pixels.shape[:2] == size and out is None:
             return pixels
-        shrinks = height < pixels.shape[0] and width < pixels.shape[1]
-        interpolation = cv2.INTER_AREA if antialias and shrinks else cv2.INTER_LINEAR
+        interpolation = cv2.INTER_AREA if antialias and _shrinks(pixels.shape, size) else cv2.INTER_LINEAR
         if 1 < pixels.shape[2] <= OPENCV_CHANNELS:
             return cv2.resize(pixels, (width, height), out, interpolation=interpolation)
         out = np.empty((height, width, pixels.shape[2]), pixels.dtype) if out is None else out
@@ -121,3 +123,17 @@ def resize(
         return np.ascontiguousarray(resized)
     out[:] = resized
     return out
+
+
+def _shrinks(shape: Sequence[int], size: Size) -> bool:
+    """True if both sides of an image [h, w, ...] shrink: OpenCV averages areas then."""
+    return size[0] < shape[0] and size[1] < shape[1]
+
+
+def _areas(source: int, target: int, device: torch.device) -> Tensor:
+    """Weights [target, source] of the pixels of an axis: the share of an output pixel that each of them covers."""
+    step = source / target
+    starts = torch.arange(target, device=device)[:, None] * step
+    pixels = torch.arange(source, device=device)
+    overlaps = torch.minimum(starts + step, pixels + 1) - torch.maximum(starts, pixels)
+    return overlaps.clamp(min=0) / step

@@ -1,6 +1,7 @@
 """Dynamic R-CNN: the IoU of positive boxes and the beta of smooth L1 follow the quality of the proposals (Zhang et al. 2020).
 
-The statistics are buffers on the device: they are in checkpoints, undone with a bad step, and cost no host read.
+The statistics are buffers on the device: they are in checkpoints, undone with a bad step, and cost no host read. As in the authors'
+code, the error that beta follows is ranked within a micro-batch of a rank, so beta depends a little on how a step is divided.
 """
 
 from __future__ import annotations

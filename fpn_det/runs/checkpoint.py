@@ -6,7 +6,7 @@ A folder of checkpoints is consistent after a kill at any moment: a file gets it
 Content of a checkpoint:
 
     format, versions                                    file format, and versions of the libraries that wrote it
-    model, ema, optimizer, schedule, scaler             tensors by name; `ema` is None without a moving average
+    model, ema, optimizer, schedule, scaler             tensors by name; `ema` is None without a moving average, `scaler` without fp16
     progress, best                                      number of completed steps; state of `BestMetric`
     rng                                                 the seed, from which and the step all random draws follow
     class_names, category_ids, preprocessing, config    metadata of the weights; config is YAML text

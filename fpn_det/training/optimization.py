@@ -229,7 +229,7 @@ class Optimization:
                 "name": type(self.optimizer).__name__,
                 "state": {name: dict(self.optimizer.state[weight]) for name, weight in self.parameters.items()},
             },
-            "scaler": {"scale": self.scale.value, "good_steps": self.scale.good_steps},
+            "scaler": {"scale": self.scale.value, "good_steps": self.scale.good_steps} if self.scale.grows else None,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -256,7 +256,7 @@ class Optimization:
             raise ValueError(f"resume: expected a checkpoint of the same model. {OTHERWISE} {error}") from None
         for name, weight in self.parameters.items():
             self.optimizer.state[weight].update({key: value.to(self.device) for key, value in tensors[name].items()})
-        if self.scale.grows:
+        if self.scale.grows and state["scaler"] is not None:  # the run may have begun in another precision
             self.scale.value.copy_(state["scaler"]["scale"])
             self.scale.good_steps.copy_(state["scaler"]["good_steps"])
         self._statistics.keep()

@@ -28,7 +28,7 @@ class Recipe(ABC):
     base_batch_size: Count | None = 16
     # weight decay of the weights of convolutions and linear layers
     weight_decay: Amount = 1e-4
-    # weight decay of the weights and biases of norms
+    # weight decay of the weights and biases of norms, of other scalars and vectors that are no biases, and of position embeddings
     norm_weight_decay: Amount = 0.0
     # weight decay of all other biases; None: as for weights
     bias_weight_decay: Amount | None = None
@@ -52,7 +52,9 @@ class Recipe(ABC):
         return f"{line}, {ranks}{per_part}{parts}" if ranks or parts else line
 
     def groups(self, model: nn.Module, batch_size: int) -> list[dict[str, Any]]:
-        """Parameter groups of norms, other biases, and weights, without empty ones; the schedule multiplies `peak_lr`.
+        """Parameter groups by kind, without empty ones; the schedule multiplies `peak_lr`.
+
+        The kinds are norms and what decays as they do (`_is_like_norm`), biases, and weights.
 
         With `layer_decay` these of every stage of the backbone, from its input on, and then those of neck and heads.
         """
@@ -64,7 +66,8 @@ class Recipe(ABC):
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.requires_grad:
-                    group = norms if isinstance(module, NORMS) else biases if name == "bias" else weights
+                    like_norm = isinstance(module, NORMS) or _is_like_norm(name, parameter)
+                    group = norms if like_norm else biases if name == "bias" else weights
                     group[stage_of.get(id(parameter), len(stages))].append(parameter)
         bias_weight_decay = self.weight_decay if self.bias_weight_decay is None else self.bias_weight_decay
         groups: list[dict[str, Any]] = []
@@ -121,3 +124,8 @@ class AdamW(Recipe):
         return torch.optim.AdamW(
             self.groups(model, batch_size), self.scaled_lr(batch_size), self.betas, self.eps, fused=True
         )
+
+
+def _is_like_norm(name: str, parameter: nn.Parameter) -> bool:
+    """True for LayerScale, fusion weights, position tables and the like: timm and their papers do not decay them."""
+    return (parameter.dim() < 2 and name != "bias") or "pos" in name

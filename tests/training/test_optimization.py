@@ -147,6 +147,12 @@ def test_fp16_alarm_when_the_loss_is_bad_or_the_scale_is_not_to_blame():
     assert int(optimization.alarm) == 16
 
 
+def test_fp16_starts_with_its_own_scale_where_the_run_began_in_another_precision():
+    before, resumed = make_optimization(precision="fp32"), make_optimization(precision="fp16")
+    resumed.load(before.state())
+    assert float(resumed.scale.value) == 2.0**16
+
+
 def test_loss_scale_doubles_when_it_may():
     scale = LossScale(grows=True, device=torch.device("cpu"))
     for _ in range(LossScale.GROWTH_INTERVAL):

@@ -54,6 +54,29 @@ def test_groups_follow_the_kind_of_parameter():
     }
 
 
+def test_vectors_that_are_no_biases_and_position_tables_decay_as_norms():
+    model = nn.ParameterDict(
+        {
+            "gamma": torch.ones(4),  # LayerScale of ConvNeXt
+            "weights": torch.ones(2),  # of a BiFPN's fusion
+            "relative_position_bias_table": torch.ones(9, 2),  # Swin
+            "bias": torch.ones(4),
+            "weight": torch.ones(4, 4),
+        }
+    )
+    recipe = SGD(lr=1.0, weight_decay=0.1, norm_weight_decay=0.3, bias_weight_decay=0.2)
+    decays = {
+        id(parameter): group["weight_decay"] for group in recipe.groups(model, 4) for parameter in group["params"]
+    }
+    assert {name: decays[id(parameter)] for name, parameter in model.named_parameters()} == {
+        "gamma": 0.3,
+        "weights": 0.3,
+        "relative_position_bias_table": 0.3,
+        "bias": 0.2,
+        "weight": 0.1,
+    }
+
+
 @pytest.mark.parametrize(
     "recipe, reference",
     [
