@@ -330,7 +330,8 @@ class Trainer:
         if self._is_over(self.first_step):
             self.log.info(
                 f"{path} is complete: {self.first_step} of {self.total_steps} steps are done. "
-                "For more, set a larger trainer.max_steps or trainer.epochs."
+                "For more at the last learning rate, set a larger trainer.max_steps or trainer.epochs; "
+                f"with a schedule of their own, start a new run: init_from={path}/checkpoints/last.pt."
             )
             return 0
         if trainer.probe:
