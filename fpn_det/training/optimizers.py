@@ -13,8 +13,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fpn_det.models.layers import DeformableConv2d
 from fpn_det.schema import Amount, Count, Decay, Fraction, Positive
 
+KINDS = ("norm", "offset", "bias", "weight")  # the learning rate of the last, of the neck and heads, is logged
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -30,10 +32,12 @@ class Recipe(ABC):
     weight_decay: Amount = 1e-4
     # weight decay of the weights and biases of norms, of other scalars and vectors that are no biases, and of position embeddings
     norm_weight_decay: Amount = 0.0
-    # weight decay of all other biases; None: as for weights
+    # weight decay of all other biases except those of offsets; None: as for weights
     bias_weight_decay: Amount | None = None
     # learning rate of biases as a multiple of that of weights
     bias_lr_factor: Amount = 1.0
+    # learning rate of the offsets of deformable convolutions as a multiple of that of weights (Zhu et al. 2019, 3.2)
+    offset_lr_factor: Amount = 0.1
     # learning rate of a stage of the backbone as a multiple of that of the stage after it; neck and heads have the full one. 1: all do
     layer_decay: Fraction = 1.0
 
@@ -52,33 +56,37 @@ class Recipe(ABC):
         return f"{line}, {ranks}{per_part}{parts}" if ranks or parts else line
 
     def groups(self, model: nn.Module, batch_size: int) -> list[dict[str, Any]]:
-        """Parameter groups by kind, without empty ones; the schedule multiplies `peak_lr`.
-
-        The kinds are norms and what decays as they do (`_is_like_norm`), biases, and weights.
+        """Parameter groups by kind (`KINDS`), without empty ones; the schedule multiplies `peak_lr`.
 
         With `layer_decay` these of every stage of the backbone, from its input on, and then those of neck and heads.
         """
         stages = model.backbone.parameters_by_stage() if self.layer_decay < 1 else []  # type: ignore[union-attr,operator]
         stage_of = {id(parameter): number for number, stage in enumerate(stages) for parameter in stage}
-        norms: list[list[nn.Parameter]] = [[] for _ in range(len(stages) + 1)]
-        biases: list[list[nn.Parameter]] = [[] for _ in norms]
-        weights: list[list[nn.Parameter]] = [[] for _ in norms]
+        found: list[dict[str, list[nn.Parameter]]] = [{kind: [] for kind in KINDS} for _ in range(len(stages) + 1)]
+        deformable = [module for module in model.modules() if isinstance(module, DeformableConv2d)]
+        offsets = {id(parameter) for module in deformable for parameter in module.offset.parameters()}
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.requires_grad:
-                    like_norm = isinstance(module, NORMS) or _is_like_norm(name, parameter)
-                    group = norms if like_norm else biases if name == "bias" else weights
-                    group[stage_of.get(id(parameter), len(stages))].append(parameter)
-        bias_weight_decay = self.weight_decay if self.bias_weight_decay is None else self.bias_weight_decay
+                    kind = "offset" if id(parameter) in offsets else _kind(module, name, parameter)
+                    found[stage_of.get(id(parameter), len(stages))][kind].append(parameter)
+        lr_factors = {"bias": self.bias_lr_factor, "offset": self.offset_lr_factor}
+        decays = {"norm": self.norm_weight_decay}
+        if self.bias_weight_decay is not None:
+            decays["bias"] = self.bias_weight_decay
         groups: list[dict[str, Any]] = []
-        for number in range(len(norms)):
+        for number, kinds in enumerate(found):
             lr = self.scaled_lr(batch_size) * self.layer_decay ** (len(stages) - number)
             groups += [
-                {"params": norms[number], "peak_lr": lr, "weight_decay": self.norm_weight_decay},
-                {"params": biases[number], "peak_lr": lr * self.bias_lr_factor, "weight_decay": bias_weight_decay},
-                {"params": weights[number], "peak_lr": lr, "weight_decay": self.weight_decay},
+                {
+                    "params": parameters,
+                    "peak_lr": lr * lr_factors.get(kind, 1.0),
+                    "weight_decay": decays.get(kind, self.weight_decay),
+                }
+                for kind, parameters in kinds.items()
+                if parameters
             ]
-        return [group for group in groups if group["params"]]
+        return groups
 
     @abstractmethod
     def build(self, model: nn.Module, batch_size: int) -> Optimizer:
@@ -126,6 +134,8 @@ class AdamW(Recipe):
         )
 
 
-def _is_like_norm(name: str, parameter: nn.Parameter) -> bool:
-    """True for LayerScale, fusion weights, position tables and the like: timm and their papers do not decay them."""
-    return (parameter.dim() < 2 and name != "bias") or "pos" in name
+def _kind(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
+    """The kind of a parameter of `module`. LayerScale, fusion weights, position tables and the like are as norms, as in timm."""
+    if isinstance(module, NORMS) or "pos" in name or (parameter.dim() < 2 and name != "bias"):
+        return "norm"
+    return "bias" if name == "bias" else "weight"

@@ -77,6 +77,16 @@ def test_vectors_that_are_no_biases_and_position_tables_decay_as_norms():
     }
 
 
+def test_offsets_of_deformable_convolutions_have_a_tenth_of_the_rate():
+    model = Detector(2, ResNet(18, frozen_stages=0, deformable=(4, 5)))
+    groups = SGD(lr=0.5, base_batch_size=None, bias_lr_factor=2.0, layer_decay=0.5).groups(model, 4)
+    rates = {id(parameter): group["peak_lr"] for group in groups for parameter in group["params"]}
+    found = {name: rates[id(parameter)] for name, parameter in model.named_parameters() if ".offset." in name}
+    expected = {"backbone.layer3": 0.5 / 4 / 10, "backbone.layer4": 0.5 / 2 / 10}
+    assert len(found) == 2 * 2 * 2  # weight and bias, in two blocks of two stages
+    assert found == {name: pytest.approx(expected[name[:15]]) for name in found}
+
+
 @pytest.mark.parametrize(
     "recipe, reference",
     [
