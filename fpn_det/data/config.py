@@ -161,7 +161,7 @@ class DataConfig:
         """Read the ground truth of a split for an evaluation: on rank 0, for all ranks.
 
         Args:
-            split: part to read; `val` is the held-out part of the training images under `val_fraction`.
+            split: part to read; under `val_fraction`, `train` and `val` are the two parts of the training images.
             class_names: classes that the weights were trained for.
             seed: of the random split under `val_fraction`.
 
@@ -171,15 +171,15 @@ class DataConfig:
         return run_on_main(partial(self._read_split, split, class_names, seed))
 
     def _read_split(self, split: SplitName, class_names: Sequence[str], seed: int) -> Annotations:
-        source: SplitName = "train" if split == "val" and self.val_fraction is not None else split
+        fraction = None if split == "test" else self.val_fraction
+        source: SplitName = split if fraction is None else "train"
         checked = self.check_split(source, class_names)
         self._raise_for_faults(source, checked.findings)
         annotations = self._limited(checked.annotations)
-        return (
-            annotations
-            if source == split
-            else split_images(annotations, self.val_fraction or 0, seed, checked.digests)[1]
-        )
+        if fraction is None:
+            return annotations
+        train, val = split_images(annotations, fraction, seed, checked.digests)
+        return train if split == "train" else val
 
     def check_split(self, split: SplitName, class_names: Sequence[str] | None) -> CheckedDataset:
         """Read and check one split. Faults are returned.
