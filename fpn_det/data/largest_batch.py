@@ -12,7 +12,7 @@ from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset, Example
 from fpn_det.data.sampling import Key
 from fpn_det.image_io import BadImage
-from fpn_det.structures import Batch, Targets
+from fpn_det.structures import Batch, Proposals, Targets
 
 IMAGES_PER_MEASURE = 4
 EPOCHS = 6  # random transforms tried per image, each as in a step of its own
@@ -21,7 +21,8 @@ EPOCHS = 6  # random transforms tried per image, each as in a step of its own
 def largest_batch(dataset: DetectionDataset, num_images: int, collator: Collator) -> Batch:
     """Make a batch of black images on the largest canvas, each with the objects of the image that has the most.
 
-    Canvas and objects are those of the largest, widest and tallest images and the images with the most objects.
+    Canvas and objects are those of the largest, widest and tallest images and tiles, and of the images with the most
+    objects. Saved proposals are those of the image with the most objects.
 
     Args:
         num_images: in the batch.
@@ -42,16 +43,18 @@ def largest_batch(dataset: DetectionDataset, num_images: int, collator: Collator
     boxes, labels = torch.from_numpy(most_objects.boxes), torch.from_numpy(most_objects.labels)
     sizes = torch.tensor([[height, width]] * num_images)
     targets = Targets.pad([boxes] * num_images, [labels] * num_images)
-    return Batch(pixels, sizes, sizes, targets, torch.full((num_images,), most_objects.index))
+    saved = most_objects.proposals
+    proposals = None if saved is None else Proposals.stack([torch.from_numpy(saved)] * num_images)
+    return Batch(pixels, sizes, sizes, targets, torch.full((num_images,), most_objects.index), proposals)
 
 
 def _extreme_examples(dataset: DetectionDataset) -> Iterator[Example]:
-    """Yield the examples of the most extreme images in several epochs."""
-    heights, widths = dataset.annotations.sizes.double().unbind(1)
+    """Yield the examples of the most extreme images and tiles in several epochs."""
+    heights, widths = dataset.sizes.double().unbind(1)
     measures = (heights * widths, widths / heights, heights / widths, dataset.annotations.boxes_per_image.double())
-    most = min(IMAGES_PER_MEASURE, len(dataset))
+    extremes = [measure.topk(min(IMAGES_PER_MEASURE, len(measure))).indices for measure in measures]
     steps = count()
-    for row in torch.cat([measure.topk(most).indices for measure in measures]).unique().tolist():
+    for row in torch.cat(extremes).unique().tolist():
         for epoch in range(EPOCHS):
             try:
                 yield dataset[Key(row, epoch, next(steps))]

@@ -7,6 +7,8 @@ from fpn_det.annotations.reading import read_annotations
 from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import DetectionDataset
 from fpn_det.data.largest_batch import largest_batch
+from fpn_det.data.proposals import SavedProposals
+from fpn_det.data.tiles import Tiles, Tiling
 from fpn_det.data.transforms import Pipeline, ResizeShortestSide
 
 
@@ -27,3 +29,25 @@ def test_largest_batch_has_the_largest_canvas_and_the_most_objects(document, wri
     assert batch.pixels.shape == (3, 3, *size) and batch.pixels.dtype == torch.uint8
     assert batch.targets.valid.sum(dim=1).tolist() == [7, 7, 7]
     assert batch.sizes.tolist() == [list(size)] * 3
+
+
+def test_tiles_may_need_the_largest_canvas(document, write, pictures):
+    document["images"] = [image for image in document["images"] if image["file_name"] == "2.png"]  # 40 x 80 px
+    document["annotations"] = []
+    annotations = read_annotations(write(document), pictures)
+    tiles = Tiles.of(annotations.sizes, Tiling(40))
+    dataset = DetectionDataset(annotations, Pipeline([ResizeShortestSide([80], 120)]), seed=0, tiles=tiles)
+    assert len(tiles) == 3
+    # the image becomes 60 x 120 px, a tile 80 x 80 px
+    assert largest_batch(dataset, 2, Collator(4)).pixels.shape == (2, 3, 80, 120)
+
+
+def test_largest_batch_has_the_saved_proposals(document, write, pictures):
+    annotations = read_annotations(write(document), pictures)
+    boxes = torch.tensor([[1.0, 2, 10, 12]] * len(annotations))
+    proposals = SavedProposals(boxes, torch.arange(len(annotations) + 1), limit=3)
+    found = largest_batch(
+        DetectionDataset(annotations, Pipeline([]), 0, proposals=proposals), 2, Collator(32)
+    ).proposals
+    assert found is not None and found.valid.tolist() == [[True, False, False]] * 2
+    assert found.boxes[:, 0].tolist() == boxes[:2].tolist()
