@@ -50,7 +50,7 @@ class GlobalBatches:
             probability of one more. The length of an epoch is their sum.
 
     Raises:
-        ValueError: the batch cannot be divided, or there are fewer images than parts.
+        ValueError: the batch cannot be divided, or an epoch has fewer images than parts.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class GlobalBatches:
         repeats: Tensor | None = None,
     ) -> None:
         check_divides(parts, batch_size)
-        if len(sizes) < parts:
+        self.images_per_epoch = len(sizes) if repeats is None else int(repeats.sum() + MARGIN)
+        if self.images_per_epoch < parts:
             raise ValueError(
-                f"training set: expected at least one image for each of {parts} ranks x trainer.accumulate, got {len(sizes)}. "
+                f"training set: expected at least one image for each of {parts} ranks x trainer.accumulate, got {self.images_per_epoch}. "
                 f"Use fewer ranks, or trainer.accumulate=1."
             )
         self._repeats = None if repeats is None else repeats.numpy()
-        self.images_per_epoch = len(sizes) if repeats is None else int(repeats.sum() + MARGIN)
         self.batch_size = min(batch_size, self.images_per_epoch // parts * parts)
         self.steps_per_epoch = self.images_per_epoch // self.batch_size
         self.seed = seed

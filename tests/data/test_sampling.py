@@ -84,6 +84,8 @@ def test_a_small_data_set_makes_one_smaller_batch_without_repeats():
     assert len(set(batches.slice(0)[1].tolist())) == 6
     with pytest.raises(ValueError, match=r"at least one image for each of 8 .*got 7"):
         GlobalBatches(sizes(4, 3), batch_size=16, seed=0, parts=8)
+    with pytest.raises(ValueError, match=r"at least one image for each of 4 .*got 3"):
+        GlobalBatches(sizes(4, 3), batch_size=16, seed=0, parts=4, repeats=torch.full((7,), 0.5, dtype=torch.float64))
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():
