@@ -161,7 +161,8 @@ class EvalLoader:
         tiles, most = dataset.tiles, batch_size
         if tiles:
             tile_bytes = sent_bytes(dataset, collator, tuple(tiles.sizes.amax(dim=0).tolist()))
-            most = max(TILE_BYTES // tile_bytes // batch_size, 1) * batch_size
+            most_batches = -(-int(tiles.offsets.diff().max()) // batch_size)  # of the tiles of one image
+            most = min(max(TILE_BYTES // tile_bytes // batch_size, 1), most_batches) * batch_size
             check_shared_memory(tile_bytes, most, workers.count, BUFFERS_PER_WORKER)
         keys: list[list[Key]] = []
         for batch in batches:

@@ -305,3 +305,13 @@ def test_proposals_are_cut_like_objects(annotations):
     row = 3 + [tiles.window(tile) for tile in range(6)].index((30, 20, 70, 60))
     assert dataset[Key(row, 0)].proposals.tolist() == [[0, 0, 20, 20], [0] * 4, [0] * 4]
     assert dataset[Key(row, 0)].boxes.tolist() == [[11, 2, 25, 10]]
+
+
+def test_shared_memory_is_asked_for_the_tiles_of_one_image_at_most(annotations, monkeypatch):
+    asked = []
+    monkeypatch.setattr(loaders, "check_shared_memory", lambda *arguments: asked.append(arguments[:2]))
+    dataset = dataset_of(annotations, Tiling(40, 0.0))  # 6, 0 and 6 tiles
+    assert dataset.tiles is not None and dataset.tiles.offsets.diff().max() == 6
+    for batch_size, most in ((1, 6), (4, 8)):
+        EvalLoader(dataset, batch_size, Ranks(), Collator(32), Workers(0), CPU)
+        assert asked.pop() == (40 * 40 * 3, most)
