@@ -133,6 +133,21 @@ def test_annotations_that_cannot_be_read_are_a_finding(run_tool, shapes, tmp_pat
     assert fatal["split"] == "val" and "expected a JSON file" in fatal["message"]
 
 
+def test_the_report_counts_the_training_images_that_the_seed_leaves(run_tool, shapes, tmp_path):
+    path = shapes / "annotations" / "instances_train2017.json"
+    document = json.loads(path.read_text())
+    busy = {image["id"] for image in document["images"][:4]}  # the number that remains depends on the seed
+    document["annotations"] = [one for one in document["annotations"] if one["image_id"] in busy]
+    path.write_text(json.dumps(document))
+    words = (*SETTINGS, f"data.root={shapes}", "data.val_fraction=0.5")
+    data = compose(words).data
+    counts = [len(data.read_train_and_val(seed).train) for seed in range(5)]
+    seed, count = next((seed, count) for seed, count in enumerate(counts) if count != counts[0])
+    assert run_tool("check_data.py", *words, f"seed={seed}").returncode == 0
+    report = json.loads((tmp_path / "data_report" / "data_report.json").read_text())
+    assert report["training"]["images"] == count
+
+
 def test_best_anchor_of_every_object_is_that_of_all_anchors(shapes_dataset):
     resize = "{_target_: fpn_det.data.transforms.ResizeShortestSide, sides: [150], max_side: 220}"
     settings = compose([*SETTINGS, f"data.root={shapes_dataset}", f"data.eval_transforms.resize={resize}"])

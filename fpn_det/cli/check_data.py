@@ -41,7 +41,7 @@ def main() -> None:
 
 def check_data(config: CheckDataConfig, words: Sequence[str]) -> None:
     """Print and write the report; exit with code 1 if training would refuse the data."""
-    report = inspect_data(config.data)
+    report = inspect_data(config.data, config.seed)
     train = report.parts.get("train")
     coverage = None
     if train is not None and len(train.annotations):
@@ -49,7 +49,7 @@ def check_data(config: CheckDataConfig, words: Sequence[str]) -> None:
         coverage = measure_coverage(
             train.annotations, model, config.data.transforms(train=False), config.data.tile.size
         )
-    repair = find_repair(config.data, report, words)
+    repair = find_repair(config.data, report, words, config.seed)
     console = standard_console()
     print_report(report, console)
     if coverage is not None:
