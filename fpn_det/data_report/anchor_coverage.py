@@ -48,6 +48,7 @@ class AnchorCoverage:
         negative_iou: anchors with less than this IoU are negative.
         advice: anchors that fit clearly better, if any of those tried do.
         size_advice: see `object_sizes`.
+        tile: side of the tiles that images are cut into, px of the image. All but `size_advice` is of whole images.
     """
 
     rows: np.ndarray
@@ -61,6 +62,7 @@ class AnchorCoverage:
     negative_iou: float
     advice: AnchorAdvice | None
     size_advice: str | None
+    tile: int | None = None
 
     @property
     def num_below_positive(self) -> int:
@@ -127,6 +129,7 @@ def measure_coverage(
             strides[0],
             tile,
         ),
+        tile=tile,
     )
 
 

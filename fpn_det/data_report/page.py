@@ -286,9 +286,10 @@ def _best_anchors(annotations: Annotations, coverage: AnchorCoverage) -> str:
 def anchor_advice(coverage: AnchorCoverage) -> str:
     """The sentences about objects without a positive anchor, with the setting that helps if one of those tried does."""
     below, count = coverage.num_below_positive, len(coverage.ious)
+    view = "" if coverage.tile is None else " in whole images, without tiles"
     text = (
-        f"Of {count} objects, {below} meet no anchor with IoU {coverage.positive_iou:g}, and {coverage.num_below_negative} none with "
-        f"IoU {coverage.negative_iou:g}."
+        f"Of {count} objects{view}, {below} meet no anchor with IoU {coverage.positive_iou:g}, and "
+        f"{coverage.num_below_negative} none with IoU {coverage.negative_iou:g}."
     )
     if below:
         text += " They are learned from their best anchor only, which is common and works for most of them."

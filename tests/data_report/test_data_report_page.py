@@ -47,7 +47,7 @@ def coverage_of(tmp_path):
     model = settings.build_model(1)
     transform = settings.data.transforms(train=False)
 
-    def measure(sides):
+    def measure(sides, tile=None):
         count = len(sides)
         first = torch.tensor([[100.0, 100.0]] * count, dtype=torch.float64)
         annotations = Annotations.without_objects(["a.jpg"] * count, [(256, 256)] * count, ["cat"], [1])
@@ -61,7 +61,7 @@ def coverage_of(tmp_path):
             area=torch.ones(count, dtype=torch.float64),
             annotation_ids=torch.arange(count),
         )
-        return measure_coverage(annotations, model, transform), model
+        return measure_coverage(annotations, model, transform, tile), model
 
     return measure
 
@@ -83,3 +83,8 @@ def test_advice_is_given_only_where_it_is_true(coverage_of):
     several, _ = coverage_of([16.0, 64.0, 128.0, 200.0, 250.0])
     assert "hardly uses" in _levels(one) and len(set(several.levels.tolist())) > 1
     assert "hardly uses" not in _levels(several)
+
+
+def test_advice_says_that_it_is_of_whole_images_if_there_are_tiles(coverage_of):
+    whole, tiled = (anchor_advice(coverage_of([22.0] * 10, tile)[0]) for tile in (None, 128))
+    assert whole.startswith("Of 10 objects, ") and tiled.startswith("Of 10 objects in whole images, without tiles, ")
