@@ -108,7 +108,7 @@ def evaluate(config: EvalConfig | str | Path, overrides: str | Sequence[str] = (
     """
     if not isinstance(config, EvalConfig):
         config = _eval_config(Path(config), [overrides] if isinstance(overrides, str) else overrides)
-    exported = open_exported(config.checkpoint) if is_exported(config.checkpoint) else None
+    exported = open_exported(config.checkpoint, config.allow_targets) if is_exported(config.checkpoint) else None
     if exported:
         if config.tiling is not None:
             check_tiles(exported)
@@ -119,7 +119,7 @@ def evaluate(config: EvalConfig | str | Path, overrides: str | Sequence[str] = (
         path, state = find_checkpoint(config.run, config.checkpoint)
     suffix = "" if config.split == "val" else f"_{config.split}"
     suffix += "" if config.tta == Views() else "_tta"
-    if config.tiling != from_saved(state["config"]).tiling:
+    if config.tiling != from_saved(state["config"], str(path), config.allow_targets).tiling:
         suffix += f"_tile{config.tiling.size}" if config.tiling else "_whole"
     suffix += "_proposals" if config.evaluation.target == "proposals" else ""
     folder = run_folder_of(path) / "eval" / f"{path.name if exported else path.stem}{suffix}"
@@ -144,7 +144,8 @@ def evaluate(config: EvalConfig | str | Path, overrides: str | Sequence[str] = (
             on_bad_image = skipped if config.data.on_error == "skip" else None
             place = annotations, model.stride, ranks, device, config.split
             loader = config.eval_loader(*place, on_bad_image, config.tiling)
-            batches, dtype = log.track(loader, "evaluating"), PRECISIONS[config.precision]
+            batches = log.track(loader, "evaluating")
+            dtype = None if exported else PRECISIONS[config.precision]  # an exported file has its own
             evaluation = evaluate_model(model, batches, annotations, config.evaluation, dtype, config.tta)  # type: ignore[arg-type]
             step = state["progress"]["step"]
             if ranks.is_main:
@@ -169,7 +170,11 @@ def build_model(config: TrainConfig | Sequence[str], num_classes: int) -> Detect
 
 
 def load(
-    source: str | Path, weights: str | Path | None = None, device: str = "auto", tta: Views | None = None
+    source: str | Path,
+    weights: str | Path | None = None,
+    device: str = "auto",
+    tta: Views | None = None,
+    allow_targets: Sequence[str] = (),
 ) -> Predictor:
     """A trained detector, ready to predict.
 
@@ -180,6 +185,7 @@ def load(
         weights: file of any project whose weights replace those of `source`; required for an experiment.
         device: auto, cpu, cuda, cuda:<number> or mps.
         tta: test-time augmentation, such as `Views(scales=(0.5, 1.0, 2.0), flip=True)`.
+        allow_targets: packages of your own whose classes the settings of `source` may name.
 
     Raises:
         ValueError: there is no such source, or the weights are of another model.
@@ -190,9 +196,9 @@ def load(
         if remark := remark_on(path):
             print(remark, file=sys.stderr)
     if is_exported(path):
-        exported = open_exported(path)
+        exported = open_exported(path, allow_targets)
         about = exported.file.metadata
-        config = from_saved(about.config, str(path))
+        config = from_saved(about.config, str(path), allow_targets)
         return build_predictor(
             config,
             exported,
@@ -204,7 +210,7 @@ def load(
         )
     if path.is_file() or str(source) in PUBLISHED:
         described = loading.read_as_ours(path)
-        config = settings_for(described)
+        config = settings_for(described, allow_targets)
         found = loading.read_as_ours(weights) if weights else described
     else:
         if str(source).split("/")[0] in PROJECTS:

@@ -177,14 +177,13 @@ def read_saved(text: str, where: str = "config") -> Saved:
     for name in tree:
         if name not in known:
             raise ValueError(f"{where}: expected settings only, got '{name}'.{did_you_mean(name, known)} Remove it.")
-    if tree.pop("allow_targets", None):
-        raise ValueError("allow_targets: expected on the command line only, got it from a file. Remove it there.")
+    tree.pop("allow_targets", None)  # a file admits nothing
     return Saved(tree, [name for name in missing_names(tree, TrainConfig) if name != "allow_targets"])
 
 
-def from_saved(text: str, where: str = "config") -> TrainConfig:
-    """The settings that a run folder or checkpoint keeps as text."""
-    return _finish(_escape(read_saved(text, where).tree), [], set(), PACKAGES, TrainConfig)
+def from_saved(text: str, where: str = "config", allow_targets: Sequence[str] = ()) -> TrainConfig:
+    """The settings that a run folder or checkpoint keeps as text, with classes of the packages `allow_targets` too."""
+    return _finish(_escape(read_saved(text, where).tree), [], set(), [*PACKAGES, *allow_targets], TrainConfig)
 
 
 def _for_schema(tree: Tree, schema: type) -> Tree:

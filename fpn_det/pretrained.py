@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fpn_det.composition import compose, from_saved
@@ -18,14 +19,18 @@ COMPAT = {
 }
 
 
-def settings_for(weights: Weights) -> TrainConfig:
+def settings_for(weights: Weights, allow_targets: Sequence[str] = ()) -> TrainConfig:
     """The settings under which weights give the results they were trained for: their own, or those of their project.
+
+    Args:
+        weights: of any project.
+        allow_targets: packages whose classes their settings may name too.
 
     Raises:
         ValueError: the file holds weights of fpn_det without settings, or settings that cannot be used.
     """
     if weights.config is not None:
-        return from_saved(weights.config, str(weights.source))
+        return from_saved(weights.config, str(weights.source), allow_targets)
     if weights.project == "fpn_det":
         raise ValueError(
             f"{weights.source}: expected a checkpoint, got weights without settings. Name an experiment as well."

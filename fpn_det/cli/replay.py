@@ -36,6 +36,7 @@ class ReplayConfig:
 
     dump: str  # folder nan_dump of a run
     rank: CountOrZero = 0  # whose share of the step to repeat
+    allow_targets: tuple[str, ...] = ()  # more packages whose classes the settings of the run may name
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def replay(config: ReplayConfig) -> None:
     folder, rank = Path(config.dump), config.rank
     state, share, batches = load_dump(folder, rank)
     check_fields(folder / "checkpoint.pt", state)
-    settings = from_saved(state["config"], str(folder))
+    settings = from_saved(state["config"], str(folder), config.allow_targets)
     model = settings.build_model(len(state["class_names"]))
     fill_model(model, state, str(folder), "raw")
     dtype = PRECISIONS[share["precision"]]

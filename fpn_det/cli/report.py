@@ -54,7 +54,7 @@ def report(config: ReportConfig, words: Sequence[str]) -> None:
     analysis = _analyze(config)
     if config.against is not None:
         _, other_state = find_checkpoint(config.against, None)
-        shared = [word for word in words if word.startswith(("split=", "data.", "device="))]
+        shared = [word for word in words if word.startswith(("split=", "data.", "device=", "allow_targets="))]
         other_words = [f"run={config.against}", *shared]
         other = _analyze(compose_as(EvalConfig, "eval", other_words, read_saved(other_state["config"])))
         name = Path(config.against).name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -108,7 +108,7 @@ def export(config: ExportConfig, say: Callable[[str], None] = print) -> Path:
             _calibration(config, state["class_names"], detector.stride, size) if config.precision == "int8" else []
         )
         write(program, config.format, unfinished, metadata, calibration)
-        exported = open_exported(unfinished)
+        exported = open_exported(unfinished, config.allow_targets)
         _prove(detector, exported, annotations, config, say)
         for file in Path(folder).iterdir():
             file.replace(path.parent / file.name)
@@ -127,14 +127,18 @@ def saved_settings(run: str | None, checkpoint: str | None) -> str:
     return find_checkpoint(run, checkpoint)[1]["config"]
 
 
-def open_exported(path: str | Path) -> ExportedDetector:
+def open_exported(path: str | Path, allow_targets: Sequence[str] = ()) -> ExportedDetector:
     """Open an exported file as a detector.
+
+    Args:
+        path: the file.
+        allow_targets: packages whose classes its settings may name too.
 
     Raises:
         ValueError: there is no such file, or it cannot be read.
     """
     file = ExportedFile(path)
-    config = from_saved(file.metadata.config, str(path))
+    config = from_saved(file.metadata.config, str(path), allow_targets)
     return ExportedDetector(file, config.build_model(len(file.metadata.class_names)))
 
 
@@ -174,14 +178,14 @@ def _prove(
         reasons = "; ".join(found.unmatched[:3]) or "see the differences above"
         raise ValueError(f"export: expected the detections of torch, got others: {reasons}. No file was left.")
     if config.verify == "ap" or config.precision != "fp32":
-        aps = []
+        aps, metric = [], config.evaluation.metric_names[0]
         for model in (detector, exported):
             batches = config.eval_loader(annotations, detector.stride, Ranks(), CPU, "val")
-            aps.append(evaluate(model, batches, annotations, config.evaluation).metrics["AP"] or 0.0)  # type: ignore[arg-type]
+            aps.append(evaluate(model, batches, annotations, config.evaluation).metrics[metric] or 0.0)  # type: ignore[arg-type]
         limit = AP_TOLERANCES[config.precision] if config.ap_tolerance is None else config.ap_tolerance
-        say(f"AP on {len(annotations)} images: {aps[1]:.4f}, of torch {aps[0]:.4f}")
+        say(f"{metric} on {len(annotations)} images: {aps[1]:.4f}, of torch {aps[0]:.4f}")
         if abs(aps[0] - aps[1]) > limit:
             raise ValueError(
-                f"export: expected an AP within {limit} of torch's {aps[0]:.4f}, got {aps[1]:.4f}. No file was left. "
+                f"export: expected an {metric} within {limit} of torch's {aps[0]:.4f}, got {aps[1]:.4f}. No file was left. "
                 "Set ap_tolerance to accept it."
             )

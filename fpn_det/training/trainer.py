@@ -328,10 +328,14 @@ class Trainer:
         """Train to the end. Returns the exit code: 0, or 128 + the signal that stopped the run after saving (143, 130)."""
         path, trainer = shown_path(self.folder.path), self.config.trainer
         if self._is_over(self.first_step):
+            longer = (
+                "Its early stop is due: set a larger trainer.early_stop.patience"
+                if self.first_step < self.total_steps
+                else "For more at the last learning rate, set a larger trainer.max_steps or trainer.epochs"
+            )
             self.log.info(
-                f"{path} is complete: {self.first_step} of {self.total_steps} steps are done. "
-                "For more at the last learning rate, set a larger trainer.max_steps or trainer.epochs; "
-                f"with a schedule of their own, start a new run: init_from={path}/checkpoints/last.pt."
+                f"{path} is complete: {self.first_step} of {self.total_steps} steps are done. {longer}; "
+                f"with a schedule of its own, start a new run: init_from={path}/checkpoints/last.pt."
             )
             return 0
         if trainer.probe:
@@ -346,7 +350,7 @@ class Trainer:
         assert self.evaluation is not None, "the last step is evaluated"
         settings = typed_settings(self.overrides, read_settings(self.metadata["config"]))
         self.log.hparams(settings, self.evaluation.metrics)
-        commands = next_steps(self.folder.path, self.config.data) if self.ranks.is_main else []
+        commands = next_steps(self.folder.path, self.config.data, self.config.model) if self.ranks.is_main else []
         self.log.summary(self.best.metric, self.best.value, self.best.step, commands)
         return 0
 

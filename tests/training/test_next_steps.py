@@ -23,17 +23,24 @@ def data(shapes_dataset, tmp_path) -> DataConfig:
 
 def test_commands_that_follow_exist_and_are_ready_to_paste(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    commands = next_steps(tmp_path / "runs" / "my demo", data)
+    commands = next_steps(tmp_path / "runs" / "my demo", data, {})
     assert commands[0] == "fpn-det eval 'run=runs/my demo'"  # there is no test split
     names = [command.split()[1] for command in commands]
     assert names == ["eval", "report", "predict", "export"] and set(names) <= set(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("absent", "commands"), [("rpn", ["eval", "report"]), ("roi_head", ["eval", "predict", "export"])]
+)
+def test_what_half_a_detector_cannot_do_is_left_out(absent, commands, data, tmp_path):
+    assert [step.split()[1] for step in next_steps(tmp_path, data, {absent: None})] == commands
 
 
 def test_a_test_split_with_annotations_is_evaluated_next(data, tmp_path):
     val, test = (tmp_path / "shapes" / "annotations" / f"instances_{split}2017.json" for split in ("val", "test"))
     shutil.copy(val, test)
     shutil.copytree(tmp_path / "shapes" / "val2017", tmp_path / "shapes" / "test2017")
-    steps = next_steps(tmp_path, data)
+    steps = next_steps(tmp_path, data, {})
     assert [step.endswith(" split=test") for step in steps] == [True, True, False, False]
     document = json.loads(test.read_text())
     test.write_text(json.dumps({name: document[name] for name in ("images", "categories")}))
