@@ -218,10 +218,10 @@ def _is_of(module: str, key: str) -> bool:
 
 def _is_by_class(key: str, own: Tensor, other: Tensor, numbers: tuple[int, int]) -> bool:
     """True for parameters with rows for each of the two `numbers` of classes; deltas may be one set for all classes."""
+    if not _is_of(DELTAS, key):
+        return _is_of(LOGITS, key)
     lengths = len(own), len(other)
-    return _is_of(LOGITS, key) or (
-        _is_of(DELTAS, key) and lengths == tuple(4 * number for number in numbers) and lengths != (4, 4)
-    )
+    return lengths == tuple(4 * number for number in numbers) and lengths != (4, 4)
 
 
 def _copy_rows(own: Tensor, other: Tensor, same: Sequence[tuple[int, int]], per_class: int) -> Tensor:
