@@ -34,7 +34,7 @@ from fpn_det.config import EvalConfig
 from fpn_det.data.flip_resize import Size
 from fpn_det.data.sampling import evaluation_batches
 from fpn_det.export.export import open_exported
-from fpn_det.export.exported import ExportedDetector, is_exported
+from fpn_det.export.exported import ExportedDetector, is_exported, refuse_fixed_settings
 from fpn_det.image_io import BadImage
 from fpn_det.inference.folder import (
     PICTURES,
@@ -58,6 +58,8 @@ from fpn_det.runtime import Ranks, keep_freed_memory, pick_device
 from fpn_det.schema import Count, Fraction
 from fpn_det.structures import ScoreThresholds
 from fpn_det.terminal import say, shown_path, standard_console
+
+MORE = "Set model.roi_head.test_filter.max_detections={}; an exported file keeps its own."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,7 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
     Raises:
         ValueError: nothing can be read, or an option is impossible.
     """
+    refuse_fixed_settings(config.checkpoint, words)
     console = standard_console()
     found = list(dict.fromkeys(find_files(config.source)))
     files = without_drawings(found, Path(config.out))
@@ -105,7 +108,7 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
     if config.max_detections is not None and config.max_detections > model.max_detections:
         raise ValueError(
             f"max_detections: expected at most {model.max_detections}, which is all that the model gives, got "
-            f"{config.max_detections}. Set model.roi_head.test_filter.max_detections={config.max_detections}."
+            f"{config.max_detections}. {MORE.format(config.max_detections)}"
         )
     if remark := remark_on(path):
         say(console, remark)
@@ -137,8 +140,7 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
     if summary.most == model.max_detections:
         say(
             console,
-            f"An image has {summary.most} detections, which is all that the model gives. For more set "
-            "model.roi_head.test_filter.max_detections.",
+            f"An image has {summary.most} detections, which is all that the model gives. {MORE.format('<number>')}",
         )
 
 
