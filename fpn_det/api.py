@@ -144,8 +144,7 @@ def evaluate(config: EvalConfig | str | Path, overrides: str | Sequence[str] = (
             on_bad_image = skipped if config.data.on_error == "skip" else None
             place = annotations, model.stride, ranks, device, config.split
             loader = config.eval_loader(*place, on_bad_image, config.tiling)
-            batches = log.track(loader, "evaluating")
-            dtype = None if exported else PRECISIONS[config.precision]  # an exported file has its own
+            batches, dtype = log.track(loader, "evaluating"), PRECISIONS[config.precision]
             evaluation = evaluate_model(model, batches, annotations, config.evaluation, dtype, config.tta)  # type: ignore[arg-type]
             step = state["progress"]["step"]
             if ranks.is_main:

@@ -176,6 +176,7 @@ def _open_program(path: Path, threads: int | None, native: bool) -> tuple[Run, d
     program, texts = read_program(path)
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)  # the program has its own precision
     def run(images: np.ndarray, sizes: np.ndarray) -> list[Any]:
         return list(program(torch.from_numpy(images), torch.from_numpy(sizes)))
 

@@ -342,5 +342,5 @@ def build_predictor(
         max_pixels=data.max_image_pixels,
         tiling=config.tiling,
     )
-    dtype = PRECISIONS[config.precision] if isinstance(model, nn.Module) else None  # an exported file has its own
+    dtype = PRECISIONS[config.precision]
     return Predictor(model, class_names, preprocessing, device, dtype, tta, category_ids, score_thresholds)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+from fpn_det.export.exported import _open_program
 from fpn_det.export.program import read_program, write_program
 from fpn_det.models.nms import nms_keep
 
@@ -45,6 +46,20 @@ def file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("program") / "model.pt2"
     write_program(program, path, {"class_names": ["a"], "step": 3})
     return path
+
+
+def test_a_program_runs_in_its_own_precision(tmp_path):
+    class Product(nn.Module):
+        def forward(self, images, sizes):
+            return images @ sizes, images, images, images, images
+
+    images, sizes = torch.rand(3, 4), torch.rand(4, 5)
+    write_program(torch.export.export(Product(), (images, sizes)), tmp_path / "model.pt2", {})
+    run, _ = _open_program(tmp_path / "model.pt2", None, native=True)
+    with torch.autocast("cpu", torch.bfloat16):  # as an evaluation in bf16 does
+        assert (images @ sizes).dtype == torch.bfloat16
+        (found, *_) = run(images.numpy(), sizes.numpy())
+    assert torch.equal(found, images @ sizes)
 
 
 def test_a_program_suppresses_as_the_detector_does(file):

@@ -72,15 +72,6 @@ def test_predictions_equal_the_detections_of_evaluation(settings, annotations, p
         assert prediction.names == tuple(annotations.class_names[label] for label in prediction.labels)
 
 
-def test_an_exported_file_runs_in_its_own_precision(settings, annotations, predictor):
-    class Exported:
-        stride, detect = predictor.model.stride, predictor.model.detect
-
-    in_bf16 = replace(settings, precision="bf16")
-    assert build_predictor(in_bf16, predictor.model, annotations.class_names, CPU).dtype == torch.bfloat16
-    assert build_predictor(in_bf16, Exported(), annotations.class_names, CPU).dtype is None
-
-
 def test_tiles_are_those_of_the_evaluation(settings, annotations, predictor):
     in_tiles, few = replace(settings, tile=TileConfig(80, 0.2)), select_images(annotations, torch.arange(2))
     loader = settings.eval_loader(few, predictor.model.stride, Ranks(), CPU, tiling=in_tiles.tiling)
