@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -13,6 +14,7 @@ INK, FAINT, BASE, VARIANT = "#222222", "#dddddd", "#999999", "#0072b2"
 WIDTH, LEFT, RIGHT, LINE, MARGIN = 1560, 620, 1500, 52, 60  # px, of twice the final size
 RADIUS = 9  # of a run, px
 FONT_SIZE = 26
+TITLE = 44  # letters of a line, of two at most
 
 
 def draw_chart(results: Results, table: Table, file: Path) -> None:
@@ -42,7 +44,7 @@ def draw_chart(results: Results, table: Table, file: Path) -> None:
             canvas.line((base, top, base, top + 8), fill=BASE, width=3)
     for number, row in enumerate(rows):
         y, color = MARGIN + LINE * (number + 0.5), BASE if row is table.base else VARIANT
-        canvas.text((LEFT - 20, y), row.title, fill=INK, font=font, anchor="rm")
+        canvas.text((LEFT - 20, y), fill(row.title, TITLE), fill=INK, font=font, anchor="rm", align="right")
         mean = x(results.mean(row.name, "AP"))
         canvas.line((mean, y - 18, mean, y + 18), fill=color, width=5)
         for value in found[row.name]:
