@@ -252,7 +252,7 @@ def test_early_stop_ends_the_run(tmp_path):
     again = make_run(
         tmp_path / "run", resume="auto", max_steps=100, early_stop=EarlyStopping(patience=2, min_delta=1.0)
     )
-    assert again.train() == 0 and "Its early stop is due" in log_of(again)
+    assert again.train() == 0 and "complete" in log_of(again) and "Its early stop is due" in log_of(again)
 
 
 def test_bad_step_ends_the_run_and_keeps_what_is_good(tmp_path):
