@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fpn_det.composition import compose, compose_as, from_saved, literal, read_saved
-from fpn_det.config import PRECISIONS, EvalConfig
+from fpn_det.config import PRECISIONS, EvalConfig, is_exported
 from fpn_det.errors import translate_system_errors
 from fpn_det.evaluation.coco import Evaluation
 from fpn_det.evaluation.evaluate import WeightsKind, write_evaluation
 from fpn_det.evaluation.evaluate import evaluate as evaluate_model
 from fpn_det.export.export import open_exported, saved_settings
-from fpn_det.export.exported import ExportedDetector, is_exported
+from fpn_det.export.exported import ExportedDetector
 from fpn_det.inference.images import ImageInput
 from fpn_det.inference.prediction import Prediction
 from fpn_det.inference.predictor import Predictor, build_predictor

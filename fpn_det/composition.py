@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from fpn_det.config import DetectorConfig, EvalConfig
+from fpn_det.config import DetectorConfig, EvalConfig, is_exported
 from fpn_det.locations import CONFIGS
 from fpn_det.migration import find, migrate, refuse_old_name
 from fpn_det.runs.settings_diff import setting_of
@@ -52,6 +52,7 @@ PACKAGES = (
 UNPLACED = re.compile(
     r"Could not override '([^'@]+)\S*'\.\nDid you mean to override (?:one of )?(.+)\?\n[^+]*\+\S+?=(.*)"
 )
+UNMATCHED = re.compile(r"Could not override '([^'@]+)\S*'\. *\n?No match in the defaults list")
 COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)  # raised while settings are composed
 
 C = TypeVar("C", bound=DetectorConfig)
@@ -66,6 +67,11 @@ class Idle(Protocol):
     """Says why a setting that the command line names would have no effect; None if it has one."""
 
     def __call__(self, config: Any) -> str | None: ...
+
+
+def _fixed_by_export(config: Any) -> str | None:
+    file = config.checkpoint if isinstance(config, EvalConfig) else None
+    return f"it is fixed in {file}" if is_exported(file) else None
 
 
 def _without_training_tiles(config: Any) -> str | None:
@@ -93,6 +99,9 @@ IDLE: list[tuple[str, Idle]] = [
             "the tiles of an evaluation are tile.size and tile.overlap" if isinstance(config, EvalConfig) else None
         ),
     ),
+    ("model", _fixed_by_export),
+    ("weights", _fixed_by_export),
+    ("precision", _fixed_by_export),
     ("data.tile.min_visible", _without_training_tiles),
     ("data.tile.empty_share", _without_training_tiles),
     ("tile.overlap", lambda config: "there are no tiles without tile.size" if config.tiling is None else None),
@@ -483,6 +492,11 @@ def describe_refusal(error: Exception) -> str:
         group, places, value = unplaced.groups()
         forms = listed(f"{place}={value}" for place in places.split(", "))
         return f"{group}: expected the part that it is for, got none or another. Set {forms}."
+    if isinstance(error, ConfigCompositionException) and (unmatched := UNMATCHED.match(str(error))):
+        return (
+            f"{unmatched[1]}: expected settings by name, got a choice of a file, where all settings come from a run. "
+            "Leave it out, or set single values."
+        )
     if isinstance(error, ConfigCompositionException) and "Ambiguous value" in str(error):
         return f"command line: {str(error).splitlines()[0]}. Use -m to try them in turn, or name=[first,second] for a list."
     if isinstance(cause, InterpolationResolutionError):

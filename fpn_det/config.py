@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeGuard
 
 import torch
 import yaml  # type: ignore[import-untyped]
@@ -33,6 +34,8 @@ PRECISIONS: dict[Precision, torch.dtype | None] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+# ends of the names of exported files, by format
+EXPORTED = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 
 
 @dataclass(frozen=True)
@@ -156,11 +159,16 @@ class EvalConfig(DetectorConfig):
     """Evaluation of a trained detector. Model, data and preprocessing are those of its run."""
 
     run: str | None = None  # run folder, whose best checkpoint is evaluated; or
-    checkpoint: str | None = None  # checkpoint file
+    checkpoint: str | None = None  # checkpoint or exported file
     split: Literal["train", "val", "test"] = "val"
     weights: Literal["auto", "ema", "raw"] = "auto"  # auto = the moving average if the checkpoint has one
     tta: Views = field(default_factory=Views)  # test-time augmentation
     timeout_minutes: Positive = 30.0  # how long one rank waits for another
+
+
+def is_exported(path: str | Path | None) -> TypeGuard[str | Path]:
+    """True for the name of an exported file."""
+    return path is not None and Path(path).suffix.lower() in EXPORTED.values()
 
 
 def _plain(value: Any) -> Any:

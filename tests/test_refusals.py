@@ -305,6 +305,28 @@ def test_evaluation_refuses_what_only_training_reads(override):
         compose_as(EvalConfig, "eval", ["checkpoint=x.pt", override], saved)
 
 
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("model.roi_head.test_filter.max_detections=3", "model"),
+        ("weights=raw", "weights"),
+        ("++precision=bf16", "precision"),
+    ],
+)
+def test_settings_that_an_exported_file_has_fixed_are_refused(word, name):
+    saved = read_saved(compose(TINY).to_yaml())
+    with pytest.raises(ValueError, match=rf"^{name}: has no effect here: it is fixed in best\.onnx\. Leave it out"):
+        compose_as(EvalConfig, "eval", ["checkpoint=best.onnx", word], saved)
+    compose_as(EvalConfig, "eval", ["checkpoint=best.pt", word], saved)
+    compose_as(EvalConfig, "eval", ["checkpoint=best.onnx", "split=test", "data.root=x"], saved)
+
+
+def test_evaluation_refuses_to_choose_parts_of_the_model():
+    saved = read_saved(compose(TINY).to_yaml())
+    with pytest.raises(ValueError, match=r"^roi_head: expected settings by name, got a choice of a file, where all"):
+        compose_as(EvalConfig, "eval", ["checkpoint=best.pt", "roi_head=cascade"], saved)
+
+
 def test_evaluation_uses_the_tiles_of_training_unless_it_has_its_own():
     saved = read_saved(compose([*TINY, "data.tile.size=64", "data.tile.overlap=0.4"]).to_yaml())
     for words, expected in (

@@ -17,7 +17,6 @@ from fpn_det import api
 from fpn_det.cli.launch import argument, launch
 from fpn_det.config import EvalConfig
 from fpn_det.export import export
-from fpn_det.export.exported import refuse_fixed_settings
 
 
 def main() -> None:
@@ -27,7 +26,6 @@ def main() -> None:
 
 def evaluate(config: EvalConfig, words: Sequence[str]) -> None:
     """Evaluate; the results are printed and written."""
-    refuse_fixed_settings(config.checkpoint, words)
     api.evaluate(config)
 
 

@@ -30,11 +30,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fpn_det.cli.eval import saved_settings
 from fpn_det.cli.launch import launch
 from fpn_det.composition import literal
-from fpn_det.config import EvalConfig
+from fpn_det.config import EvalConfig, is_exported
 from fpn_det.data.flip_resize import Size
 from fpn_det.data.sampling import evaluation_batches
 from fpn_det.export.export import open_exported
-from fpn_det.export.exported import ExportedDetector, is_exported, refuse_fixed_settings
+from fpn_det.export.exported import ExportedDetector
 from fpn_det.image_io import BadImage
 from fpn_det.inference.folder import (
     PICTURES,
@@ -94,7 +94,6 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
     Raises:
         ValueError: nothing can be read, or an option is impossible.
     """
-    refuse_fixed_settings(config.checkpoint, words)
     console = standard_console()
     found = list(dict.fromkeys(find_files(config.source)))
     files = without_drawings(found, Path(config.out))

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from fpn_det.composition import from_saved
-from fpn_det.config import DetectorConfig
+from fpn_det.config import EXPORTED, DetectorConfig, is_exported
 from fpn_det.evaluation.evaluate import evaluate
-from fpn_det.export.exported import ExportedDetector, ExportedFile, is_exported
+from fpn_det.export.exported import ExportedDetector, ExportedFile
 from fpn_det.export.graph import Graph, on_canvas
 from fpn_det.export.metadata import Metadata, Precision
 from fpn_det.export.proof import NUM_IMAGES, cases, compare
-from fpn_det.export.writing import SUFFIXES, Format, refuse_unsupported, require_libraries, write
+from fpn_det.export.writing import Format, refuse_unsupported, require_libraries, write
 from fpn_det.image_io import RGB
 from fpn_det.models.detector import Detector
 from fpn_det.runs.checkpoint import fill_model, find_checkpoint
@@ -74,9 +74,9 @@ def export(config: ExportConfig, say: Callable[[str], None] = print) -> Path:
         ValueError: the detector cannot be exported, or the file does not give what the detector gives; it is not left.
     """
     source, state = find_checkpoint(config.run, config.checkpoint)
-    path = Path(config.output) if config.output else source.with_suffix(SUFFIXES[config.format])
-    if path.suffix != SUFFIXES[config.format]:
-        raise ValueError(f"output: expected a name that ends in {SUFFIXES[config.format]}, got {path}.")
+    path = Path(config.output) if config.output else source.with_suffix(EXPORTED[config.format])
+    if path.suffix != EXPORTED[config.format]:
+        raise ValueError(f"output: expected a name that ends in {EXPORTED[config.format]}, got {path}.")
     require_libraries(config.format, config.precision)
     detector = config.build_model(len(state["class_names"])).eval()
     fill_model(detector, state, str(source), config.weights)

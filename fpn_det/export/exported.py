@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,30 +14,11 @@ from fpn_det.export.graph import INPUTS, canvas_of, on_canvas
 from fpn_det.export.libraries import imported
 from fpn_det.export.metadata import Metadata
 from fpn_det.export.program import read_program
-from fpn_det.export.writing import SUFFIXES
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
 from fpn_det.structures import Batch, Detections
 
-FIXED = ("model", "weights", "precision")  # settings whose values are in an exported file
 Run = Callable[[np.ndarray, np.ndarray], list[Any]]
-
-
-def is_exported(path: str | Path | None) -> TypeGuard[str | Path]:
-    """True for the name of an exported file."""
-    return path is not None and Path(path).suffix.lower() in SUFFIXES.values()
-
-
-def refuse_fixed_settings(path: str | Path | None, words: Sequence[str]) -> None:
-    """Refuse words of a command line that change nothing because the detector is an exported file.
-
-    Raises:
-        ValueError: a word sets what the file at `path` has fixed.
-    """
-    names = [word.lstrip("+~").partition("=")[0] for word in words if is_exported(path)]
-    for name in names:
-        if name.split(".")[0] in FIXED:
-            raise ValueError(f"{name}: has no effect here: it is fixed in {path}. Leave it out, or use the checkpoint.")
 
 
 class ExportedFile:

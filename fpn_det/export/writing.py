@@ -20,7 +20,6 @@ from fpn_det.export.quantization import quantize
 from fpn_det.models.layers import DeformableConv2d
 
 Format = Literal["onnx", "openvino", "torch"]
-SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 
 
 def require_libraries(format: Format, precision: Precision) -> None:

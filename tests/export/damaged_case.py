@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from fpn_det.config import EXPORTED
 from fpn_det.export.exported import ExportedFile
 from fpn_det.export.graph import LEAST_SIDE
 from fpn_det.export.metadata import Metadata
-from fpn_det.export.writing import SUFFIXES, Format, write
+from fpn_det.export.writing import Format, write
 
 METADATA = Metadata(class_names=["a"], category_ids=[1])
 
@@ -64,7 +65,7 @@ def said(action: Callable[[], object]) -> str | None:
 
 def main(format: Format, folder: Path) -> None:
     """Print what is said about damaged and foreign files of a format, and about inputs that its files do not take."""
-    good, bad = (folder / f"{name}{SUFFIXES[format]}" for name in ("good", "bad"))
+    good, bad = (folder / f"{name}{EXPORTED[format]}" for name in ("good", "bad"))
     write_corners(format, good, METADATA)
     files = {file.suffix: file.read_bytes() for file in folder.iterdir()}
     messages = {}

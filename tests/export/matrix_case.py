@@ -20,13 +20,14 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from fpn_det.benchmark.contestants import take_statistics
 from fpn_det.composition import compose
+from fpn_det.config import EXPORTED
 from fpn_det.export.exported import ExportedDetector, ExportedFile
 from fpn_det.export.graph import Graph
 from fpn_det.export.libraries import is_installed
 from fpn_det.export.metadata import Metadata
 from fpn_det.export.program import write_program
 from fpn_det.export.proof import cases, compare
-from fpn_det.export.writing import SUFFIXES, write_onnx, write_openvino
+from fpn_det.export.writing import write_onnx, write_openvino
 from fpn_det.interop.conventions import UnfoldedDetector
 from fpn_det.interop.conversion import convert
 from fpn_det.models.detector import Detector
@@ -166,7 +167,7 @@ def main(name: str, folder: Path) -> None:
         class_names=labels, category_ids=list(range(len(labels))), dtype="float32" if in_float else "uint8"
     )
     program = Graph(model).trace(None, example.pixels.dtype)
-    files = {format: folder / f"model{suffix}" for format, suffix in SUFFIXES.items()}
+    files = {format: folder / f"model{suffix}" for format, suffix in EXPORTED.items()}
     write_program(program, files["torch"], asdict(metadata))
     write_onnx(program, files["onnx"], metadata)
     if is_installed("openvino"):

@@ -9,7 +9,6 @@ from functools import partial
 import pytest
 import torch
 
-from fpn_det.export.exported import refuse_fixed_settings
 from fpn_det.export.metadata import Metadata
 from fpn_det.export.writing import refuse_unsupported, require_libraries
 from fpn_det.models.anchors import AnchorGenerator
@@ -63,13 +62,3 @@ def test_a_missing_library_is_told_before_tracing(monkeypatch):
     with pytest.raises(ValueError, match=r"the library onnxruntime, got none .* pip install 'fpn_det\[onnx\]'"):
         require_libraries("onnx", "fp32")
     require_libraries("torch", "fp16")
-
-
-@pytest.mark.parametrize("word", ["model.roi_head.test_filter.max_detections=3", "weights=raw", "++precision=bf16"])
-def test_settings_that_an_exported_file_has_fixed_are_refused(word: str):
-    name = word.lstrip("+").split("=")[0]
-    with pytest.raises(ValueError, match=rf"^{name}: has no effect here: it is fixed in best.onnx"):
-        refuse_fixed_settings("best.onnx", ["split=test", word])
-    refuse_fixed_settings("best.pt", [word])
-    refuse_fixed_settings(None, [word])
-    refuse_fixed_settings("best.onnx", ["split=test", "data.root=x"])
