@@ -82,6 +82,10 @@ def _without_training_tiles(config: Any) -> str | None:
 IDLE: list[tuple[str, Idle]] = [
     ("hydra.run.dir", lambda config: "the folder of a run is run_dir=<folder>"),
     ("hydra.job.chdir", lambda config: "paths are relative to the folder where the command is typed"),
+    (
+        "init_from",
+        lambda config: "resume continues from the run's own weights" if config.resume not in (None, "auto") else None,
+    ),
     ("experiment", lambda config: "all settings come from run; repeat here those that differ" if config.run else None),
     (
         "set_aside",

@@ -149,7 +149,7 @@ COMPOSED = [
     # combinations
     ("trainer.epochs=3 trainer.max_steps=3", "trainer.epochs: expected this or trainer.max_steps, got both."),
     ("trainer.epochs=null", "trainer: expected a length, got none. Set trainer.epochs or trainer.max_steps."),
-    ("resume=auto init_from=x.pt", "resume: expected this or init_from, got both."),
+    ("resume=runs/x init_from=x.pt", "init_from: has no effect here: resume continues from the run's own weights."),
     ("data.val_fraction=0.1 data.val.images=x", "data.val_fraction: expected this or data.val, got both."),
     ("data.val.annotations=null", "data.val: expected images and annotations, got none."),
     ("data.classes=[cat,cat]", "data.classes: expected names, each once, got ['cat', 'cat']."),

@@ -15,6 +15,8 @@ import pytest
 import torch
 from tiny import ROOT, SCRATCH, TINY
 
+from fpn_det import api
+
 
 def metrics(run: Path) -> dict:
     return json.loads((run / "metrics.json").read_text())
@@ -29,6 +31,10 @@ def weights_after(run: Path, step: int) -> dict:
         for slot, tensor in slots.items()
     }
     return state["model"] | {f"ema.{name}": tensor for name, tensor in (state["ema"] or {}).items()} | optimizer
+
+
+def last_step(run: Path) -> int:
+    return torch.load(run / "checkpoints" / "last.pt", weights_only=True)["progress"]["step"]
 
 
 def check_resume(run_tool, tmp_path: Path, words: list[str]) -> None:
@@ -134,3 +140,27 @@ def test_a_run_that_fails_is_kept_from_its_first_step_on(run_tool, shapes_datase
     assert failed.returncode in (1, 2) and len(failed.stderr.strip().splitlines()) == 1, failed.stderr
     assert (tmp_path / "runs/mine/log.txt").is_file() == kept and (tmp_path / "runs/mine").exists() == kept
     assert not (tmp_path / "runs/mine/checkpoints/last.pt").exists()
+
+
+def test_a_run_that_started_from_weights_resumes_without_them(tmp_path, monkeypatch, shapes_dataset):
+    monkeypatch.chdir(tmp_path)
+    words = [*TINY, f"data.root={shapes_dataset}", "trainer.report=false"]
+    source = api.train([*words, "trainer.max_steps=1", "run_dir=source"]) / "checkpoints" / "last.pt"
+    started = [*words, f"init_from={source}", "run_dir=run", "resume=auto"]
+    api.train([*started, "trainer.max_steps=1"])  # the command of a launcher that restarts: nothing to resume yet
+    source.unlink()
+    api.train([*started, "trainer.max_steps=2"])
+    assert last_step(tmp_path / "run") == 2
+    api.train([*words, "resume=run", "run_dir=run", "trainer.max_steps=3"])
+    assert last_step(tmp_path / "run") == 3
+
+
+def test_a_refused_resume_leaves_the_settings_of_the_run(tmp_path, monkeypatch, shapes_dataset):
+    monkeypatch.chdir(tmp_path)
+    words = [*TINY, f"data.root={shapes_dataset}", "trainer.report=false"]
+    run = api.train([*words, "trainer.max_steps=1", "run_dir=run"])
+    before = (run / "config.yaml").read_text(), (run / "overrides.txt").read_text()
+    for changed in ("model.neck.channels=16", "optimizer=sgd"):
+        with pytest.raises(ValueError, match=r"^resume: expected a checkpoint of "):
+            api.train([*words, "trainer.max_steps=2", changed, "run_dir=run", "resume=auto"])
+        assert ((run / "config.yaml").read_text(), (run / "overrides.txt").read_text()) == before

@@ -119,10 +119,6 @@ class TrainConfig(DetectorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.trainer.check_best_metric(self.evaluation.metric_names)
-        if self.resume and self.init_from:
-            raise ValueError(
-                "resume: expected this or init_from, got both. resume continues a run, init_from starts a new one from its weights."
-            )
 
     def with_normalization(self: C, mean: Sequence[float], std: Sequence[float]) -> C:
         """The same settings with mean and deviation of the channels."""

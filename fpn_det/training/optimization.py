@@ -253,7 +253,10 @@ class Optimization:
             if self.ema is not None:
                 self.ema.model.load_state_dict(state["ema"] or state["model"])
         except RuntimeError as error:
-            raise ValueError(f"resume: expected a checkpoint of the same model. {OTHERWISE} {error}") from None
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"resume: expected a checkpoint of this model, got another: {reason}. {OTHERWISE}"
+            ) from None
         for name, weight in self.parameters.items():
             self.optimizer.state[weight].update({key: value.to(self.device) for key, value in tensors[name].items()})
         if self.scale.grows and state["scaler"] is not None:  # the run may have begun in another precision

@@ -110,10 +110,11 @@ class Trainer:
                 "model.pixel_mean: expected values where the transforms normalize, got null. Set model.pixel_mean and "
                 "model.pixel_std, to 0 and 1 for each channel if the transforms do all."
             )
-        if config.init_from:
-            check_detector(config.init_from, "init_from")
-        if not (config.init_from or config.resume):
-            self.model.check_pretrained()
+        if config.resume is None:  # a run that continues reads none of these weights
+            if config.init_from:
+                check_detector(config.init_from, "init_from")
+            else:
+                self.model.check_pretrained()
 
     def prepare(self, folder: RunFolder, log: RunLog, overrides: Sequence[str] = ()) -> None:
         """Read the data, finish the model, and start from pretrained weights, `init_from` or a checkpoint.
@@ -145,9 +146,9 @@ class Trainer:
             "config": self.config.to_yaml(),
             "data_digests": {"train": self.train_annotations.digest(), "val": self.val_annotations.digest()},
         }
-        if self.ranks.is_main:
-            self.overrides = write_settings(folder.path, self.metadata["config"], overrides)
         self._prepare_optimization(state)
+        if self.ranks.is_main:  # after all that refuses, so that a refused resume leaves the settings of the run
+            self.overrides = write_settings(folder.path, self.metadata["config"], overrides)
         log.info(self._introduction(data.findings))
 
     def _introduction(self, findings: Mapping[str, Sequence[Finding]]) -> str:
