@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fpn_det.models.backbone import Backbone
@@ -78,6 +79,7 @@ class TimmBackbone(Backbone):
 
     def _build(self) -> None:
         self.model: Any = self._create(out_indices=self.places)
+        _fix_padding(self.model)
         config = self.model.pretrained_cfg
         self.channels = tuple(self.model.feature_info.channels())
         self.strides = tuple(self.model.feature_info.reduction())
@@ -304,6 +306,42 @@ class TimmBackbone(Backbone):
                     f"{list(value.shape)}. It is another model."
                 )
         return dict(zip(expected, state.values(), strict=True))
+
+
+class SameConv2d(nn.Conv2d):
+    """A convolution with TensorFlow's SAME padding of maps that divide by its stride, where the padding is constant.
+
+    timm's `Conv2dSame` computes it from the size of each map. Under torch.export with any height and width, the text of the
+    symbolic size then triples at every stride, and the trace does not end.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = [
+            max(dilation * (kernel - 1) + 1 - stride, 0)
+            for kernel, stride, dilation in zip(self.kernel_size, self.stride, self.dilation, strict=True)
+        ]
+        (top, bottom), (left, right) = ((side // 2, side - side // 2) for side in total)
+        x = F.pad(x, (left, right, top, bottom))
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def _fix_padding(model: nn.Module) -> None:
+    """Replace timm's convolutions with SAME padding, which canvases divide, by those with constant padding."""
+    for parent in list(model.modules()):
+        for name, part in parent.named_children():
+            if isinstance(part, nn.Conv2d) and type(part).__name__ == "Conv2dSame":
+                fixed = SameConv2d(
+                    part.in_channels,
+                    part.out_channels,
+                    part.kernel_size,  # type: ignore[arg-type]
+                    part.stride,  # type: ignore[arg-type]
+                    dilation=part.dilation,  # type: ignore[arg-type]
+                    groups=part.groups,
+                    bias=part.bias is not None,
+                    device="meta",
+                )
+                fixed.weight, fixed.bias = part.weight, part.bias
+                setattr(parent, name, fixed)
 
 
 def _places(info: Any, name: str) -> list[int]:

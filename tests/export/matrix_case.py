@@ -52,6 +52,10 @@ CASES: dict[str, tuple[tuple[str, ...], int]] = {
     "r50_bifpn": ((*R50, "neck=bifpn"), 80),
     "r18_single_map": ((*R18, "neck=single_map"), 80),
     "r50_single_map": ((*R50, "neck=single_map"), 3),
+    "efficientnet_lite0": (
+        ("experiment=finetune_small", *NARROW, "model.backbone.weights=null", "model.backbone.frozen_stages=0"),
+        3,
+    ),
     "cascade": (("experiment=small", *NARROW), 3),
     "class_agnostic": ((*R18, AGNOSTIC), 80),
     "torchvision": (("experiment=compat/torchvision_r50_fpn",), 80),

@@ -31,6 +31,22 @@ def test_maps_equal_those_of_timm(name: str):
         assert mine.strides == (4, 8, 16, 32) == tuple(64 // item.shape[2] for item in found)
 
 
+def test_maps_of_any_size_have_short_symbolic_sides():
+    """Those of SAME padding triple in length at every stride, which an export does not survive."""
+    backbone = TimmBackbone("tf_efficientnet_lite0")
+    backbone.truncate(2)
+    sides = {2: 32 * torch.export.Dim("rows", min=4, max=64), 3: 32 * torch.export.Dim("columns", min=4, max=64)}
+    program = torch.export.export(
+        backbone.eval(), (torch.zeros(1, 3, 160, 192),), dynamic_shapes=(sides,), strict=False
+    )
+    found = next(iter(reversed(program.graph.nodes))).args[0]
+    assert [len(str(side)) < 20 for item in found for side in item.meta["val"].shape] == [True] * 8
+    images = torch.randn(1, 3, 224, 288)
+    assert all(
+        torch.allclose(*pair, atol=1e-5) for pair in zip(program.module()(images), backbone(images), strict=True)
+    )
+
+
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "convnext_atto"])
 @pytest.mark.parametrize("norm", ["frozen", "fixed_statistics", "batch", "sync"])
 @pytest.mark.parametrize("frozen", [0, 1, 3, 5])
