@@ -6,17 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fpn_det.composition import compose, from_saved
-from fpn_det.interop.coco_classes import category_ids
 from fpn_det.interop.loading import Weights, load_weights
 from fpn_det.runs.folder import versions
 from fpn_det.training.config import TrainConfig
-
-# The experiment with the conventions of each project.
-COMPAT = {
-    "torchvision": "compat/torchvision_r50_fpn",
-    "detectron2": "compat/detectron2_r50_fpn",
-    "mmdet": "compat/mmdet_r50_fpn",
-}
 
 
 def settings_for(weights: Weights, allow_targets: Sequence[str] = ()) -> TrainConfig:
@@ -35,8 +27,7 @@ def settings_for(weights: Weights, allow_targets: Sequence[str] = ()) -> TrainCo
         raise ValueError(
             f"{weights.source}: expected a checkpoint, got weights without settings. Name an experiment as well."
         )
-    experiment = COMPAT[weights.project] + ("_v2" if weights.layout.normed_neck else "")
-    return compose([f"experiment={experiment}", f"model.backbone.depth={weights.layout.depth}"])
+    return compose(weights.settings)
 
 
 def to_checkpoint(weights: Weights, config: TrainConfig) -> dict[str, Any]:
@@ -53,7 +44,7 @@ def to_checkpoint(weights: Weights, config: TrainConfig) -> dict[str, Any]:
         "ema": None,
         "progress": {"step": 0, "total_steps": 0},
         "class_names": list(weights.names),
-        "category_ids": list(weights.category_ids) or category_ids(weights.names),
+        "category_ids": list(weights.category_ids),
         "score_thresholds": weights.score_thresholds,
         "preprocessing": config.data.eval_transforms,
         "config": config.to_yaml(),

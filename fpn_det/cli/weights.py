@@ -4,7 +4,8 @@ A file is fetched when it is first used, and kept. Without network, put it where
 
 Examples:
   fpn-det weights
-  fpn-det train init_from=<name> experiment=finetune data.root=<folder>
+  fpn-det train experiment=finetune data.root=<folder>
+  fpn-det train experiment=r50_fpn init_from=detectron2/faster_rcnn_R_50_FPN_3x optimizer.lr=0.002 data.root=<folder>
 """
 
 from __future__ import annotations

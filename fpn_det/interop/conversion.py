@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fpn_det.interop.naming import COUNTER, DELTAS, LOGITS, OLD_NAMES, PROJECTS, Layout, Project
+from fpn_det.interop.naming import COUNTER, DELTAS, LOGITS, OLD_NAMES, PROJECTS, STATISTICS, Layout, Project
 
 EPS = (
     1e-5  # added to the variance by norms of ours, detectron2, mmdetection, and torchvision except for its COCO weights
@@ -99,6 +99,9 @@ def _to_fpn_det(state: Mapping[str, Tensor], source: Project, norm_eps: float) -
         name = ours_of.get(old_names.get(module, module))
         if CONSTANTS.fullmatch(key):
             result.dropped[key] = "a constant, which the settings give"
+            continue
+        if key.startswith(STATISTICS):
+            result.dropped[key] = "statistics of training, which detection does not read"
             continue
         if name is None or leaf not in (*modules[name], COUNTER):
             raise ValueError(

@@ -15,15 +15,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from fpn_det.interop.catalog import locate
-from fpn_det.interop.coco_classes import assumed_class_names
+from fpn_det.interop.coco_classes import assumed_class_names, category_ids
 from fpn_det.interop.conversion import EPS, convert, recognize
-from fpn_det.interop.naming import COUNTER, DELTAS, LOGITS, Layout, Project
+from fpn_det.interop.naming import COUNTER, DELTAS, LOGITS, OFFSETS, STATISTICS, Layout, Project
 from fpn_det.interop.reading import read_weights
 from fpn_det.models.weights import refuse_nonfinite_weights, widen_input
 
 LEAST_SHARE = 0.5  # of a model's parameters that a file must provide
 # Files trained without the norms' epsilon, by the first digits of their SHA-256: fasterrcnn_resnet50_fpn_coco-258fb6c6.pth.
 WITHOUT_EPS = ("258fb6c6",)
+# The experiment with the conventions of each project.
+COMPAT: Mapping[Project, str] = {
+    "torchvision": "compat/torchvision_r50_fpn",
+    "detectron2": "compat/detectron2_r50_fpn",
+    "mmdet": "compat/mmdet_r50_fpn",
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Weights:
     project: Project
     dropped: dict[str, str] = field(default_factory=dict)  # key or part of the file -> reason
     config: str | None = None  # YAML text of the settings, if the file is a checkpoint of ours
-    category_ids: tuple[int, ...] = ()  # of the classes, if the file says
+    category_ids: tuple[int, ...] = ()  # of the classes: those of the file, or COCO's, or 1, 2, 3, ...
     score_thresholds: dict[str, Any] | None = None  # of a checkpoint of ours, as it holds them
 
     @property
@@ -51,6 +57,14 @@ class Weights:
     @property
     def layout(self) -> Layout:
         return Layout.of(self.state)
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Words of a command line for the structure and conventions of another project's weights; none for ours."""
+        if self.project not in COMPAT:
+            return ()
+        experiment = COMPAT[self.project] + ("_v2" if self.layout.normed_neck else "")
+        return f"experiment={experiment}", f"model.backbone.depth={self.layout.depth}"
 
 
 @dataclass(frozen=True)
@@ -121,8 +135,10 @@ def read_as_ours(
     if names and len(names) != num_classes:
         raise ValueError(f"{path}: expected names for its {num_classes} classes, got {len(names)}.")
     dropped = file.dropped | conversion.dropped
-    known = file.config, file.category_ids, file.score_thresholds
-    return Weights(conversion.state, names or None, str(path), project, dropped, *known)
+    ids = file.category_ids or tuple(category_ids(names) if names else range(1, num_classes + 1))
+    return Weights(
+        conversion.state, names or None, str(path), project, dropped, file.config, ids, file.score_thresholds
+    )
 
 
 def load_weights(
@@ -145,7 +161,13 @@ def load_weights(
     state, remarks = dict(weights.state), []
     counters = [key for key in {*own, *state} if key.endswith(COUNTER)]
     dropped = weights.dropped | {key: "the model's norms do not count batches" for key in counters if key not in own}
+    statistics = [key for key in {*own, *state} if key.startswith(STATISTICS)]
+    dropped |= {key: "statistics of another training run" for key in statistics if key in state}
     state = {key: value for key, value in state.items() if key not in dropped}
+    offsets = [key for key in own if OFFSETS in key and key not in state]
+    if offsets:
+        remarks.append(f"{len(offsets)} tensors of deformable convolutions are new: their offsets start at zero")
+    state |= {key: own[key] for key in (*statistics, *offsets) if key in own}
     state |= {key: own[key] for key in counters if key in own and key not in state}
 
     if (
@@ -179,7 +201,7 @@ def load_weights(
             state[key] = _copy_rows(own[key], state[key], same, per_class)
 
     fitting = [key for key, value in own.items() if key in state and state[key].shape == value.shape]
-    loaded = tuple(key for key in fitting if key not in replaced)
+    loaded = tuple(key for key in fitting if key not in (*replaced, *statistics, *offsets))
     total = sum(value.numel() for value in own.values())
     share = sum(own[key].numel() for key in loaded) / total
     if share < LEAST_SHARE:
@@ -187,7 +209,8 @@ def load_weights(
             f"{weights.source}: expected weights of this model, got a file that fills {share:.0%} of it. Is it the right file?"
         )
     if wrong := _differences(own, state):
-        raise ValueError(f"{weights.source}: expected weights of this model, got others: {wrong}.")
+        advice = f" They fit {' '.join(weights.settings)}." if weights.settings else ""
+        raise ValueError(f"{weights.source}: expected weights of this model, got others: {wrong}.{advice}")
     model.load_state_dict(state)
     return LoadReport(
         source=weights.source,

@@ -63,7 +63,8 @@ class BinaryCrossEntropy:
 class Focal:
     """Focal loss of objectness logits (Lin et al. 2017, eq. 5): cross-entropy with less weight on what is already right.
 
-    It is meant for many easy negatives, so raise the sampler's `num_samples` with it.
+    It is meant for many easy negatives, as with a larger `num_samples` of the sampler. The RPN divides by that number, where the
+    paper divides by the anchors of objects: set `weight` in proportion to it, and that of the box loss too.
     """
 
     alpha: Fraction = 0.25  # weight of positives; negatives have 1 - alpha

@@ -20,15 +20,19 @@ class Schedule(ABC):
 
     # length of the run in steps
     steps: int
-    # null = a tenth of the run, at most 1000; the same if the run is shorter than this
+    # null = a tenth of the run, at most 1000; the same if this is more than a quarter of the run
     warmup_steps: CountOrZero | None = None
     # factor at the start of the warm-up
     warmup_factor: Fraction = 0.001
 
     @property
     def warmup(self) -> int:
-        """Length of the warm-up in steps. One that is longer than the run, as in a trial of a recipe, has the default length."""
-        if self.warmup_steps is None or self.warmup_steps > self.steps:
+        """Length of the warm-up in steps.
+
+        One of more than a quarter of the run has the default length: a decay would meet it before the peak is reached, so that a
+        recipe would train few images at a fraction of its learning rate.
+        """
+        if self.warmup_steps is None or 4 * self.warmup_steps > self.steps:
             return min(1000, self.steps // 10)
         return self.warmup_steps
 
@@ -36,7 +40,9 @@ class Schedule(ABC):
         """One line, such as `warm-up over 50 steps`, with the setting where it is not followed."""
         line = f"warm-up over {self.warmup} steps" if self.warmup else "no warm-up"
         is_followed = self.warmup_steps in (None, self.warmup)
-        return line if is_followed else f"{line}: schedule.warmup_steps={self.warmup_steps} exceeds the run"
+        return (
+            line if is_followed else f"{line}: schedule.warmup_steps={self.warmup_steps} exceeds a quarter of the run"
+        )
 
     def factor(self, step: int) -> float:
         """The learning rate of `step`, counted from 0, as a fraction of the peak."""

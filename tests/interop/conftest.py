@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
@@ -15,11 +15,18 @@ from fpn_det.models.roi_head import BoxPredictor, ROIHead
 
 
 def _make_detector(
-    num_classes: int = 3, depth: int = 18, norm: str = "frozen", roi_head: type[ROIHead] = ROIHead, **predictor
+    num_classes: int = 3,
+    depth: int = 18,
+    norm: str = "frozen",
+    roi_head: Callable[..., ROIHead] = ROIHead,
+    deformable: Sequence[int] = (),
+    **predictor,
 ) -> Detector:
     parts = {"predictor": partial(BoxPredictor, **predictor)} if predictor else {}
     head = partial(roi_head, box_head=partial(TwoLayerHead, width=32), **parts)
-    return Detector(num_classes, ResNet(depth, norm=norm), neck=partial(FPN, channels=16), roi_head=head)
+    return Detector(
+        num_classes, ResNet(depth, norm=norm, deformable=deformable), neck=partial(FPN, channels=16), roi_head=head
+    )
 
 
 @pytest.fixture(scope="session")

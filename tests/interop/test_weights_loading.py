@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from fpn_det.interop.loading import Weights, load_weights, read_as_ours
 from fpn_det.interop.naming import DELTAS, LOGITS
 from fpn_det.models.cascade import CascadeROIHead
 from fpn_det.models.detector import Detector
+from fpn_det.models.dynamic import DynamicROIHead
 
 CLASSES = ("square", "disk", "triangle")
 Maker = Callable[..., Detector]
@@ -167,6 +169,49 @@ def test_weights_that_came_from_caffe_are_named_where_the_model_gives_rgb(make_d
     blue_first = make_detector()
     blue_first.flips_channels = True
     assert not load_weights(blue_first, caffe).remarks
+
+
+def test_statistics_of_dynamic_training_neither_come_from_a_file_nor_go_into_one(make_detector: Maker):
+    older = make_detector(roi_head=DynamicROIHead)
+    older.roi_head.dynamics.iou.fill_(0.65)
+    dynamic = Weights(older.state_dict(), CLASSES, "file.pth", "fpn_det")
+    model = make_detector(roi_head=partial(DynamicROIHead, interval=7))
+    report = load_weights(model, dynamic)
+    assert float(model.roi_head.dynamics.iou) == pytest.approx(0.4) and model.roi_head.dynamics.betas.shape == (7, 2)
+    assert set(report.dropped.values()) == {"statistics of another training run"} and len(report.dropped) == 5
+    plain = make_detector()
+    load_weights(plain, dynamic)
+    assert all(torch.equal(value, dynamic.state[name]) for name, value in plain.state_dict().items())
+    load_weights(model, Weights(plain.state_dict(), CLASSES, "file.pth", "fpn_det"))
+    for project in ("torchvision", "detectron2", "mmdet"):
+        assert (
+            convert(dynamic.state, "fpn_det", project).state.keys()
+            == convert(plain.state_dict(), "fpn_det", project).state.keys()
+        )
+
+
+def test_offsets_of_deformable_convolutions_are_new_where_the_file_has_none(make_detector: Maker, weights: Weights):
+    model = make_detector(deformable=[4, 5])
+    report = load_weights(model, weights)
+    offsets = {name: value for name, value in model.state_dict().items() if ".conv2.offset." in name}
+    assert len(offsets) == 8 and not any(value.any() for value in offsets.values())
+    assert len(report.loaded) == len(weights.state)
+    assert "note      8 tensors of deformable convolutions are new" in report.table()
+
+
+def test_another_structure_is_refused_with_the_experiment_that_fits(make_detector: Maker, weights: Weights):
+    theirs = replace(weights, project="torchvision")
+    advice = r"They fit experiment=compat/torchvision_r50_fpn model\.backbone\.depth=18\.$"
+    with pytest.raises(ValueError, match=advice):
+        load_weights(make_detector(depth=34), theirs)
+
+
+def test_weights_of_coco_have_its_category_ids(tmp_path: Path, make_detector: Maker, ours: dict[str, Tensor]):
+    state = convert(make_detector(num_classes=80).state_dict(), "fpn_det", "detectron2").state
+    torch.save(state, tmp_path / "coco.pth")
+    assert read_as_ours(tmp_path / "coco.pth").category_ids == tuple(NAMES)
+    torch.save(convert(ours, "fpn_det", "detectron2").state, tmp_path / "model.pth")
+    assert read_as_ours(tmp_path / "model.pth").category_ids == (1, 2, 3)
 
 
 def test_names_of_coco_are_assumed_for_its_numbers_of_classes():

@@ -33,13 +33,13 @@ def test_warmup_is_a_tenth_of_the_run_and_at_most_1000(steps, warmup):
 @pytest.mark.parametrize(
     "steps, stated, warmup, told",
     [
-        (50, 50, 50, "warm-up over 50 steps"),  # exactly the run
-        (49, 50, 4, "warm-up over 4 steps: schedule.warmup_steps=50 exceeds the run"),
-        (9, 50, 0, "no warm-up: schedule.warmup_steps=50 exceeds the run"),
+        (200, 50, 50, "warm-up over 50 steps"),  # exactly a quarter
+        (199, 50, 19, "warm-up over 19 steps: schedule.warmup_steps=50 exceeds a quarter of the run"),
+        (9, 50, 0, "no warm-up: schedule.warmup_steps=50 exceeds a quarter of the run"),
         (9, 0, 0, "no warm-up"),
     ],
 )
-def test_warmup_that_exceeds_the_run_has_the_default_length_and_says_so(steps, stated, warmup, told):
+def test_warmup_that_exceeds_a_quarter_of_the_run_has_the_default_length_and_says_so(steps, stated, warmup, told):
     schedule = MultiStep(steps=steps, milestones=(), warmup_steps=stated)
     factors = [schedule.factor(step) for step in range(steps)]
     assert [factor < 1 for factor in factors] == [step < warmup for step in range(steps)]
