@@ -11,17 +11,21 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import importlib.metadata
 import json
 import os
 import re
 import sys
+import urllib.request
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -88,7 +92,7 @@ def read_state_file(path: Path, where: str) -> dict[str, Tensor]:
             raise
         reason = (" ".join(str(error).split()) or type(error).__name__)[:150]
         raise ValueError(
-            f"{where}: expected a state dict in {path}, got a damaged or foreign file ({reason}). Give another file."
+            f"{where}: expected a state dict in {path}, got a damaged or foreign file ({reason}). {remedy_for(path)}"
         ) from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
@@ -138,7 +142,16 @@ def check_archive(path: Path) -> None:
 
 def cache_path(url: str, name: str | None = None) -> Path:
     """File in torch's cache that keeps what is fetched from a URL; `name` replaces the last part of the URL."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / (name or url.rsplit("/", 1)[1])
+    return _cache_folder() / (name or url.rsplit("/", 1)[1])
+
+
+def _cache_folder() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def remedy_for(path: Path) -> str:
+    """Advice for a damaged file of weights, one sentence: `fetch` replaces what is gone from its cache."""
+    return "Remove it, so that it is fetched again." if path.parent == _cache_folder() else "Give another file."
 
 
 def fetch(url: str, where: str, name: str | None = None, sha256: str | None = None) -> Path:
@@ -161,8 +174,8 @@ def fetch(url: str, where: str, name: str | None = None, sha256: str | None = No
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):  # ranks and jobs that share the cache
                 if not path.is_file():
-                    torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
-        except (OSError, RuntimeError) as error:
+                    _download(url, path, sha256)
+        except (OSError, http.client.HTTPException) as error:
             raise ValueError(
                 f"{where}: no file at {path}, and {url} could not be fetched ({' '.join(str(error).split())}). "
                 "Download it elsewhere and put it there."
@@ -173,6 +186,38 @@ def fetch(url: str, where: str, name: str | None = None, sha256: str | None = No
             "Remove it, so that it is fetched again."
         )
     return path
+
+
+def _download(url: str, path: Path, sha256: str | None) -> None:
+    """Fetch a file, and move it to `path` when it is complete.
+
+    Raises:
+        OSError, HTTPException: the server cannot be reached, ends the file early, or sends one with another hash.
+    """
+    partial = path.with_name(
+        f"{path.name}.partial"
+    )  # under the lock, one name will do: the rest of a killed fetch goes
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    request = urllib.request.Request(url, headers={"User-Agent": "fpn_det"})  # some servers refuse that of urllib
+    try:
+        with (
+            urllib.request.urlopen(request) as answer,
+            partial.open("wb") as file,
+            Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress,
+        ):
+            size = int(answer.headers.get("Content-Length", 0)) or None
+            task = progress.add_task(path.name, total=size)
+            while block := answer.read(1 << 20):
+                file.write(block)
+                progress.advance(task, len(block))
+        got = partial.stat().st_size
+        if size is not None and got != size:  # `read` ends without an error when a connection is closed
+            raise OSError(f"the connection ended after {got:,} of {size:,} bytes")
+        if sha256 is not None and not (actual := _sha256(partial)).startswith(sha256):
+            raise OSError(f'invalid hash value (expected "{sha256}", got "{actual}")')
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fpn_det.weight_files import SAFETENSORS, check_archive, read_safetensors
+from fpn_det.weight_files import SAFETENSORS, check_archive, read_safetensors, remedy_for
 
 TORCH_MAGIC = bytes.fromhex("80028a0a6cfc9c46f920")  # first bytes of torch files before they were zip archives
 # Modules of the standard library that a file of weights may name.
@@ -93,7 +93,8 @@ def read_weights(path: str | Path) -> WeightFile:
             raise
         reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"{path}: expected a file of weights, got one that is damaged or holds more than that ({reason})."
+            f"{path}: expected a file of weights, got one that is damaged or holds more than that ({reason}). "
+            f"{remedy_for(path)}"
         ) from None
     return _find_weights(path, content, dropped)
 

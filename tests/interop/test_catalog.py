@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -20,23 +21,43 @@ from fpn_det.composition import compose
 from fpn_det.data.transforms import ResizeShortestSide
 from fpn_det.interop import catalog
 from fpn_det.interop.loading import load_weights
+from fpn_det.interop.reading import read_weights
+from fpn_det.weight_files import read_state_file
 
 V2 = "torchvision/fasterrcnn_resnet50_fpn_v2"
 SIDE = 200  # px, of the image in the model
+
+
+@contextmanager
+def serving(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The URL of a local HTTP server that runs within this context."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        thread = threading.Thread(target=http.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+        thread.join()
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     folder = tmp_path / "served"
     folder.mkdir()
-    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
-    handler.log_message = lambda *args: None  # type: ignore[attr-defined]
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
-        thread = threading.Thread(target=http.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{http.server_port}", folder
-        http.shutdown()
-        thread.join()
+    with serving(partial(SimpleHTTPRequestHandler, directory=str(folder))) as url:
+        yield url, folder
+
+
+class ClosesEarly(BaseHTTPRequestHandler):
+    """Closes the connection after 100 of 1000 bytes, announced as a whole or in chunks."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        chunked = "chunked" in self.path
+        self.protocol_version = "HTTP/1.1"
+        self.send_header(*(("Transfer-Encoding", "chunked") if chunked else ("Content-Length", "1000")))
+        self.end_headers()
+        self.wfile.write((b"3e8\r\n" if chunked else b"") + bytes(100))
+        self.close_connection = True
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, name: str, url: str, sha256: str | None = None) -> None:
@@ -135,6 +156,48 @@ def test_a_file_with_another_hash_is_refused_and_not_kept(server, tmp_path: Path
     path.write_bytes(b"put there by hand")
     with pytest.raises(ValueError, match=r"SHA-256 starts with 01234567 at .*Remove it"):
         catalog.locate(V2, "init_from")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("whole.pkl", "the connection ended after 100 of 1,000 bytes"), ("chunked.pkl", "IncompleteRead")],
+)
+def test_a_file_whose_connection_ends_early_is_refused_and_not_kept(name: str, words: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    with serving(ClosesEarly) as url:
+        publish(monkeypatch, V2, f"{url}/{name}")
+        with pytest.raises(
+            ValueError, match=rf"^init_from: no file at .*{name}, and .* could not be fetched \({words}"
+        ):
+            catalog.locate(V2, "init_from")
+    path = catalog.PUBLISHED[V2].path
+    assert [file.name for file in path.parent.iterdir()] == [f"{name}.lock"]
+
+
+def test_the_rest_of_a_killed_download_is_replaced(server, tmp_path: Path, monkeypatch):
+    url, folder = server
+    torch.save({"weight": torch.arange(3.0)}, folder / "weights.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    publish(monkeypatch, V2, f"{url}/weights.pth")
+    path = catalog.PUBLISHED[V2].path
+    path.parent.mkdir(parents=True)
+    path.with_name("weights.pth.partial").write_bytes(bytes(5000))
+    assert catalog.locate(V2, "init_from") == path
+    assert path.read_bytes() == (folder / "weights.pth").read_bytes()
+    assert not path.with_name("weights.pth.partial").exists()
+
+
+def test_a_damaged_file_in_the_cache_is_to_be_removed(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    publish(monkeypatch, V2, "http://127.0.0.1:9/weights.pth")
+    path = catalog.PUBLISHED[V2].path
+    path.parent.mkdir(parents=True)
+    own = tmp_path / "own.pth"
+    for file, remedy in [(path, r"Remove it, so that it is fetched again\.$"), (own, r"Give another file\.$")]:
+        file.write_bytes(bytes(100))
+        for read in (read_weights, partial(read_state_file, where="ResNet(50)")):
+            with pytest.raises(ValueError, match=remedy):
+                read(file)
 
 
 def test_without_network_the_file_and_its_place_are_named(tmp_path: Path, monkeypatch):

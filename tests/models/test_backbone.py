@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_missing_weights_name_the_expected_file(tmp_path: Path, monkeypatch: pyt
     def no_network(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
     with pytest.raises(ValueError, match=r"no file at .*checkpoints/resnet18-.*\.pth, and https.* put it there"):
         ResNet(18, weights="torchvision/IMAGENET1K_V1").load_pretrained()
 
