@@ -167,11 +167,22 @@ def compose_as(schema: type[C], config_name: str, overrides: Sequence[str] = (),
     for value in values:
         _refuse_name_of_file(value, places)
     named = {value.key_or_group for value in values}
+    if any(setting_of(word) == "optimizer" for word in selections):
+        others = [word for word in selections if setting_of(word) != "optimizer"]
+        _refuse_rates_of_another(tree, compose_files(config_name, others, saved)[0], named)
     if tree.get("allow_targets"):
         raise ValueError("allow_targets: expected on the command line only, got it from a file. Remove it there.")
     admitted: Any = next((value.value() for value in values if value.key_or_group == "allow_targets"), None)
     packages = [*PACKAGES, *admitted] if isinstance(admitted, list) else [*PACKAGES]
-    return _finish(tree, values, named | {setting_of(word) for word in selections}, packages, schema)
+    try:
+        return _finish(tree, values, named | {setting_of(word) for word in selections}, packages, schema)
+    except ValueError as error:
+        name = str(error).partition(":")[0]
+        concerned = {"experiment", *(word for place, word in places.items() if f"{name}.".startswith(f"{place}."))}
+        words = [word for word in selections if setting_of(word) in concerned]
+        if name in named or len(words) < 2:
+            raise
+        raise ValueError(f"{error} These do not go together: {', '.join(words)}.") from None
 
 
 def read_saved(text: str, where: str = "config") -> Saved:
@@ -234,6 +245,11 @@ def _parse(overrides: Sequence[str], schema: type) -> tuple[list[str], list[Over
 def _check_selection(key: str, value: Any) -> None:
     """Refuse values that cannot be the names of files of a group."""
     names = value if isinstance(value, list) else [value]
+    if value is None:
+        raise ValueError(
+            f"{key}: expected the name of a file in configs/{key.split('@')[0]}, got null. Leave it out; to leave out a "
+            "part of the model, set model.<part>=null."
+        )
     if not key.startswith("hydra") and any(isinstance(name, list | dict | int | float) for name in names):
         raise ValueError(f"{key}: expected the name of a file in configs/{key}, got {value!r}.")
 
@@ -293,6 +309,29 @@ def _refuse_unused_files(selections: Sequence[str], tree: Tree, places: Mapping[
         missing = next((name for name in outer if find(tree, name) is None), None)
         if parts[0] in tree and missing and chosen.get(word, "null") not in ("", "null"):
             raise ValueError(f"{word}: has no effect here: {missing} is null. Leave it out.")
+
+
+def _refuse_rates_of_another(tree: Tree, without: Tree, named: set[str]) -> None:
+    """Refuse an optimizer with the learning rate or weight decay that an experiment states for another one.
+
+    Args:
+        tree: settings with the optimizer that the command line chooses.
+        without: settings without this choice.
+        named: settings on the command line.
+
+    Raises:
+        ValueError: with the settings that must be stated too.
+    """
+    own, other = tree["optimizer"], without["optimizer"]
+    if own["_target_"] == other["_target_"]:
+        return
+    kept = [name for name in ("lr", "weight_decay") if name in own and own[name] == other.get(name)]
+    if wrong := [name for name in kept if f"optimizer.{name}" not in named]:
+        classes = [str(node["_target_"]).rpartition(".")[2] for node in (own, other)]
+        raise ValueError(
+            f"optimizer.{wrong[0]}: expected a value for {classes[0]}, got {own[wrong[0]]}, which the experiment states for "
+            f"{classes[1]}. Set {' '.join(f'optimizer.{name}=...' for name in wrong)} too."
+        )
 
 
 def _refuse_name_of_file(override: Override, places: Mapping[str, str]) -> None:

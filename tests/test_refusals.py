@@ -183,6 +183,26 @@ COMPOSED = [
         "experiment=paper/table1_c box_loss@model.roi_head.box_loss=ciou",
         "box_loss@model.roi_head.box_loss: has no effect here: model.roi_head is null.",
     ),
+    (
+        "roi_head=null",
+        "roi_head: expected the name of a file in configs/roi_head, got null. Leave it out; to leave out a part",
+    ),
+    (
+        "experiment=small optimizer=adamw",
+        "optimizer.lr: expected a value for AdamW, got 0.02, which the experiment states for SGD. Set optimizer.lr=... too.",
+    ),
+    (
+        "experiment=r50_fpn_rsb optimizer=sgd optimizer.lr=0.02",
+        "optimizer.weight_decay: expected a value for SGD, got 0.05, which the experiment states for AdamW.",
+    ),
+    (
+        "experiment=small backbone=efficientnet_lite0",
+        "in_channels. These do not go together: experiment=small, backbone=efficientnet_lite0.",
+    ),
+    (
+        "roi_head=dynamic box_loss@model.roi_head.box_loss=ciou",
+        "These do not go together: roi_head=dynamic, box_loss@model.roi_head.box_loss=ciou.",
+    ),
     ("hydra.job.chdir=true", "hydra.job.chdir: has no effect here"),
     ("hydra.run.dir=x", "hydra.run.dir: has no effect here: the folder of a run is run_dir=<folder>."),
     # the form of the command line
@@ -225,7 +245,10 @@ BUILT = [
         "model.rpn._target_=fpn_det.interop.conventions.SampledRPN trainer.accumulate=2",
         "model.rpn: expected losses divided by a constant with trainer.accumulate=2, got SampledRPN",
     ),
-    ("optimizer=sgd optimizer.momentum=0 optimizer.nesterov=true", "optimizer.nesterov: expected momentum"),
+    (
+        "optimizer=sgd optimizer.lr=0.01 optimizer.momentum=0 optimizer.nesterov=true",
+        "optimizer.nesterov: expected momentum",
+    ),
     (
         "schedule=multistep schedule.milestones=[0.9,0.3]",
         "schedule.milestones: expected increasing fractions of the run, got [0.9, 0.3].",

@@ -160,7 +160,7 @@ def test_a_refused_resume_leaves_the_settings_of_the_run(tmp_path, monkeypatch, 
     words = [*TINY, f"data.root={shapes_dataset}", "trainer.report=false"]
     run = api.train([*words, "trainer.max_steps=1", "run_dir=run"])
     before = (run / "config.yaml").read_text(), (run / "overrides.txt").read_text()
-    for changed in ("model.neck.channels=16", "optimizer=sgd"):
+    for changed in ("model.neck.channels=16", "optimizer=sgd optimizer.lr=0.01 optimizer.weight_decay=0"):
         with pytest.raises(ValueError, match=r"^resume: expected a checkpoint of "):
-            api.train([*words, "trainer.max_steps=2", changed, "run_dir=run", "resume=auto"])
+            api.train([*words, "trainer.max_steps=2", *changed.split(), "run_dir=run", "resume=auto"])
         assert ((run / "config.yaml").read_text(), (run / "overrides.txt").read_text()) == before
