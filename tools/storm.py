@@ -54,6 +54,7 @@ SETTINGS = (
     "model.backbone.weights=null",
     "device=cpu",
     "optimizer=sgd",
+    "optimizer.lr=0.001",
     "resume=auto",
     "set_aside=false",
     "model.neck.channels=16",
