@@ -54,8 +54,10 @@ class CascadeROIHead(ROIHead):
     """Classifies and refines proposals in several stages.
 
     The first stage has the parameters of an `ROIHead` under the same names. The gradient of every stage with respect to the features is
-    divided by the number of stages, as in the authors' implementation, so that the backbone's learning rate stays that of a single
-    head. Detections have the boxes of the last stage and the mean of the scores of all.
+    divided by the number of stages, as in detectron2, so that the backbone's learning rate stays that of a single head; the authors'
+    configurations weight the losses of the stages by 1, 1/2 and 1/4 instead. Detections have the boxes of the last stage and the mean
+    of the scores that all stages give, each to its own input, as in detectron2; in the paper every classifier scores the input of the
+    last stage.
 
     Args:
         channels, strides, pooler, box_head, sampler, cls_loss, box_loss, test_filter: see `ROIHead`. Each stage has a box head and a
