@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from fpn_det.runs.meters import Pace
 
 ROWS_PER_HEADER = 20
+OF_STAGE = re.compile(r"_\d+$")  # end of the name of a part of the loss of a later stage
 
 
 class StepLines:
@@ -30,14 +32,19 @@ class StepLines:
         Args:
             step: number of completed steps.
             values: by name: `loss`, `lr`, `images_per_s` and the parts of the loss; others are not shown.
-            parts: names of the terms that add up to the loss.
+            parts: names of the terms that add up to the loss. Those of the stages of a cascade are shown as their sum.
             pace: of the run.
         """
         columns = [(_count("step", step, pace.total_steps))]
         if pace.steps_per_epoch:
             epoch, epochs = (-(-steps // pace.steps_per_epoch) for steps in (step, pace.total_steps))
             columns.insert(0, _count("epoch", epoch, epochs))
-        losses = [(_short(name), loss_text(values[name]), 6) for name in ("loss", *parts) if name in values]
+        sums: dict[str, float] = {}
+        for name in ("loss", *parts):
+            if name in values:
+                title = _short(OF_STAGE.sub("", name))
+                sums[title] = sums.get(title, 0.0) + values[name]
+        losses = [(title, loss_text(value), 6) for title, value in sums.items()]
         left_s = pace.eta_s(step)
         rest = [
             ("lr", f"{values['lr']:.3g}" if "lr" in values else "", 8),

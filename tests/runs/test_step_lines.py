@@ -25,6 +25,21 @@ def test_a_line_of_a_two_stage_detector_fits_80_columns():
     assert len(header) == len(line) < 80
 
 
+def test_the_parts_of_all_stages_of_a_cascade_add_up_to_the_loss():
+    values = {
+        "rpn_box": 0.25,
+        "roi_class": 1.0,
+        "roi_box": 0.5,
+        "roi_class_2": 2.0,
+        "roi_box_2": 0.75,
+        "roi_class_3": 4.0,
+    }
+    values |= {"loss": sum(values.values()), "lr": 0.1, "images_per_s": 8.0}
+    header, line = StepLines(100).add(1, values, list(values)[:6], Pace(0, 100, 2, 0))
+    assert header.split()[1:5] == ["loss", "rpn_box", "roi_cls", "roi_box"]
+    assert line.split()[1:5] == ["8.5000", "0.2500", "7.0000", "1.2500"]
+
+
 @pytest.mark.parametrize("width", [40, 60, 79, 140])
 @pytest.mark.parametrize("total", [20, 90_000])
 def test_parts_that_do_not_fit_are_left_out_whole(width, total):
