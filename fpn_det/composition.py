@@ -84,7 +84,11 @@ IDLE: list[tuple[str, Idle]] = [
     ("hydra.job.chdir", lambda config: "paths are relative to the folder where the command is typed"),
     (
         "init_from",
-        lambda config: "resume continues from the run's own weights" if config.resume not in (None, "auto") else None,
+        lambda config: (
+            "resume continues from the run's own weights"
+            if config.init_from is not None and config.resume not in (None, "auto")
+            else None
+        ),
     ),
     ("experiment", lambda config: "all settings come from run; repeat here those that differ" if config.run else None),
     (

@@ -50,7 +50,7 @@ def words_of(experiment: str, data: Path) -> list[str]:
     """The experiment on `data`, made small wherever it has such a setting."""
     choice = [f"experiment={experiment}", *NEEDED.get(experiment, [])]
     config = compose(choice)
-    words = [*choice[:1], "data=coco", f"data.root={data}", "device=cpu", "init_from=null", "logger=[]"]
+    words = [*choice[:1], "data=coco", f"data.root={data}", "device=cpu", "logger=[]"]
     words += ["run_dir=run", "set_aside=false"]
     words += [f"{name}={value}" for name, value in SMALL.items() if has(config, name)]
     if config.model["backbone"].get("name", "").startswith("convnext"):
@@ -58,6 +58,15 @@ def words_of(experiment: str, data: Path) -> list[str]:
     if config.data.proposals is not None:
         words += [f"data.proposals.{split}={data / f'proposals_{split}.json'}" for split in ("train", "val")]
     return words
+
+
+def start_of(words: list[str], folder: Path) -> list[str]:
+    """For an experiment that starts from a published detector: such a file of the small model instead."""
+    config = compose(words)
+    if config.init_from is None:
+        return []
+    torch.save(config.build_model(80).state_dict(), folder / "coco.pth")
+    return [f"init_from={folder / 'coco.pth'}"]
 
 
 def has(tree: Any, name: str) -> bool:
@@ -84,7 +93,7 @@ def data(shapes_dataset: Path) -> Path:
 def test_an_experiment_trains_evaluates_and_resumes_to_the_bit(experiment, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = words_of(experiment, data)
-    api.train(words)
+    api.train([*words, *start_of(words, tmp_path)])
     api.train([*words, "run_dir=resumed", f"resume=run/checkpoints/step_{STEPS - 1:08d}.pt"])
     one, other = weights_after(tmp_path / "run", STEPS), weights_after(tmp_path / "resumed", STEPS)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -105,9 +114,9 @@ def test_an_experiment_exports_or_says_why_not(experiment, data, tmp_path, monke
         pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
     config = compose(words_of(experiment, data))
-    api.train(
-        [*words_of(experiment, data), "trainer.max_steps=1", "trainer.eval_every=null", "trainer.early_stop=null"]
-    )
+    short = ["trainer.max_steps=1", "trainer.eval_every=null", "trainer.early_stop=null"]
+    words = words_of(experiment, data)
+    api.train([*words, *start_of(words, tmp_path), *short])
     said: list[str] = []
     word = "checkpoint=run/checkpoints/last.pt"
     settings = read_saved(saved_settings(None, "run/checkpoints/last.pt"))
