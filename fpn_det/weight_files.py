@@ -35,6 +35,7 @@ SUFFIXES = (".pth", ".pt", SAFETENSORS)
 DESCRIBED = "fpn_det weights 1"  # `format` of the metadata of a safetensors file that describes its detector
 TIMM, PIP = "timm/", "pip/"
 TIMM_EXTRA = "expected the package timm, got none. Install it: pip install 'fpn_det[timm]'."
+Channels = tuple[float, float, float]  # a value for red, green and blue
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,})\.\w+$")  # torchvision and timm name files after their SHA-256
 
 
@@ -228,8 +229,34 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def pixel_statistics(source: str | None, where: str) -> tuple[Channels, Channels] | None:
+    """Mean and deviation of the RGB pixels, on 0..255, that the weights of a source expect; None if it does not tell.
+
+    Args:
+        source: see the module; timm alone tells.
+        where: prefix of messages.
+
+    Raises:
+        ValueError: timm is not installed, or has no such weights.
+    """
+    if source is None or not source.startswith(TIMM):
+        return None
+    config = _timm_config(source.removeprefix(TIMM), where)
+    return _on_255(config.mean), _on_255(config.std)
+
+
+def _on_255(values: Channels) -> Channels:
+    return 255 * values[0], 255 * values[1], 255 * values[2]
+
+
 def _timm_repository(name: str, where: str) -> tuple[str, str]:
     """Repository on the Hugging Face Hub, and file in it, of the weights that timm publishes under `name`."""
+    config = _timm_config(name, where)
+    return config.hf_hub_id, config.hf_hub_filename or "model.safetensors"
+
+
+def _timm_config(name: str, where: str) -> Any:
+    """timm's description of the weights that it publishes under `name`."""
     try:
         import timm
     except ImportError:
@@ -247,7 +274,7 @@ def _timm_repository(name: str, where: str) -> tuple[str, str]:
         )
     if not config.hf_hub_id:
         raise ValueError(f"{where}: expected a model that timm has weights for, got '{name}'. Give a file.")
-    return config.hf_hub_id, config.hf_hub_filename or "model.safetensors"
+    return config
 
 
 def _fetch_timm(name: str, where: str) -> Path:

@@ -15,7 +15,7 @@ from fpn_det.models.backbone import Backbone
 from fpn_det.models.layers import DeformableConv2d, Norm, ScaledWeights, conv_norm, make_norm, scaled_weights
 from fpn_det.models.weights import widen_input
 from fpn_det.schema import Amount, Count, Decay, listed
-from fpn_det.weight_files import check_source, fetch, read_state, read_state_file
+from fpn_det.weight_files import check_source, fetch, pixel_statistics, read_state, read_state_file
 
 TORCHVISION = "torchvision/"
 
@@ -82,7 +82,7 @@ _BLOCKS: dict[int, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 
 
 class ResNet(torchvision_resnet.ResNet, Backbone):
-    """Maps C2..C5 of a ResNet.
+    """Maps C2..C5 of a ResNet. Mean and deviation of the pixels are those of timm's weights if they are set, else ImageNet's.
 
     Args:
         depth: 18, 34, 50 or 101.
@@ -140,6 +140,8 @@ class ResNet(torchvision_resnet.ResNet, Backbone):
         self.frozen_stages = frozen_stages
         self.channels = tuple(width * kind.expansion for width in (64, 128, 256, 512))
         self.strides: tuple[int, ...] = (4, 8, 16, 32)
+        if statistics := pixel_statistics(weights, f"ResNet({depth})"):
+            self.pixel_mean, self.pixel_std = statistics
         if stride_in_1x1 and kind is Bottleneck:
             for layer in (self.layer2, self.layer3, self.layer4):
                 layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)

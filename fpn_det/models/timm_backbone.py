@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fpn_det.models.backbone import Backbone
 from fpn_det.models.layers import SyncBatchNorm2d
 from fpn_det.schema import Count, Decay
-from fpn_det.weight_files import TIMM_EXTRA, check_source, read_state
+from fpn_det.weight_files import TIMM_EXTRA, check_source, pixel_statistics, read_state
 
 STRIDES = (4, 32)  # of the finest and the coarsest map
 # Arguments by which timm's models of a fixed input size admit others.
@@ -25,9 +25,10 @@ MOST = 0.5  # share of the parameters
 class TimmBackbone(Backbone):
     """Maps of stride 4 to 32 of a model of timm, as [B, C, H, W].
 
-    Channels and strides come from the model's `feature_info`, mean and deviation of the pixels from its configuration; all
-    of timm's weights take RGB. Canvases must divide by the last stride, or by the side of timm's own input where a model
-    asks for that (those that divide a map into a fixed number of windows).
+    Channels and strides come from the model's `feature_info`, mean and deviation of the pixels from timm's configuration of
+    the weights that are set, or of `name` if they are not timm's; all of timm's weights take RGB. Canvases must divide by
+    the last stride, or by the side of timm's own input where a model asks for that (those that divide a map into a fixed
+    number of windows).
 
     Random draws of stochastic depth are those of torch's generator, which training seeds from (seed, step, rank).
 
@@ -80,11 +81,13 @@ class TimmBackbone(Backbone):
     def _build(self) -> None:
         self.model: Any = self._create(out_indices=self.places)
         _fix_padding(self.model)
-        config = self.model.pretrained_cfg
+        config = self.model.pretrained_cfg  # of `name`; the weights may be others
+        self.pixel_mean, self.pixel_std = pixel_statistics(self.weights, f"TimmBackbone({self.name})") or (
+            tuple(255 * value for value in config["mean"]),
+            tuple(255 * value for value in config["std"]),
+        )
         self.channels = tuple(self.model.feature_info.channels())
         self.strides = tuple(self.model.feature_info.reduction())
-        self.pixel_mean = tuple(255 * value for value in config["mean"])
-        self.pixel_std = tuple(255 * value for value in config["std"])
         self.is_nhwc = str(getattr(self.model, "output_fmt", "")).endswith("NHWC")
         if self.norm == "sync":
             _synchronize(self.model)

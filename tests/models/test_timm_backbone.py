@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,27 @@ def test_frozen_stages_and_norms(name: str, norm: str, frozen: int):
     if moves:  # stem and C2 of EfficientNet
         assert any(key.startswith("model.bn1") for key in moved) == (frozen < 1)
         assert any(key.startswith("model.blocks.1") for key in moved) == (frozen < 2)
+
+
+def test_pixel_statistics_are_those_of_the_weights_of_timm():
+    """Those of a model by its name alone, and of torchvision's weights, are ImageNet's here."""
+    tag, half = "ra4_e3600_r224_in1k", (127.5, 127.5, 127.5)
+    by_weights = TimmBackbone("mobilenetv3_large_100", weights=f"timm/mobilenetv3_large_100.{tag}")
+    by_name = TimmBackbone(f"mobilenetv3_large_100.{tag}", weights="timm")
+    for backbone in (by_weights, by_name, ResNet(34, weights=f"timm/resnet34.{tag}")):
+        assert backbone.pixel_mean == backbone.pixel_std == half
+    for backbone in (TimmBackbone("mobilenetv3_large_100"), ResNet(34, weights="timm/resnet34.a1_in1k")):
+        assert backbone.pixel_mean == pytest.approx((123.675, 116.28, 103.53))
+        assert backbone.pixel_std == pytest.approx((58.395, 57.12, 57.375))
+
+
+def test_weights_of_timm_are_refused_without_timm(monkeypatch: pytest.MonkeyPatch):
+    """Their mean and deviation would be guessed."""
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(
+        ValueError, match=r"^ResNet\(34\): expected the package timm, got none. Install it: pip install"
+    ):
+        ResNet(34, weights="timm/resnet34.a1_in1k")
 
 
 def test_frozen_stages_are_those_of_our_resnet():
