@@ -281,8 +281,12 @@ class TimmBackbone(Backbone):
             model = self._create(
                 out_indices=self.places, pretrained=True, pretrained_cfg_overlay={"state_dict": dict(state)}
             )
-        except ValueError as error:
-            raise ValueError(f"weights '{self.weights}' do not fit: {error}") from None
+        except Exception as error:  # of any kind: timm's translations of names take what they need by name
+            cause = (isinstance(error, ValueError) and error.__context__) or error  # of `_create`'s word on the model
+            reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:150]
+            raise ValueError(
+                f"TimmBackbone({self.name}): expected weights of this model in {self.weights}, got others ({reason})."
+            ) from None
         finally:
             logger.setLevel(level)
         state = model.state_dict()

@@ -148,6 +148,24 @@ def test_other_names_in_the_same_order_are_loaded_when_asked_for(tmp_path: Path)
         assert torch.equal(value, state[f"net.{key}"]), key
 
 
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ({"_fc.weight": torch.zeros(10, 8)}, "KeyError"),  # from timm's translation of names
+        (
+            {"head.norm.weight": torch.zeros(3), "stem.0.weight": torch.zeros(3, 3, 4, 4)},
+            "RuntimeError.* size mismatch",
+        ),
+    ],
+)
+def test_weights_of_another_model_are_refused(tensors: dict, reason: str, tmp_path: Path):
+    torch.save(tensors, tmp_path / "weights.pth")
+    model = TimmBackbone("convnext_atto", str(tmp_path / "weights.pth"))
+    words = rf"^TimmBackbone\(convnext_atto\): expected weights of this model in .*weights.pth, got others \({reason}"
+    with pytest.raises(ValueError, match=words):
+        model.load_pretrained()
+
+
 @pytest.mark.parametrize("change", ["shape", "kind", "number"])
 def test_another_order_is_refused(tmp_path: Path, change: str):
     state = timm.create_model("tf_efficientnet_lite0").state_dict()
