@@ -277,13 +277,19 @@ def load_state(module: nn.Module, state: dict[str, Tensor], depth: int, weights:
     Raises:
         ValueError: it does not fit.
     """
-    missing, unexpected = module.load_state_dict(state, strict=False)
+    own = module.state_dict()
     # predicted offsets of a deformable convolution are new, and start at zero
-    missing = [name for name in missing if not name.endswith("num_batches_tracked") and ".conv2.offset." not in name]
-    unexpected = [name for name in unexpected if not name.endswith("num_batches_tracked")]
-    if missing or unexpected:
+    faults = {
+        "missing": [name for name in own if name not in state and ".conv2.offset." not in name],
+        "unexpected": [name for name in state if name not in own],
+        "of another shape": [name for name in own if name in state and state[name].shape != own[name].shape],
+    }
+    for kind, names in faults.items():
+        faults[kind] = [name for name in names if not name.endswith("num_batches_tracked")]
+    if any(faults.values()):
+        parts = (f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in faults.items() if names)
         raise ValueError(
-            f"ResNet({depth}): weights '{weights}' do not fit: {len(missing)} missing "
-            f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])}). "
+            f"ResNet({depth}): weights '{weights}' do not fit: {', '.join(parts)}. "
             f"Give the weights of a ResNet-{depth} in torchvision's names."
         )
+    module.load_state_dict(state, strict=False)

@@ -68,9 +68,21 @@ def test_pretrained_file_is_loaded(tmp_path: Path):
     assert torch.equal(model.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
 
 
-def test_pretrained_file_of_another_depth_is_refused(tmp_path: Path):
+def test_pretrained_file_of_other_blocks_is_refused(tmp_path: Path):
+    """torch raises an error of its own for tensors of another shape."""
+    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "r50.pth")
+    # unexpected: conv3 and the 4 tensors of bn3 in 16 blocks, and a shortcut of as many tensors in C2; of another shape:
+    # conv1 of 16 blocks, and 3 shortcuts
+    words = (
+        r"85 unexpected \(layer1\.0\.conv3\.weight, .*\), 31 of another shape \(layer1\.0\.conv1\.weight, .*\)\. Give"
+    )
+    with pytest.raises(ValueError, match=rf"^ResNet\(34\): weights .*r50.pth' do not fit: {words}"):
+        ResNet(34, weights=str(tmp_path / "r50.pth")).load_pretrained()
+
+
+def test_pretrained_file_with_fewer_blocks_is_refused(tmp_path: Path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "r18.pth")
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match=r"do not fit: \d+ missing \(.*\)\. Give"):
         ResNet(34, weights=str(tmp_path / "r18.pth")).load_pretrained()
 
 
