@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -86,7 +86,7 @@ def export(config: ExportConfig, say: Callable[[str], None] = print) -> Path:
     metadata = Metadata(
         class_names=list(state["class_names"]),
         category_ids=list(state.get("category_ids") or range(1, len(state["class_names"]) + 1)),
-        config=state["config"],
+        config=settings_of(config, from_saved(state["config"], str(source), config.allow_targets)),
         step=state["progress"]["step"],
         dtype=config.data.transforms(train=False).dtype.name,
         size=size,
@@ -125,6 +125,15 @@ def saved_settings(run: str | None, checkpoint: str | None) -> str:
     if checkpoint is not None and is_exported(checkpoint):
         return ExportedFile(checkpoint).metadata.config
     return find_checkpoint(run, checkpoint)[1]["config"]
+
+
+def settings_of(config: ExportConfig, run: DetectorConfig) -> str:
+    """The settings in a file: those of the run, with what the export changed of detector, data and evaluation, as text.
+
+    The precision stays that of the run: that of the file is not among those of a run.
+    """
+    changed = {name: getattr(config, name) for name in ("model", "data", "evaluation", "tile")}
+    return replace(run, **changed).to_yaml()  # type: ignore[arg-type]
 
 
 def open_exported(path: str | Path, allow_targets: Sequence[str] = ()) -> ExportedDetector:
