@@ -158,7 +158,7 @@ def _calibration(
     annotations = config.data.read_split("train", class_names, config.seed)
     rows = _spread(len(annotations), config.calibration_images)
     batches = config.single_images(annotations, rows, stride, CPU)
-    return [(on_canvas(batch.pixels.permute(0, 2, 3, 1), size), batch.sizes) for batch in batches]
+    return [(on_canvas(batch.pixels.permute(0, 2, 3, 1), batch.sizes, size), batch.sizes) for batch in batches]
 
 
 def _spread(total: int, count: int) -> list[int]:

@@ -73,13 +73,11 @@ class ExportedFile:
         for name, values, dtype in (("images", images, self.dtype), ("sizes", sizes, torch.int64)):
             if values.dtype != dtype:
                 raise ValueError(f"{where}: expected {name} of {dtype}, got {values.dtype}.")
-        height, width = self.canvas(images.shape[1], images.shape[2])
-        if images.shape[1] > height or images.shape[2] > width:
-            raise ValueError(
-                f"{where}: expected images of at most {height} x {width} px (h x w), got {images.shape[1]} x "
-                f"{images.shape[2]}. Export with a larger size, or with size=batch."
-            )
-        outputs = self._run(on_canvas(images, self.size).numpy(), sizes.contiguous().numpy())
+        try:
+            images = on_canvas(images, sizes, self.size)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        outputs = self._run(images.numpy(), sizes.contiguous().numpy())
         boxes, scores, labels, valid, _ = (torch.as_tensor(np.asarray(output)) for output in outputs)
         return Detections(boxes, scores, labels, valid)
 

@@ -113,9 +113,22 @@ def canvas_of(size: tuple[int, int] | None, height: int, width: int) -> tuple[in
     return size or (max(height, LEAST_SIDE), max(width, LEAST_SIDE))
 
 
-def on_canvas(images: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Images [B, H, W, 3], padded at the right and bottom to the canvas of a graph of `size`."""
+def on_canvas(images: Tensor, sizes: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Images [B, H, W, 3] on the canvas of a graph of `size`: padded at the right and bottom, or with less padding than they have.
+
+    Args:
+        sizes: i64 [B, 2], the (h, w) of each image before padding.
+
+    Raises:
+        ValueError: an image is larger than the canvas.
+    """
     height, width = canvas_of(size, images.shape[1], images.shape[2])
+    largest = tuple(sizes.amax(dim=0).tolist())
+    if largest[0] > height or largest[1] > width:
+        raise ValueError(
+            f"expected images of at most {height} x {width} px (h x w), got {largest[0]} x {largest[1]}. "
+            "Export with a larger size, or with size=batch."
+        )
     return F.pad(images, (0, 0, 0, width - images.shape[2], 0, height - images.shape[1])).contiguous()
 
 

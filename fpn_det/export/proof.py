@@ -77,7 +77,7 @@ def compare(detector: Detector, exported: ExportedDetector, batches: Iterable[Ba
 
 
 def _on_canvas(batch: Batch, exported: ExportedDetector, stride: int) -> Batch:
-    """Pad as the file does: near the border of an image, detections depend on the size of its canvas."""
+    """Pad and crop as the file does: near the border of an image, detections depend on the size of its canvas."""
     height, width = batch.pixels.shape[2:]
     canvas_height, canvas_width = exported.file.canvas(height, width)
     bottom, right = (side + -side % stride for side in (canvas_height, canvas_width))
