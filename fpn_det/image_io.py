@@ -18,7 +18,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, get_args
@@ -153,7 +153,11 @@ def read_for_display(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     if header.stored.dtype == "uint8":
         return decode_image(content, path, max_pixels=max_pixels)
     with _refusing_what_exceeds_memory(content, path):
-        return to_display(_upright(_picture_values(picture, header, content, path), header.orientation))
+        if header.format == "TIFF" and header.stored.channels > 1:
+            with suppress(BadImage):  # without tifffile: Pillow has the upper 8 bits of such files
+                return to_display(_decode_values(content, path, max_pixels)[0])
+        pixels = _upright(_picture_values(picture, header, content, path), header.orientation)
+        return to_display(pixels.astype(header.stored.dtype, copy=False))
 
 
 def to_display(pixels: np.ndarray) -> np.ndarray:
@@ -355,6 +359,7 @@ MODES = {
     "I": PixelFormat(1, "int32"),
     "F": PixelFormat(1, "float32"),
 }
+BITS_PER_SAMPLE, SAMPLES_PER_PIXEL = 258, 277  # tags of TIFF
 PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by color type; a palette has RGB
 
 
@@ -364,6 +369,11 @@ def _format_of(picture: Image.Image, start: bytes) -> PixelFormat:
         return PixelFormat(PNG_CHANNELS.get(start[25], 3), "uint16" if start[24] == 16 else "uint8")
     if picture.mode.startswith("I;16"):
         return PixelFormat(1, "uint16")
+    if picture.format == "TIFF":  # whose samples of 16 bits have a mode of 8 bits
+        tags = picture.tag_v2  # type: ignore[attr-defined]
+        samples, bits = tags.get(SAMPLES_PER_PIXEL, 1), tags.get(BITS_PER_SAMPLE, (1,))
+        if samples > 1:
+            return PixelFormat(samples, "uint16" if max(bits) > 8 else "uint8")
     return MODES.get(picture.mode, RGB)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -151,6 +152,36 @@ def test_a_picture_is_read_in_the_format_that_its_check_tells(tmp_path, mode, ki
     expected = np.asarray(picture.convert("L") if mode == "1" else picture).reshape(20, 30, channels)
     assert found.dtype == stored.dtype == expected.dtype
     assert np.abs(found.astype(float) - expected).max() <= (4 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize(
+    ("channels", "options"),
+    [
+        (3, {"photometric": "rgb"}),
+        (4, {"photometric": "rgb", "extrasamples": ["unassalpha"]}),
+        (4, {"photometric": "rgb", "extrasamples": ["unspecified"]}),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_a_color_tiff_file_is_checked_read_and_drawn_as_what_it_holds(tmp_path, dtype, channels, options):
+    values = (VALUES[..., :channels] >> (4 if dtype == "uint16" else 8)).astype(dtype)  # of 12 bits or 8
+    content = tiff(values, **options)
+    path = written(tmp_path, "a.tif", content)
+    stored = PixelFormat(channels, dtype)
+    for wanted in (None, image_io.RGB):
+        assert verify_image(content, path, pixel_format=wanted).stored == stored
+    assert np.array_equal(read_image(path, pixel_format=stored), values)
+    assert np.array_equal(read_for_display(path), to_display(values))
+    assert read_for_display(path).max() > 250
+    assert np.abs(read_image(path).astype(int) - (values[..., :3] >> (8 if dtype == "uint16" else 0))).max() <= 1
+
+
+def test_a_color_tiff_file_of_16_bits_is_drawn_without_tifffile_too(tmp_path, monkeypatch):
+    values = VALUES[..., :3] >> 4
+    path = written(tmp_path, "a.tif", tiff(values, photometric="rgb"))
+    monkeypatch.setitem(sys.modules, "tifffile", None)  # an import of it fails
+    found = read_for_display(path)
+    assert found.max() == 255 and np.abs(found.astype(int) - to_display(values)).max() <= 24  # of 16 levels
 
 
 def test_another_byte_order_becomes_that_of_the_machine(tmp_path):

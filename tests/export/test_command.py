@@ -198,7 +198,9 @@ def test_a_file_that_differs_is_not_left(files, monkeypatch):
 def test_a_file_takes_images_of_exactly_its_size_and_has_the_settings_of_its_export(shapes_dataset, tmp_path):
     checkpoint = make_checkpoint(shapes_dataset, tmp_path / "run")
     words = ["format=torch", "size=[90,120]", "model.roi_head.test_filter.max_detections=20", "verify=ap"]
-    resize = RESIZE.replace("[128]", "[90]").replace("192", "120")  # of 96 x 128 to 90 x 120, which a loader pads to 96 x 128
+    resize = RESIZE.replace("[128]", "[90]").replace(
+        "192", "120"
+    )  # of 96 x 128 to 90 x 120, which a loader pads to 96 x 128
     predictor = api.load(export(export_config(checkpoint, *words, resize), lambda line: None))
     assert predictor.batch_of([Image.new("RGB", (128, 96))]).sizes.tolist() == [[90, 120]]
     (found,) = predictor.predict(pictures_of(shapes_dataset)[0], score=0.0)
