@@ -133,7 +133,7 @@ def settings_of(config: ExportConfig, run: DetectorConfig) -> str:
     The precision stays that of the run: that of the file is not among those of a run.
     """
     changed = {name: getattr(config, name) for name in ("model", "data", "evaluation", "tile")}
-    return replace(run, **changed).to_yaml()  # type: ignore[arg-type]
+    return replace(run, **changed).to_yaml()
 
 
 def open_exported(path: str | Path, allow_targets: Sequence[str] = ()) -> ExportedDetector:
