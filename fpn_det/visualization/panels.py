@@ -129,12 +129,8 @@ def draw_batch(batch: Batch, class_names: Sequence[str]) -> RGBImage:
 
 
 def to_rgb(pixels: Tensor) -> RGBImage:
-    """Convert pixels [C, H, W] to a u8 image [H, W, 3], see `image_io.to_display`; normalized pixels are stretched to [0, 255]."""
-    if pixels.shape[0] != 3 or pixels.dtype == torch.uint16 or pixels.max() > 255:
-        return to_display(pixels.permute(1, 2, 0).numpy())  # [C, H, W] -> [H, W, C]
-    if pixels.min() < 0:  # normalized
-        pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()) * 255
-    return pixels.byte().permute(1, 2, 0).numpy()  # [3, H, W] -> [H, W, 3]
+    """Convert pixels [C, H, W] to a u8 image [H, W, 3]: three channels of 8 bits as they are, others stretched by `to_display`."""
+    return to_display(pixels.permute(1, 2, 0).numpy())  # [C, H, W] -> [H, W, C]
 
 
 def draw_boxes(

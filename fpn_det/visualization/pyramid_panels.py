@@ -140,7 +140,7 @@ def _split_levels(output: RPNOutput) -> list[RPNOutput]:
 def draw_pyramid(levels: PyramidInspection, batch: Batch, side: int = SIDE) -> RGBImage:
     """Draw one sheet: a row per kind of result, a column per level; the left column shows all levels."""
     height, width = batch.sizes[0].tolist()
-    image = resize_longer_side(to_rgb(batch.pixels[0].cpu())[:height, :width], side)
+    image = resize_longer_side(to_rgb(batch.pixels[0, :, :height, :width].cpu()), side)
     zoom = side / max(height, width)
     valid = batch.targets.valid[0]
     truth, labels = _numpy(batch.targets.boxes[0][valid]), batch.targets.labels[0][valid].tolist()

@@ -20,6 +20,7 @@ from fpn_det.visualization.panels import (
     draw_boxes,
     draw_comparison,
     pick_images,
+    to_rgb,
 )
 
 
@@ -130,3 +131,19 @@ def test_draw_batch_shows_every_image_with_its_padding():
     assert not any((second == class_color(label)).all(-1).any() for label in (0, 1))
     assert (second[100, 100] == 200).all() and (second[100, 400] == 0).all()
     assert (picture[345:, :SIDE] == class_color(0)).all(-1).any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 50.0, 4000.0])
+def test_pixels_of_floating_point_numbers_fill_the_range_whatever_their_scale(scale):
+    values = torch.linspace(0, 1, 100).view(1, 10, 10)
+    pixels = torch.cat([values, values / 2, values - 0.5]) * scale
+    drawn = to_rgb(pixels)
+    assert drawn.shape == (10, 10, 3) and drawn.dtype == np.uint8
+    # from the 2nd to the 98th of 100 equal steps, channel by channel: the 50th is in the middle
+    assert np.abs(drawn.reshape(100, 3)[50] - 128.0).max() <= 3
+    assert (drawn.reshape(100, 3)[:2] == 0).all() and (drawn.reshape(100, 3)[98:] == 255).all()
+
+
+def test_pixels_of_8_bits_are_drawn_as_they_are():
+    pixels = torch.arange(3 * 4 * 5, dtype=torch.uint8).view(3, 4, 5)
+    assert np.array_equal(to_rgb(pixels), pixels.permute(1, 2, 0).numpy())
