@@ -73,7 +73,7 @@ class Mosaic(Mixing):
         size: (h, w) of the canvas, px.
         scale_range: each image is scaled to fit the canvas, times a factor drawn uniformly from (low, high).
         center_range: (low, high) of the center's position, as a fraction of the canvas.
-        fill: pixel value where no image lies.
+        fill: pixel value where no image lies; None = 114 for images of 8 bits, else the mean of each channel of the first image.
         p: probability.
     """
 
@@ -84,7 +84,7 @@ class Mosaic(Mixing):
         size: Sequence[int],
         scale_range: Sequence[float] = (0.4, 1.0),
         center_range: Sequence[float] = (0.3, 0.7),
-        fill: int = 114,
+        fill: float | None = None,
         p: float = 1.0,
     ) -> None:
         super().__init__(p)
@@ -105,7 +105,7 @@ class Mosaic(Mixing):
 
     def __call__(self, own: Scene, others: Sequence[Scene], draw: random.Random) -> Scene:
         height, width = self.size
-        pixels = np.full((height, width, own.pixels.shape[2]), self.fill, own.pixels.dtype)
+        pixels = np.full((height, width, own.pixels.shape[2]), self._fill_of(own.pixels), own.pixels.dtype)
         y, x = (max(round(side * draw.uniform(*self.center_range)), 1) for side in self.size)
         parts = []
         for number, scene in enumerate([own, *others]):  # top left, top right, bottom left, bottom right
@@ -119,6 +119,11 @@ class Mosaic(Mixing):
             parts.append(_cut(scene, (left, top), (x1, y1, x2, y2)))
         boxes, visible = (np.concatenate(column) for column in zip(*parts, strict=True))
         return Scene(pixels, boxes, np.concatenate([scene.labels for scene in [own, *others]]), visible)
+
+    def _fill_of(self, pixels: np.ndarray) -> float | np.ndarray:
+        if self.fill is not None:
+            return self.fill
+        return 114 if pixels.dtype == np.uint8 else pixels.mean(axis=(0, 1), dtype=np.float64)
 
 
 class MixUp(Mixing):

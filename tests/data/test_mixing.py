@@ -67,6 +67,26 @@ def test_mosaic_places_each_image_at_the_center_by_the_arithmetic():
     assert mixed.boxes[3].tolist() == [60, 60, 80, 80] and mixed.visible[3] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("dtype", "fill", "border"),
+    [
+        ("uint8", None, [114, 114]),
+        ("uint16", None, [6, 4]),  # the means by channel
+        ("float32", None, [6.25, 4.5]),
+        ("float32", 0.5, [0.5, 0.5]),
+    ],
+)
+def test_mosaic_fills_with_a_value_of_the_images(dtype, fill, border):
+    pixels = np.zeros((40, 40, 2), dtype)
+    pixels[:20, :, 0], pixels[:, :30, 1] = 12.5, 6
+    scene = Scene(pixels, np.zeros((0, 4)), np.zeros(0, np.int64), np.ones(0))
+    mixed = Mosaic((80, 80), (0.25, 0.25), (0.5, 0.5), fill)(scene, [scene] * 3, random.Random(0))  # 20 x 20 px each
+    assert mixed.pixels.dtype == dtype and mixed.pixels[0, 0].tolist() == border
+    assert (mixed.pixels[:20] == mixed.pixels[0, 0]).all() and not (
+        mixed.pixels[20:60, 20:60] == mixed.pixels[0, 0]
+    ).all()
+
+
 def test_mix_up_keeps_the_objects_of_both():
     own, other = square(200, 40, 60, (10, 10, 20, 20), 1), square(100, 80, 80, (40, 40, 80, 80), 2)
     mixed = MixUp(alpha=1e6)(own, [other], random.Random(0))  # weight 0.5
