@@ -47,7 +47,7 @@ def show_data(config: ShowDataConfig, words: Sequence[str]) -> None:
     train = config.data.read_train_and_val(config.seed).train
     device = pick_device(config.device)
     if config.needs_normalization:
-        measured = config.data.measure_channels(train)
+        measured = config.measure_channels(train)
         config = config.with_normalization(measured.mean, measured.std)
     model = config.build_model(train.num_classes).to(device)
     loader = config.train_loader(train, model.stride, Ranks(), device)

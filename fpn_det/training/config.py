@@ -10,6 +10,7 @@ import torch
 
 from fpn_det.config import DetectorConfig
 from fpn_det.data.bad_images import OnBadImage
+from fpn_det.data.channel_statistics import ChannelStatistics
 from fpn_det.data.loaders import TrainLoader
 from fpn_det.runs.trackers import LoggerName
 from fpn_det.runtime import Ranks
@@ -119,6 +120,17 @@ class TrainConfig(DetectorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.trainer.check_best_metric(self.evaluation.metric_names)
+
+    def measure_channels(self, annotations: Annotations) -> ChannelStatistics:
+        """Measure mean and deviation of the channels of training images, in the order of `model.channel_order`.
+
+        Raises:
+            ValueError: they cannot be measured.
+        """
+        found = self.data.measure_channels(annotations)
+        if self.model.get("channel_order") == "bgr":
+            return replace(found, mean=found.mean[::-1], std=found.std[::-1])
+        return found
 
     def with_normalization(self: C, mean: Sequence[float], std: Sequence[float]) -> C:
         """The same settings with mean and deviation of the channels."""

@@ -193,7 +193,7 @@ class Trainer:
             ValueError: they cannot be measured.
         """
         if state is None:
-            measured = self.config.data.measure_channels(self.train_annotations)
+            measured = self.config.measure_channels(self.train_annotations)
             mean, std = measured.mean, measured.std
             self.log.info(measured.describe())
         else:

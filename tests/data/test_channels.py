@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_close
+from tiny import TINY
 
+from fpn_det.composition import compose
 from fpn_det.data.channel_statistics import measure_channels
 from fpn_det.data.collation import Collator
 from fpn_det.data.dataset import Example
@@ -18,7 +20,7 @@ from fpn_det.data.image_cache import ImageCache
 from fpn_det.data.mixing import CopyPaste, MixUp, Mosaic, Scene
 from fpn_det.data.transforms import LargeScaleJitter, Normalize, Pipeline, ResizeShortestSide
 from fpn_det.image_io import BadImage, PixelFormat, read_image
-from fpn_det.structures import Annotations
+from fpn_det.structures import Annotations, Batch, Targets
 
 FORMATS = [PixelFormat(1), PixelFormat(4), PixelFormat(9), PixelFormat(5, "uint16"), PixelFormat(3, "uint16")]
 FORMATS += [PixelFormat(2, "float32")]
@@ -163,6 +165,24 @@ def test_mean_and_deviation_by_hand(tmp_path):
     one, two = np.array([[[1, 0], [3, 0]]], np.uint8), np.array([[[5, 2], [7, 2]]], np.uint8)
     found = measure_channels(images(tmp_path, [one, two]), read_any)
     assert found.mean == [4.0, 1.0] and found.std == [2.23607, 1.0]
+
+
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_measured_channels_are_in_the_order_of_the_model(tmp_path, order):
+    values = noise(PixelFormat(3, "uint16"), 64, 64) // np.array([1, 10, 100], np.uint16)
+    annotations = images(tmp_path, [values])
+    config = compose([*TINY, "data.dtype=uint16", f"model.channel_order={order}"])
+    measured = config.measure_channels(annotations)
+    model = config.with_normalization(measured.mean, measured.std).build_model(1)
+    batch = Batch(
+        torch.from_numpy(values).permute(2, 0, 1)[None],  # [h, w, C] -> [1, C, h, w]
+        *[torch.tensor([[64, 64]])] * 2,
+        Targets.pad([torch.zeros(0, 4)], [torch.zeros(0).long()]),
+        torch.tensor([0]),
+    )
+    found = model.normalize(batch)
+    assert found.mean(dim=(0, 2, 3)).abs().max() < 1e-4
+    assert (found.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-3
 
 
 def test_a_channel_that_does_not_vary_and_files_that_do_not_open_are_refused(tmp_path):
