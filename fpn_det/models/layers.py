@@ -154,6 +154,13 @@ class SyncBatchNorm2d(BatchNorm2d):
 
 
 def _group_norm(channels: int, eps: float) -> nn.GroupNorm:
+    """32 groups, as in Wu and He 2018 and in other projects; fewer channels are a group each."""
+    if channels > 32 and channels % 32:
+        near = channels // 32 * 32
+        raise ValueError(
+            f"norm=group of a neck or box head: expected channels that 32 groups divide, got {channels}. Set its channels "
+            f"to {near} or {near + 32}, or another norm."
+        )
     return nn.GroupNorm(min(32, channels), channels, eps)
 
 
@@ -171,7 +178,7 @@ def make_norm(name: Norm, channels: int, eps: float = 1e-5) -> nn.Module:
     """Make a normalization layer over `channels`; `eps` is added to the variance.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or channels that do not divide into groups.
     """
     if name not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got '{name}'.")

@@ -8,6 +8,8 @@ import torch
 from compare import assert_close
 from torch import nn
 
+from fpn_det.composition import compose
+from fpn_det.errors import is_user_facing
 from fpn_det.models import layers
 from fpn_det.models.layers import NORMS, ConvBlock, FixedBatchNorm2d, conv_norm, folded, make_norm, scaled_weights
 from fpn_det.models.resnet import ResNet
@@ -115,6 +117,20 @@ def test_conv_block_has_a_bias_only_without_norm():
     assert ConvBlock(3, 4, 3)[0].bias is not None
     assert ConvBlock(3, 4, 3, "batch")[0].bias is None
     assert (ConvBlock(3, 4, 3, "batch", relu=True)(torch.randn(2, 3, 8, 8)) >= 0).all()
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(8, 8), (24, 24), (32, 32), (64, 32), (256, 32)])
+def test_group_norm_has_32_groups_or_one_for_each_channel(channels: int, groups: int):
+    assert make_norm("group", channels).num_groups == groups
+
+
+@pytest.mark.parametrize(("channels", "near"), [(48, "32 or 64"), (100, "96 or 128")])
+def test_group_norm_refuses_channels_that_do_not_divide(channels: int, near: str):
+    settings = ["model.backbone.depth=18", "model.neck.norm=group", f"model.neck.channels={channels}"]
+    words = f"^norm=group of a neck or box head: expected channels that 32 groups divide, got {channels}. Set its channels to {near}, "
+    with pytest.raises(ValueError, match=words) as error:
+        compose(settings).build_model(None)
+    assert is_user_facing(error.value)
 
 
 def test_make_norm_refuses_unknown_names():
