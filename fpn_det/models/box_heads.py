@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fpn_det.models.layers import ConvBlock, Norm
 from fpn_det.models.resnet import ResNet, load_state, pretrained_state
-from fpn_det.schema import Count
+from fpn_det.schema import Count, Decay
 
 
 class BoxHead(nn.Module):
@@ -102,7 +102,7 @@ class Conv5Head(BoxHead):
     Args:
         channels: of C4, unchanged.
         bins: per side; the stage has stride 2, so 14 become 7.
-        depth, weights, norm, stride_in_1x1, norm_eps: see `ResNet`.
+        depth, weights, norm, stride_in_1x1, norm_eps, stochastic_depth: see `ResNet`; here each box draws for itself.
 
     Raises:
         ValueError: the pyramid is not C4.
@@ -117,9 +117,10 @@ class Conv5Head(BoxHead):
         norm: Norm | None = None,
         stride_in_1x1: bool = False,
         norm_eps: float = 1e-5,
+        stochastic_depth: Decay = 0.0,
     ) -> None:
         super().__init__()
-        resnet = ResNet(depth, weights, norm, 0, stride_in_1x1, norm_eps)
+        resnet = ResNet(depth, weights, norm, 0, stride_in_1x1, norm_eps, stochastic_depth=stochastic_depth)
         if channels != resnet.channels[2]:
             raise ValueError(
                 f"roi_head.box_head: expected C4 unchanged, {resnet.channels[2]} channels, got {channels}. "

@@ -145,6 +145,7 @@ class ResNet(torchvision_resnet.ResNet, Backbone):
         if stride_in_1x1 and kind is Bottleneck:
             for layer in (self.layer2, self.layer3, self.layer4):
                 layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
+        self.deformable = deformable
         self._deform(deformable)
         blocks: list[Any] = [block for stage in self._stages() for block in stage.children()]
         for number, block in enumerate(blocks, start=1):
@@ -168,7 +169,16 @@ class ResNet(torchvision_resnet.ResNet, Backbone):
                 block.conv2.weight = conv.weight
 
     def truncate(self, num_maps: int) -> None:
-        """Remove the stages after the first `num_maps` maps."""
+        """Remove the stages after the first `num_maps` maps.
+
+        Raises:
+            ValueError: one of them is deformable, which would be lost.
+        """
+        if lost := [str(stage) for stage in self.deformable if stage > num_maps + 1]:
+            raise ValueError(
+                f"model.backbone.deformable: expected stages up to {num_maps + 1}, after which this neck cuts the backbone "
+                f"off, got {', '.join(lost)}. Leave out the later ones, or choose a neck that reads them."
+            )
         for number in range(num_maps + 1, len(self.channels) + 1):
             delattr(self, f"layer{number}")
         self.channels, self.strides = self.channels[:num_maps], self.strides[:num_maps]

@@ -9,8 +9,10 @@ import torchvision
 from compare import assert_close
 from test_detector import gradients, make_batch, spread_out
 
+from fpn_det.composition import compose
 from fpn_det.models.box_heads import Conv5Head
 from fpn_det.models.detector import Detector
+from fpn_det.models.layers import DeformableConv2d
 from fpn_det.models.matching import ProposalSampler
 from fpn_det.models.necks.baselines import SingleMap
 from fpn_det.models.resnet import ResNet
@@ -70,3 +72,20 @@ def test_conv5_head_refuses_another_map_than_c4():
         ValueError, match=r"expected C4 unchanged, 256 channels, got 64. Set neck=single_map model.neck.level=C4"
     ):
         Conv5Head(64, 14, 18)
+
+
+def test_conv5_head_skips_its_blocks_at_the_rates_of_the_whole_backbone():
+    c4 = ["neck=single_map", "model.neck.level=C4", "model.neck.channels=null", "model.backbone.depth=18"]
+    model = compose([*c4, "roi_head=conv5", "model.backbone.stochastic_depth=0.4"]).build_model(2)
+    stages = [*(getattr(model.backbone, f"layer{number}") for number in (1, 2, 3)), model.roi_head.box_head.layer4]
+    rates = [block.drop.p for stage in stages for block in stage]
+    assert rates == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4])
+
+
+@pytest.mark.parametrize("head", [[], ["roi_head=conv5", "model.neck.channels=null"]])
+def test_deformable_stages_that_are_cut_off_are_refused(head: list[str]):
+    c4 = ["neck=single_map", "model.neck.level=C4", "model.backbone.depth=18", *head]
+    with pytest.raises(ValueError, match=r"^model.backbone.deformable: expected stages up to 4, .* got 5\. Leave out"):
+        compose([*c4, "model.backbone.deformable=[4,5]"]).build_model(2)
+    model = compose([*c4, "model.backbone.deformable=[4]"]).build_model(2)
+    assert sum(isinstance(module, DeformableConv2d) for module in model.modules()) == 2
