@@ -310,6 +310,12 @@ def image_to_rgb(picture: Image.Image) -> np.ndarray:
     return _upright(pixels, _orientation(picture.getexif()))
 
 
+def image_to_values(picture: Image.Image) -> np.ndarray:
+    """Convert a PIL image to its values [h, w, C], upright, as `read_image` returns them for its file in another format than RGB."""
+    picture.load()  # a TIFF image is upright only after this
+    return _upright(_values_of(picture), _orientation(picture.getexif()))
+
+
 def array_to_rgb(pixels: np.ndarray) -> np.ndarray | None:
     """Convert a u8 or u16 array [h, w] or [h, w, 3] RGB to u8 [h, w, 3]; return None for another dtype or shape."""
     is_image = pixels.dtype in (np.uint8, np.uint16) and (
@@ -444,6 +450,11 @@ def _picture_values(picture: Image.Image, header: ImageHeader, content: bytes, p
         if PixelFormat(pixels.shape[2], pixels.dtype.name) == stored:
             return pixels
     _load(picture, path, len(content))
+    return _values_of(picture)
+
+
+def _values_of(picture: Image.Image) -> np.ndarray:
+    """Values [h, w, C] of a decoded picture; colors of a palette as RGB."""
     if MODES.get(picture.mode, RGB) == RGB and not picture.mode.startswith("I;16"):
         picture = picture.convert("RGB")
     pixels = np.asarray(picture.convert("L") if picture.mode == "1" else picture)

@@ -19,6 +19,7 @@ from fpn_det.image_io import (
     array_to_rgb,
     decode_image,
     image_to_rgb,
+    image_to_values,
     only_images,
     read_for_display,
     read_image,
@@ -107,7 +108,8 @@ def read_pixels(
     if isinstance(image, str | Path):
         return read_image(Path(image), reduction, max_pixels, pixel_format)
     if pixel_format != RGB:
-        return _of_format(np.asarray(image), pixel_format)
+        values = image_to_values(image) if isinstance(image, Image.Image) else np.asarray(image)
+        return _of_format(values, pixel_format)
     if isinstance(image, Image.Image):
         try:
             return image_to_rgb(image)
@@ -140,6 +142,10 @@ def read_display(image: ImageInput, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode or convert an image to u8 [h, w, 3] for people, see `image_io.read_for_display`."""
     if isinstance(image, str | Path):
         return read_for_display(Path(image), max_pixels)
+    if isinstance(image, Image.Image) and image.mode[0] in "IF":
+        return to_display(image_to_values(image))
+    if isinstance(image, np.ndarray) and image.ndim == 2:
+        image = image[..., None]
     if isinstance(image, np.ndarray) and image.ndim == 3 and (image.shape[2] != 3 or image.dtype != np.uint8):
         return to_display(image)
     return read_pixels(image)
