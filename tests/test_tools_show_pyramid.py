@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 from PIL import Image
 from tiny import TINY
@@ -27,6 +30,25 @@ def test_pictures_of_the_split_and_of_a_file(run, run_tool, shapes_dataset, tmp_
     )
     assert one.returncode == 0, one.stderr
     assert [path.name for path in (tmp_path / "elsewhere").glob("*.png")] == ["val2017_000003.png"]
+
+
+def test_images_of_one_name_in_two_folders_have_pictures_of_their_own(run, run_tool, shapes_dataset, tmp_path):
+    root = tmp_path / "cameras"
+    shutil.copytree(shapes_dataset, root)
+    file = root / "annotations" / "instances_val2017.json"
+    document = json.loads(file.read_text())
+    for number, image in enumerate(document["images"]):
+        name = f"cam{number % 2}/{number // 2:04}.jpg"
+        (root / "val2017" / name).parent.mkdir(exist_ok=True)
+        (root / "val2017" / image["file_name"]).rename(root / "val2017" / name)
+        image["file_name"] = name
+    file.write_text(json.dumps(document))
+    shown = run_tool("show_pyramid.py", "run=run", f"data.root={root}", "count=8")
+    assert shown.returncode == 0, shown.stderr
+    pictures = {path.relative_to(run / "pyramid").as_posix() for path in (run / "pyramid").rglob("*.png")}
+    assert len(pictures) >= 4 and {"cam0/0000.png", "cam1/0000.png"} < pictures
+    page = (run / "pyramid" / "index.html").read_text()
+    assert all(f'<a href="{name}"><img src="{name}"' in page for name in pictures)
 
 
 def test_a_mistake_ends_in_one_sentence(run_tool):

@@ -20,6 +20,7 @@ from PIL import Image
 from fpn_det.cli.eval import saved_settings
 from fpn_det.cli.launch import launch
 from fpn_det.config import EvalConfig
+from fpn_det.inference.folder import drawing_names
 from fpn_det.inference.predictor import build_predictor
 from fpn_det.models.detector import Detector
 from fpn_det.runs.checkpoint import fill_model, find_checkpoint, run_folder_of
@@ -54,25 +55,34 @@ def show_pyramid(config: ShowPyramidConfig, words: Sequence[str]) -> None:
     fill_model(model, state, str(path), config.weights)
     model.to(device)
     folder = Path(config.output) if config.output else run_folder_of(path) / "pyramid"
-    folder.mkdir(parents=True, exist_ok=True)
     thresholds = ScoreThresholds.read(state.get("score_thresholds"), str(path))
     min_scores = thresholds.of(state["class_names"]) if thresholds else None
     panels = []
     for name, batch in _batches(config, model, state["class_names"]):
-        panels.append(folder / f"{name}.png")
+        panels.append(folder / name)
+        panels[-1].parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw_pyramid(inspect_pyramid(model, batch.to(device), min_scores), batch)).save(panels[-1])
     page = folder / "index.html"
     write_pyramid_page(page, str(path), panels)
     print(f"written: {shown_path(page)}")
 
 
-def _batches(config: ShowPyramidConfig, model: Detector, class_names: list[str]) -> Iterator[tuple[str, Batch]]:
-    """The name and the model input of each image."""
+def _batches(config: ShowPyramidConfig, model: Detector, class_names: list[str]) -> Iterator[tuple[Path, Batch]]:
+    """The name of the picture and the model input of each image."""
     device = pick_device(config.device)
     if config.image:
-        yield Path(config.image).stem, build_predictor(config, model, class_names, device).batch_of([config.image])
+        yield (
+            _names([Path(config.image)])[0],
+            build_predictor(config, model, class_names, device).batch_of([config.image]),
+        )
         return
     annotations = config.data.read_split(config.split, class_names, config.seed)
     rows = pick_images(annotations, config.count)
+    names = _names([annotations.path(row) for row in rows])
     for batch in config.single_images(annotations, rows, model.stride, device):
-        yield annotations.path(rows[int(batch.indices[0])]).stem, batch
+        yield names[int(batch.indices[0])], batch
+
+
+def _names(files: Sequence[Path]) -> list[Path]:
+    """Distinct names of the pictures, as those of predictions."""
+    return [name.with_suffix(".png") for name in drawing_names(files)]

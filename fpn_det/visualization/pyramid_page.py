@@ -24,13 +24,14 @@ def write_pyramid_page(path: Path, title: str, images: Sequence[Path]) -> None:
     Args:
         path: file to write.
         title: of the page.
-        images: files in the folder of the page.
+        images: files below the folder of the page.
     """
-    figures = [figure(_linked(image), escape(image.stem)) for image in images]
+    names = [image.relative_to(path.parent) for image in images]
+    figures = [figure(_linked(name), escape(name.with_suffix("").as_posix())) for name in names]
     write_document(path, title, f"<h1>{escape(title)}</h1>{hint(ROWS)}{''.join(figures)}")
 
 
-def _linked(image: Path) -> str:
+def _linked(name: Path) -> str:
     """A picture that a click opens at full size: a phone shows its titles too small."""
-    source = escape(quote(image.name))
-    return f'<a href="{source}"><img src="{source}" alt="levels of {escape(image.stem)}"></a>'
+    source = escape(quote(name.as_posix()))
+    return f'<a href="{source}"><img src="{source}" alt="levels of {escape(name.stem)}"></a>'
