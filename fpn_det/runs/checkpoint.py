@@ -30,6 +30,7 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fpn_det.config import is_exported
 from fpn_det.runtime import broadcast_object, current_ranks, host_all_reduce_min, run_on_main
 from fpn_det.weight_files import SAFETENSORS, check_archive, read_safetensors, safetensors_bytes
 
@@ -129,6 +130,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"{path}: expected a checkpoint, got no such file.")
+    if is_exported(path):
+        raise ValueError(
+            f"{path}: expected a checkpoint, got an exported file. Name the checkpoint that it was made from."
+        )
     try:
         if path.suffix == SAFETENSORS:
             tensors, about = read_safetensors(path)

@@ -59,6 +59,11 @@ def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
 def test_load_describes_the_problem(tmp_path):
     with pytest.raises(ValueError, match=r"none.pt: expected a checkpoint, got no such file"):
         load_checkpoint(tmp_path / "none.pt")
+    (tmp_path / "best.onnx").write_bytes(b"a graph")
+    with pytest.raises(
+        ValueError, match=r"best.onnx: expected a checkpoint, got an exported file. Name the checkpoint"
+    ):
+        load_checkpoint(tmp_path / "best.onnx")
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(ValueError, match=r"text.pt: .* got a damaged or foreign file"):
         load_checkpoint(tmp_path / "text.pt")

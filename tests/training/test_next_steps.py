@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -34,6 +35,13 @@ def test_commands_that_follow_exist_and_are_ready_to_paste(data, tmp_path, monke
 )
 def test_what_half_a_detector_cannot_do_is_left_out(absent, commands, data, tmp_path):
     assert [step.split()[1] for step in next_steps(tmp_path, data, {absent: None})] == commands
+
+
+@pytest.mark.parametrize("absent", ["", "rpn"])
+def test_the_export_is_left_out_where_it_refuses_the_images(absent, data, tmp_path):
+    other = dataclasses.replace(data, channels=4, dtype="uint16")
+    names = [step.split()[1] for step in next_steps(tmp_path, other, {absent: None})]
+    assert names == ["eval", "report", *["predict"] * (not absent)]
 
 
 def test_a_test_split_with_annotations_is_evaluated_next(data, tmp_path):
