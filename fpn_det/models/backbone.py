@@ -17,7 +17,7 @@ class Backbone(nn.Module, ABC):
         strides: of each map, input px per cell.
         divisor: what the sides of a batch must divide by: a multiple of every stride.
         in_channels: of the images.
-        pixel_mean, pixel_std: of the RGB pixels that its pretrained weights expect, on 0..255. The default is ImageNet's.
+        pixel_mean, pixel_std: of the RGB pixels, on 0..255, where the settings do not say. The default is ImageNet's.
     """
 
     channels: tuple[int, ...]
@@ -56,6 +56,10 @@ class Backbone(nn.Module, ABC):
             f"optimizer.layer_decay: expected 1 with {type(self).__name__}, which does not divide its parameters into stages. "
             "Implement Backbone.parameters_by_stage."
         )
+
+    def expected_pixels(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of the RGB pixels, on 0..255, that the pretrained weights expect."""
+        return self.pixel_mean, self.pixel_std
 
     def check_pretrained(self) -> None:
         """Refuse pretrained weights that cannot be loaded, before data are read.

@@ -245,8 +245,27 @@ class Detector(nn.Module):
                 )
 
     def check_pretrained(self) -> None:
-        """Refuse pretrained weights that cannot be loaded, before anything is read."""
+        """Refuse pretrained weights that cannot be loaded, before anything is read.
+
+        Raises:
+            ValueError: there are none, or they expect pixels of another mean and deviation, which the settings leave open.
+                They have to be in the settings, so that a run means the same where the source of its weights is not known.
+        """
         self.backbone.check_pretrained()
+        if self.pixel_mean is None or self.pixel_std is None or self.backbone.in_channels != 3:
+            return
+        order = -1 if self.flips_channels else 1
+        used = torch.stack([self.pixel_mean, self.pixel_std]).flatten(1)  # [2, 3]
+        default, expected = (
+            torch.tensor([values[::order] for values in pair])
+            for pair in ((self.backbone.pixel_mean, self.backbone.pixel_std), self.backbone.expected_pixels())
+        )
+        if torch.equal(used, default) and not torch.allclose(expected, default):
+            mean, std = (",".join(f"{value:g}" for value in row) for row in expected.tolist())
+            raise ValueError(
+                "model.pixel_mean: expected what the backbone's weights expect, got ImageNet's. Set "
+                f"model.pixel_mean=[{mean}] model.pixel_std=[{std}]."
+            )
 
     def load_pretrained(self) -> None:
         """Load the pretrained weights that the settings of backbone and box head name."""

@@ -82,7 +82,7 @@ _BLOCKS: dict[int, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 
 
 class ResNet(torchvision_resnet.ResNet, Backbone):
-    """Maps C2..C5 of a ResNet. Mean and deviation of the pixels are those of timm's weights if they are set, else ImageNet's.
+    """Maps C2..C5 of a ResNet.
 
     Args:
         depth: 18, 34, 50 or 101.
@@ -140,8 +140,6 @@ class ResNet(torchvision_resnet.ResNet, Backbone):
         self.frozen_stages = frozen_stages
         self.channels = tuple(width * kind.expansion for width in (64, 128, 256, 512))
         self.strides: tuple[int, ...] = (4, 8, 16, 32)
-        if statistics := pixel_statistics(weights, f"ResNet({depth})"):
-            self.pixel_mean, self.pixel_std = statistics
         if stride_in_1x1 and kind is Bottleneck:
             for layer in (self.layer2, self.layer3, self.layer4):
                 layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
@@ -211,6 +209,10 @@ class ResNet(torchvision_resnet.ResNet, Backbone):
                 x = stage(x)
             outputs.append(x)
         return outputs
+
+    def expected_pixels(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Those of timm's weights if they are set, else ImageNet's."""
+        return pixel_statistics(self.weights, f"ResNet({self.depth})") or super().expected_pixels()
 
     def check_pretrained(self) -> None:
         """Refuse what `load_pretrained` would refuse, as far as that is known without reading a file.

@@ -73,24 +73,34 @@ def test_frozen_stages_and_norms(name: str, norm: str, frozen: int):
 
 
 def test_pixel_statistics_are_those_of_the_weights_of_timm():
-    """Those of a model by its name alone, and of torchvision's weights, are ImageNet's here."""
+    """Those of a model by its name alone are ImageNet's here."""
     tag, half = "ra4_e3600_r224_in1k", (127.5, 127.5, 127.5)
     by_weights = TimmBackbone("mobilenetv3_large_100", weights=f"timm/mobilenetv3_large_100.{tag}")
     by_name = TimmBackbone(f"mobilenetv3_large_100.{tag}", weights="timm")
-    for backbone in (by_weights, by_name, ResNet(34, weights=f"timm/resnet34.{tag}")):
+    for backbone in (by_weights, by_name):
         assert backbone.pixel_mean == backbone.pixel_std == half
-    for backbone in (TimmBackbone("mobilenetv3_large_100"), ResNet(34, weights="timm/resnet34.a1_in1k")):
-        assert backbone.pixel_mean == pytest.approx((123.675, 116.28, 103.53))
-        assert backbone.pixel_std == pytest.approx((58.395, 57.12, 57.375))
+    by_model = TimmBackbone("mobilenetv3_large_100")
+    assert by_model.pixel_mean == pytest.approx(ResNet.pixel_mean)
+    assert by_model.pixel_std == pytest.approx(ResNet.pixel_std)
 
 
-def test_weights_of_timm_are_refused_without_timm(monkeypatch: pytest.MonkeyPatch):
-    """Their mean and deviation would be guessed."""
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_other_pixel_statistics_than_imagenets_are_to_be_stated_for_our_resnet(order: str):
+    weights = "timm/resnet34.ra4_e3600_r224_in1k"
+    with pytest.raises(ValueError, match=r"Set model\.pixel_mean=\[127\.5,127\.5,127\.5\] model\.pixel_std=\[127\.5,"):
+        Detector(3, ResNet(34, weights=weights), channel_order=order).check_pretrained()
+    half = (127.5, 127.5, 127.5)
+    Detector(3, ResNet(34, weights=weights), channel_order=order, pixel_mean=half, pixel_std=half).check_pretrained()
+    Detector(3, ResNet(34, weights="timm/resnet34.a1_in1k"), channel_order=order).check_pretrained()
+
+
+def test_a_detector_is_built_without_timm_where_its_weights_came_from(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "timm", None)
+    detector = Detector(3, ResNet(34, weights="timm/resnet34.a1_in1k"))
     with pytest.raises(
         ValueError, match=r"^ResNet\(34\): expected the package timm, got none. Install it: pip install"
     ):
-        ResNet(34, weights="timm/resnet34.a1_in1k")
+        detector.check_pretrained()
 
 
 def test_frozen_stages_are_those_of_our_resnet():
