@@ -120,6 +120,21 @@ IDLE: list[tuple[str, Idle]] = [
         ),
     ),
 ]
+# Settings whose value is a path, which may have any characters.
+PATHS = (
+    "against",
+    "checkpoint",
+    "data.cache",
+    "data.root",
+    "image",
+    "init_from",
+    "out",
+    "output",
+    "resume",
+    "run",
+    "run_dir",
+    "source",
+)
 # Settings of training, which evaluation does not read.
 TRAINING_ONLY = (
     *(item.name for item in fields(TrainConfig) if item.name not in {item.name for item in fields(EvalConfig)}),
@@ -509,6 +524,26 @@ def literal(name: str, text: str) -> str:
     """Return the word that sets `name` to exactly this text, whatever characters it has."""
     quoted = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
     return f"{name}='{quoted}'"
+
+
+def with_literal_path(word: str, is_swept: bool = False) -> str:
+    """A `name=value` word whose value, if it is a path, needs no quotes.
+
+    What Hydra's grammar reads as a string or null, and so all that is quoted, stays as it is.
+
+    Args:
+        word: of a command line.
+        is_swept: several values, such as `first,second`, stay several.
+    """
+    name, _, text = word.partition("=")
+    if name not in PATHS:
+        return word
+    try:
+        (override,) = OverridesParser.create().parse_overrides([word])
+    except HydraException:
+        return literal(name, text)
+    is_kept = is_swept if override.is_sweep_override() else isinstance(override.value(), str | None)
+    return word if is_kept else literal(name, text)
 
 
 def parse_words(words: Sequence[str]) -> list[Override]:

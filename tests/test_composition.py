@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from fpn_det.composition import CONFIGS, PACKAGES, compose, from_saved
+from fpn_det.cli.launch import launch
+from fpn_det.composition import CONFIGS, PACKAGES, compose, from_saved, parse_words, with_literal_path
 from fpn_det.schema import locate
+from fpn_det.training.config import TrainConfig
 
 FILES = {
     str(path.relative_to(CONFIGS / "experiment").with_suffix("")): path
@@ -69,6 +71,45 @@ def test_data_root_sets_all_paths():
     data = compose(["data.root=elsewhere"]).data
     assert data.train.images == "elsewhere/train2017"
     assert data.val.annotations == "elsewhere/annotations/instances_val2017.json"
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("run_dir=rü (1)", "rü (1)"),
+        ("run_dir=a,b", "a,b"),
+        ("run_dir=2026", "2026"),
+        ("run_dir='a=b'", "a=b"),
+        ("run_dir=it's", "it's"),
+        ("run_dir=null", None),
+        ("data.root=dätä", "dätä"),
+        ("resume=auto", "auto"),
+    ],
+)
+def test_a_path_needs_no_quotes_on_the_command_line(word: str, value: str | None):
+    (override,) = parse_words([with_literal_path(word)])
+    assert override.value() == value
+
+
+@pytest.mark.parametrize("word", ["seed=1,2", "data.classes=[a,b]", "precision=ä", "experiment=small,demo"])
+def test_other_values_than_paths_keep_their_grammar(word: str):
+    assert with_literal_path(word) == word
+
+
+def test_a_sweep_over_paths_stays_one():
+    for word in ("init_from=a.pt,b.pt", "init_from=choice(a.pt,b.pt)"):
+        assert with_literal_path(word, is_swept=True) == word
+        assert parse_words([with_literal_path(word)])[0].value() == word.partition("=")[2]
+
+
+def test_commands_take_paths_without_quotes(monkeypatch: pytest.MonkeyPatch):
+    found: list[TrainConfig] = []
+    words = ["run_dir=rü ns (1),2", "init_from=~/a=b.pt", "data.root=dätä", "seed=3"]
+    monkeypatch.setattr("sys.argv", ["fpn-det train", *words])
+    launch(lambda config, words: found.append(config), TrainConfig, "train")
+    (config,) = found
+    assert (config.run_dir, config.init_from, config.data.root) == ("rü ns (1),2", "~/a=b.pt", "dätä")
+    assert config.seed == 3 and config.data.train.images == "dätä/train2017"
 
 
 def test_one_of_two_ways_replaces_the_other_on_the_command_line():

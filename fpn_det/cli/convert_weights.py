@@ -13,6 +13,7 @@ Examples:
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -70,7 +71,8 @@ def convert_weights(config: ConvertWeightsConfig) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         save = save_checkpoint if config.target == "fpn_det" else save_weights
         save(output, to_checkpoint(weights, settings))
-        say(console, f"written: {output}\nnext: fpn-det eval checkpoint={output} data.root=<folder>")
+        word = shlex.quote(f"checkpoint={output}")
+        say(console, f"written: {output}\nnext: fpn-det eval {word} data.root=<folder>")
     else:
         conversion = convert(weights.state, "fpn_det", config.target)
         say(console, conversion.report())

@@ -26,6 +26,7 @@ from fpn_det.composition import (
     is_selection,
     parse_words,
     read_saved,
+    with_literal_path,
 )
 from fpn_det.errors import SystemFault, is_user_facing, translate_system_errors
 from fpn_det.runs.overview import compare_runs, find_runs, runs_table, write_results
@@ -43,7 +44,7 @@ Command = Callable[[Any, Sequence[str]], object]
 
 def argument(name: str) -> str | None:
     """The value of `name=value` on the command line, for what is needed before settings are composed."""
-    words = [word for word in sys.argv[1:] if word.startswith(f"{name}=")]
+    words = [with_literal_path(word) for word in sys.argv[1:] if word.startswith(f"{name}=")]
     return None if not words else str(parse_words(words)[-1].value())
 
 
@@ -60,12 +61,13 @@ def launch(command: Command, schema: type[C], config_name: str, saved: Callable[
         saved: returns the text of an earlier run's settings, which the file's defaults list calls `saved`.
     """
     options = [word for word in sys.argv[1:] if word.startswith("-")]
-    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    is_swept = options in (["-m"], ["--multirun"])
+    words = [with_literal_path(word, is_swept) for word in sys.argv[1:] if not word.startswith("-")]
     try:
         earlier = read_saved(saved()) if saved else None
         if earlier and earlier.added and os.environ.get("RANK", "0") == "0":
             print(f"Not in the saved settings, so with their defaults: {', '.join(earlier.added)}.", file=sys.stderr)
-        if options in (["-m"], ["--multirun"]):
+        if is_swept:
             _sweep(command, schema, config_name, words, earlier)
         elif options in (["-c"], ["--cfg"]) and "job" in words:
             print(compose_as(schema, config_name, [word for word in words if word != "job"], earlier).to_yaml(), end="")

@@ -17,7 +17,6 @@ Examples:
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +28,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fpn_det.cli.eval import saved_settings
 from fpn_det.cli.launch import launch
-from fpn_det.composition import literal
 from fpn_det.config import EvalConfig, is_exported
 from fpn_det.data.flip_resize import Size
 from fpn_det.data.sampling import evaluation_batches
@@ -78,14 +76,7 @@ class PredictConfig(EvalConfig):
 
 def main() -> None:
     """Predict with the detector that the command line names."""
-    sys.argv[1:] = [_literal(word) for word in sys.argv[1:]]
     launch(predict, PredictConfig, "predict", saved_settings)
-
-
-def _literal(word: str) -> str:
-    """A pattern such as `photos/[ab]*.jpg` needs no quotes."""
-    name, _, text = word.partition("=")
-    return literal(name, text) if name in ("source", "out") and not text.startswith(("'", '"')) else word
 
 
 def predict(config: PredictConfig, words: Sequence[str]) -> None:

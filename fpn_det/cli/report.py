@@ -19,7 +19,7 @@ from pathlib import Path
 from fpn_det import api
 from fpn_det.cli.eval import saved_settings
 from fpn_det.cli.launch import launch
-from fpn_det.composition import compose_as, read_saved
+from fpn_det.composition import compose_as, literal, read_saved
 from fpn_det.config import EvalConfig
 from fpn_det.report.analysis import Analysis, analyze, compare
 from fpn_det.run_report import write_run_report
@@ -55,7 +55,7 @@ def report(config: ReportConfig, words: Sequence[str]) -> None:
     if config.against is not None:
         _, other_state = find_checkpoint(config.against, None)
         shared = [word for word in words if word.startswith(("split=", "data.", "device=", "allow_targets="))]
-        other_words = [f"run={config.against}", *shared]
+        other_words = [literal("run", config.against), *shared]
         other = _analyze(compose_as(EvalConfig, "eval", other_words, read_saved(other_state["config"])))
         name = Path(config.against).name
         changed = differing([read_settings(one["config"]) for one in (state, other_state)])

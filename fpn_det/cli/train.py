@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fpn_det import api
 from fpn_det.cli.launch import argument, end_with, launch
-from fpn_det.composition import is_selection
+from fpn_det.composition import is_selection, literal
 from fpn_det.locations import CONFIGS
 from fpn_det.runs.folder import newest_to_resume
 from fpn_det.runs.settings_diff import setting_of
@@ -35,7 +35,7 @@ def main() -> None:
     if run is not None:
         launch(api.train, TrainConfig, "train_from_run", partial(settings_of, Path(run)))
     elif resumed is not None:
-        sys.argv = [f'resume="{resumed}"' if word == "resume=auto" else word for word in sys.argv]
+        sys.argv = [literal("resume", str(resumed)) if word == "resume=auto" else word for word in sys.argv]
         launch(api.train, TrainConfig, "train_from_run", partial(settings_of, resumed))
     else:
         launch(api.train, TrainConfig, "train")

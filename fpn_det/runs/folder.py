@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import shutil
 import socket
 import subprocess
@@ -88,9 +89,11 @@ class RunFolder:
         files = self.checkpoints().files()
         if not files:
             return "There is no checkpoint yet."
-        return (
-            f"Last good checkpoint: {shown_path(files[0])}. To continue: fpn-det train resume={shown_path(self.path)}"
-        )
+        return f"Last good checkpoint: {shown_path(files[0])}. To continue: {self.resume_command()}"
+
+    def resume_command(self) -> str:
+        """The command that continues the run, to be pasted into a shell."""
+        return f"fpn-det train {shlex.quote(f'resume={shown_path(self.path)}')}"
 
     def checkpoints(self, keep_last: int = 0) -> CheckpointFolder:
         """Return the checkpoints of the run; `keep_last` applies when one is saved."""

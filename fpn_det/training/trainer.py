@@ -346,7 +346,7 @@ class Trainer:
             received = self._run_steps(stop)
         if received:
             name = signal.Signals(received).name
-            self.log.info(f"Stopped by {name} and saved. To continue:\n  fpn-det train resume={path}")
+            self.log.info(f"Stopped by {name} and saved. To continue:\n  {self.folder.resume_command()}")
             return 128 + received
         assert self.evaluation is not None, "the last step is evaluated"
         settings = typed_settings(self.overrides, read_settings(self.metadata["config"]))

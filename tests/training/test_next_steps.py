@@ -2,13 +2,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
 from fpn_det.annotations.config import SplitConfig
 from fpn_det.cli.help import COMMANDS
+from fpn_det.cli.launch import argument
 from fpn_det.data.config import DataConfig
+from fpn_det.runs.folder import RunFolder
 from fpn_det.training.next_steps import next_steps
 
 
@@ -28,6 +33,15 @@ def test_commands_that_follow_exist_and_are_ready_to_paste(data, tmp_path, monke
     assert commands[0] == "fpn-det eval 'run=runs/my demo'"  # there is no test split
     names = [command.split()[1] for command in commands]
     assert names == ["eval", "report", "predict", "export"] and set(names) <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", ["rü ns/f3", "runs (2)", "~a", "a=b,c", "it's", "[x]", "7"])
+def test_commands_for_any_folder_are_understood_when_pasted(name, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder(Path(name))
+    for command, setting in [(next_steps(folder.path, data, {})[0], "run"), (folder.resume_command(), "resume")]:
+        monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
+        assert argument(setting) == name
 
 
 @pytest.mark.parametrize(
