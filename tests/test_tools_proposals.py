@@ -18,6 +18,11 @@ def test_a_second_stage_is_trained_on_the_proposals_of_an_rpn(shapes_dataset, ru
     file = tmp_path / "rpn" / "eval" / "best_train_proposals" / "predictions.json"
     counts = [row["image_id"] for row in json.loads(file.read_text())]
     assert {counts.count(image_id) for image_id in (1, 2, 3, 4)} == {60} and len(counts) == 240
+    predicted = run_tool("predict.py", "run=rpn", f"source={shapes_dataset / 'val2017'}", "score=0", "draw=false")
+    assert predicted.returncode == 0, predicted.stderr
+    assert "Set model.rpn.test_filter.post_nms=<number>" in predicted.stdout
+    described = json.loads((tmp_path / "predictions" / "images.json").read_text())
+    assert described["categories"] == [{"id": 1, "name": "object"}]
 
     files = f"data.proposals={{train: {file}, val: {file}, test: null, train_limit: 50, eval_limit: 50}}"
     trained = run_tool("train.py", *common, "run_dir=fast", "model.rpn=null", files)

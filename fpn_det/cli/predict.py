@@ -57,7 +57,7 @@ from fpn_det.schema import Count, Fraction
 from fpn_det.structures import ScoreThresholds
 from fpn_det.terminal import say, shown_path, standard_console
 
-MORE = "Set model.roi_head.test_filter.max_detections={}; an exported file keeps its own."
+MORE = "Set {}={}; an exported file keeps its own."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +95,12 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
         config = replace(config, data=replace(config.data, eval_batch_size=config.batch_size))
     path, state, model, device = _open(config)
     keep_freed_memory(device)
+    is_rpn_alone = config.model.get("roi_head", "") is None
+    limit = f"model.{'rpn.test_filter.post_nms' if is_rpn_alone else 'roi_head.test_filter.max_detections'}"
     if config.max_detections is not None and config.max_detections > model.max_detections:
         raise ValueError(
             f"max_detections: expected at most {model.max_detections}, which is all that the model gives, got "
-            f"{config.max_detections}. {MORE.format(config.max_detections)}"
+            f"{config.max_detections}. {MORE.format(limit, config.max_detections)}"
         )
     if remark := remark_on(path):
         say(console, remark)
@@ -119,7 +121,7 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
     job = _Job(predictor, selection, predictor.preprocessing_with(config.size), folder, config.draw)
     _predict_rest(job, videos, console)
 
-    summary = folder.finish(names, ids)
+    summary = folder.finish(predictor.class_names, predictor.category_ids)
     errors = summary.errors
     if not summary.images:
         raise ValueError(f"source: expected images, got {len(files)} files that cannot be read. The first: {errors[0]}")
@@ -130,7 +132,7 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
     if summary.most == model.max_detections:
         say(
             console,
-            f"An image has {summary.most} detections, which is all that the model gives. {MORE.format('<number>')}",
+            f"An image has {summary.most} detections, which is all that the model gives. {MORE.format(limit, '<number>')}",
         )
 
 

@@ -321,7 +321,7 @@ def build_predictor(
     score_thresholds: ScoreThresholds | None = None,
     num_workers: int = 0,
 ) -> Predictor:
-    """Combine a model with the preprocessing of its evaluation.
+    """Combine a model with the preprocessing of its evaluation. Proposals of an RPN alone are of one class, `object`.
 
     Args:
         config: its settings.
@@ -330,6 +330,8 @@ def build_predictor(
         num_workers: processes that read images; 0 is best for a few images.
     """
     data = config.data
+    if config.model.get("roi_head", "") is None:
+        class_names, category_ids = ("object",), (1,)
     config.set_precision()
     if isinstance(model, nn.Module):
         model.to(device).eval()

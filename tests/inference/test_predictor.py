@@ -90,6 +90,15 @@ def test_tiles_are_those_of_the_evaluation(settings, annotations, predictor):
         assert torch.equal(found.boxes, whole.boxes) and torch.equal(found.scores, whole.scores)
 
 
+def test_proposals_of_an_rpn_alone_are_objects(shapes_dataset):
+    words = ["model.roi_head=null", "evaluation=proposals", "trainer.best_metric=AR1000", f"data.root={shapes_dataset}"]
+    config = compose([*TINY, *words])
+    proposer = build_predictor(config, config.build_model(3), ["disk", "square", "triangle"], CPU, None, [7, 8, 9])
+    (found,) = proposer.predict([np.zeros((64, 64, 3), np.uint8)], score=0.0)
+    assert len(found.boxes) > 10 and not found.labels.any()
+    assert found.class_names == ("object",) and {row["category_id"] for row in found.to_coco()} == {1}
+
+
 def test_tiles_as_large_as_the_images_give_the_plain_result_to_the_bit(settings, annotations, predictor):
     side = int(annotations.sizes.max())
     loaders = [
