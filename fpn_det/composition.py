@@ -107,6 +107,14 @@ IDLE: list[tuple[str, Idle]] = [
             "the tiles of an evaluation are tile.size and tile.overlap" if isinstance(config, EvalConfig) else None
         ),
     ),
+    (
+        "data.classes",
+        lambda config: (
+            "the classes are those of the checkpoint, all of them"
+            if isinstance(config, EvalConfig) and config.data.classes is not None
+            else None
+        ),
+    ),
     ("model", _fixed_by_export),
     ("weights", _fixed_by_export),
     ("precision", _fixed_by_export),

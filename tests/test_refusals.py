@@ -344,6 +344,18 @@ def test_settings_that_an_exported_file_has_fixed_are_refused(word, name):
     compose_as(EvalConfig, "eval", ["checkpoint=best.onnx", "split=test", "data.root=x"], saved)
 
 
+def test_evaluation_refuses_classes_of_its_own():
+    """All classes of the checkpoint would be evaluated all the same."""
+    saved = read_saved(compose([*TINY, "data.classes=[square]"]).to_yaml())
+    with pytest.raises(
+        ValueError, match=r"^data\.classes: has no effect here: the classes are those of the checkpoint"
+    ):
+        compose_as(EvalConfig, "eval", ["checkpoint=best.pt", "data.classes=[disk]"], saved)
+    assert compose_as(EvalConfig, "eval", ["checkpoint=best.pt"], saved).data.classes == ["square"]
+    # the file may then lack some of them
+    assert compose_as(EvalConfig, "eval", ["checkpoint=best.pt", "data.classes=null"], saved).data.classes is None
+
+
 def test_evaluation_refuses_to_choose_parts_of_the_model():
     saved = read_saved(compose(TINY).to_yaml())
     with pytest.raises(ValueError, match=r"^roi_head: expected settings by name, got a choice of a file, where all"):
