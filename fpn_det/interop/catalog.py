@@ -99,6 +99,10 @@ def check_detector(source: str | Path, where: str) -> None:
             f"{where}: expected the name of a published detector, got {name}.{did_you_mean(name, PUBLISHED)} "
             "fpn-det weights lists them."
         )
+    if Path(source).is_dir():
+        raise ValueError(
+            f"{where}: expected a file of weights, got the folder {name}. The best of a run is {name.rstrip('/')}/checkpoints/best.pt."
+        )
     raise ValueError(f"{where}: expected a file of weights, got {name}, which does not exist.")
 
 

@@ -49,7 +49,7 @@ def check_tiles(model: Detects) -> None:
     if not isinstance(model, DetectsInTiles):
         raise ValueError(
             f"tile.size: expected null for {type(model).__name__}, which suppresses the boxes of each tile by itself. "
-            "Set tile.size=null, or use the checkpoint."
+            "Set tile.size=null (in Python tile=0), or use the checkpoint."
         )
 
 

@@ -209,11 +209,16 @@ def test_without_network_the_file_and_its_place_are_named(tmp_path: Path, monkey
         catalog.locate(V2, "init_from")
 
 
-def test_names_are_checked_before_anything_is_fetched():
+def test_names_are_checked_before_anything_is_fetched(tmp_path: Path):
     with pytest.raises(ValueError, match="Did you mean torchvision/fasterrcnn_resnet50_fpn"):
         catalog.check_detector("torchvision/fasterrcnn_resnet50_fpm", "init_from")
     with pytest.raises(ValueError, match=r"nowhere.pt, which does not exist"):
         catalog.check_detector("nowhere.pt", "init_from")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(
+        ValueError, match=r"got the folder .*/run\. The best of a run is .*/run/checkpoints/best\.pt\.$"
+    ):
+        catalog.check_detector(tmp_path / "run", "init_from")
     for name, item in catalog.PUBLISHED.items():
         catalog.check_detector(name, "init_from")
         assert item.url.startswith("https://") and 30 < item.ap < 50 and item.licence
