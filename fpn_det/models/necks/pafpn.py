@@ -17,6 +17,8 @@ class PAFPN(FPN):
 
     Q_2 = P_2, Q_k = P_k + down_{k-1}(Q_{k-1}), followed by a 3x3 convolution for each level but the finest.
 
+    As in mmdetection, Q_k goes on to the next level before that convolution, and without ReLU; the paper takes it after both.
+
     Args: see `FPN`.
     """
 
