@@ -1,11 +1,12 @@
 """List published detectors: names for init_from and api.load, with AP on COCO val2017, size and licence.
 
 A file is fetched when it is first used, and kept. Without network, put it where the list says.
+experiment=finetune starts from torchvision's v2; the others have the structure of r50_fpn.
 
 Examples:
   fpn-det weights
   fpn-det train experiment=finetune data.root=<folder>
-  fpn-det train experiment=r50_fpn init_from=detectron2/faster_rcnn_R_50_FPN_3x optimizer.lr=0.002 data.root=<folder>
+  fpn-det train init_from=<name> optimizer.lr=0.002 data.root=<folder>
 """
 
 from __future__ import annotations
