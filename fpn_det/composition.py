@@ -349,8 +349,8 @@ def _refuse_rates_of_another(tree: Tree, without: Tree, named: set[str]) -> None
     Raises:
         ValueError: with the settings that must be stated too.
     """
-    own, other = tree["optimizer"], without["optimizer"]
-    if own["_target_"] == other["_target_"]:
+    own, other = tree.get("optimizer") or {}, without["optimizer"]  # `optimizer=[]` leaves none
+    if own.get("_target_") in (None, other["_target_"]):
         return
     kept = [name for name in ("lr", "weight_decay") if name in own and own[name] == other.get(name)]
     if wrong := [name for name in kept if f"optimizer.{name}" not in named]:

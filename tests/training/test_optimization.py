@@ -162,7 +162,7 @@ def test_loss_scale_doubles_when_it_may():
 
 
 def test_lr_follows_the_schedule():
-    optimization = make_optimization(recipe=SGD(lr=0.5, base_batch_size=None, bias_lr_factor=2.0), steps=10)
+    optimization = make_optimization(recipe=SGD(lr=0.5, base_batch_size=None, bias_lr_factor=2.0), steps=16)
     object.__setattr__(optimization.schedule, "warmup_steps", 4)
     optimization.step([make_batch([0, 1])], 2)
     assert optimization.lr == pytest.approx(0.5 * (0.001 + 0.999 * 2 / 4))
