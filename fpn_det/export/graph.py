@@ -37,6 +37,8 @@ class Graph(nn.Module):
         self.detector = copy.deepcopy(detector).cpu().eval()
         self.detector.channels_last = False  # a matter of the runtime
         self.stride = detector.stride
+        # maps of other strides in memory, as ConvNeXt's, would be compared by them, which restricts the sides of the canvas
+        self.detector.backbone.register_forward_hook(lambda module, inputs, maps: [item.contiguous() for item in maps])
         head = self.detector.roi_head
         if head is not None:
             head.pooler.method = "torchvision"
@@ -102,6 +104,7 @@ class Graph(nn.Module):
             raise ValueError(
                 f"export: expected a detector of which every part has fixed shapes, got one that cannot be traced "
                 f"({reason}). Parts of your own must avoid values that are read on the host, such as len() and .item()."
+                + ("" if size else " With one size of all batches, size=[H,W], more models can be traced.")
             ) from error
         for node in program.graph.nodes:  # files would contain the paths of this machine
             node.meta.pop("stack_trace", None)

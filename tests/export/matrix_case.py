@@ -56,6 +56,15 @@ CASES: dict[str, tuple[tuple[str, ...], int]] = {
         ("experiment=finetune_small", *NARROW, "model.backbone.weights=null", "model.backbone.frozen_stages=0"),
         3,
     ),
+    "convnext": (
+        (
+            "experiment=convnext_tiny_fpn_strong",
+            *NARROW,
+            "model.backbone.name=convnext_atto",
+            "model.backbone.weights=null",
+        ),
+        3,
+    ),
     "cascade": (("experiment=small", *NARROW), 3),
     "class_agnostic": ((*R18, AGNOSTIC), 80),
     "torchvision": (("experiment=compat/torchvision_r50_fpn",), 80),
