@@ -195,9 +195,7 @@ def _download(url: str, path: Path, sha256: str | None) -> None:
     Raises:
         OSError, HTTPException: the server cannot be reached, ends the file early, or sends one with another hash.
     """
-    partial = path.with_name(
-        f"{path.name}.partial"
-    )  # under the lock, one name will do: the rest of a killed fetch goes
+    partial = path.with_name(f"{path.name}.partial")  # one name under the lock: what a killed fetch left is replaced
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     request = urllib.request.Request(url, headers={"User-Agent": "fpn_det"})  # some servers refuse that of urllib
     try:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from fpn_det.interop.catalog import locate
 from fpn_det.interop.coco_classes import assumed_class_names, category_ids
 from fpn_det.interop.conversion import EPS, convert, recognize
-from fpn_det.interop.naming import COUNTER, DELTAS, LOGITS, OFFSETS, STATISTICS, Layout, Project
+from fpn_det.interop.naming import COUNTER, DELTAS, LOGITS, STATISTICS, Layout, Project
 from fpn_det.interop.reading import read_weights
+from fpn_det.models.resnet import OFFSETS
 from fpn_det.models.weights import refuse_nonfinite_weights, widen_input
 
 LEAST_SHARE = 0.5  # of a model's parameters that a file must provide

@@ -16,7 +16,6 @@ NORM = ("weight", "bias", "running_mean", "running_var")
 COUNTER = "num_batches_tracked"  # optional buffer of a norm
 
 STATISTICS = "roi_head.dynamics."  # of the proposals in training (Dynamic R-CNN), which detection does not read
-OFFSETS = ".conv2.offset."  # of a deformable convolution, in a place where other ResNets have a plain one
 
 LOGITS, DELTAS = "roi_head.predictor.class_logits", "roi_head.predictor.box_deltas"
 

@@ -18,6 +18,7 @@ from fpn_det.schema import Amount, Count, Decay, listed
 from fpn_det.weight_files import check_source, fetch, pixel_statistics, read_state, read_state_file
 
 TORCHVISION = "torchvision/"
+OFFSETS = ".conv2.offset."  # of a deformable convolution, in a place where other ResNets have a plain one
 
 
 class _Residual:
@@ -289,15 +290,16 @@ def load_state(module: nn.Module, state: dict[str, Tensor], depth: int, weights:
     Raises:
         ValueError: it does not fit.
     """
-    own = module.state_dict()
+    own, given = (
+        {name: value.shape for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
+        for tensors in (module.state_dict(), state)
+    )
     # predicted offsets of a deformable convolution are new, and start at zero
     faults = {
-        "missing": [name for name in own if name not in state and ".conv2.offset." not in name],
-        "unexpected": [name for name in state if name not in own],
-        "of another shape": [name for name in own if name in state and state[name].shape != own[name].shape],
+        "missing": [name for name in own if name not in given and OFFSETS not in name],
+        "unexpected": [name for name in given if name not in own],
+        "of another shape": [name for name in own if name in given and given[name] != own[name]],
     }
-    for kind, names in faults.items():
-        faults[kind] = [name for name in names if not name.endswith("num_batches_tracked")]
     if any(faults.values()):
         parts = (f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in faults.items() if names)
         raise ValueError(
