@@ -22,6 +22,7 @@ from fpn_det.evaluation.config import EvaluationConfig
 from fpn_det.image_io import RGB
 from fpn_det.models.detector import Detector
 from fpn_det.models.views import Views
+from fpn_det.models.weights import limited_parameters
 from fpn_det.runtime import Ranks, set_float32_precision
 from fpn_det.schema import Count, CountOrZero, Node, Part, Positive, build
 from fpn_det.structures import Annotations
@@ -104,7 +105,8 @@ class DetectorConfig:
             num_classes: foreground classes; None leaves the last layers to `Detector.reset_classifier`.
         """
         try:
-            return build(self.model, "model")(num_classes=num_classes)
+            with limited_parameters():
+                return build(self.model, "model")(num_classes=num_classes)
         except (RuntimeError, MemoryError, TypeError, OverflowError) as error:  # such as 10^12 channels
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise ValueError(

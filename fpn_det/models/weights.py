@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 SHOWN_NAMES = 3
+MAX_PARAMETERS = 2**31  # 8 GiB in float32, about seven times the largest published detectors
+
+
+@contextmanager
+def limited_parameters(limit: int = MAX_PARAMETERS) -> Iterator[None]:
+    """Within this context, modules of more than `limit` parameters in all are refused before their values are drawn.
+
+    Memory that the operating system has promised is taken only when values are written. A mistyped number of channels
+    would then end in a process that is killed without a message.
+
+    Raises:
+        ValueError: a module brings the number of parameters above the limit.
+    """
+    total = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal total
+        if parameter is None:
+            return
+        total += parameter.numel()
+        if total > limit:
+            raise ValueError(
+                f"model: expected settings of a detector of at most {limit:,} parameters, "
+                f"got {total:,} at its first {type(module).__name__} of shape {list(parameter.shape)}."
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def refuse_nonfinite_weights(state: Mapping[str, Tensor], where: str) -> None:
