@@ -37,6 +37,12 @@ class EvaluationConfig:
                 raise ValueError(
                     f"evaluation.area_ranges.{name}: expected [smallest, largest] in px^2, got {list(bounds)}."
                 )
+        names = self.metric_names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(
+                f"evaluation.area_ranges: expected names that give metrics of their own, got two of the name {twice[0]}. "
+                "Name the ranges otherwise, such as tiny."
+            )
 
     @property
     def metric_names(self) -> tuple[str, ...]:

@@ -361,6 +361,8 @@ def test_detection_table_joins_in_the_order_of_images():
         ({"max_dets": (0, 10)}, "from 1"),
         ({"area_ranges": {"s": (32, 0)}}, r"area_ranges\.s: expected \[smallest, largest\]"),
         ({"area_ranges": {"s": (32,)}}, r"got \[32\]"),
+        ({"area_ranges": {"50": (0, 400)}}, "area_ranges: .* got two of the name AP50"),
+        ({"area_ranges": {"s": (0, 9), "s1": (9, 99)}, "max_dets": (1, 11), "target": "proposals"}, "name ARs11"),
     ],
 )
 def test_config_refuses_invalid_values(arguments, words):
