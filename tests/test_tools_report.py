@@ -31,6 +31,13 @@ def test_report_of_a_run_and_against_itself(run_tool, shapes_dataset, tmp_path):
     assert suspects["annotations"] and "proposed by the detector" in page
     assert len(suspects["annotations"]) == len(list(csv.DictReader((folder / "suspects.csv").open())))
 
+    done = run_tool("report.py", "run=run", "against=run", "evaluation.max_dets=[1,10,50]", "tta.flip=true")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("results in run/eval/best_tta\n") == done.stdout.count("AR50") == 2  # of both
+    assert "AP of run - AP of run is +0.000, 95 % interval +0.000 to +0.000" in (folder / "index.html").read_text()
+    refused = run_tool("report.py", "run=run", "against=nowhere")
+    assert refused.returncode == 2 and "got nowhere, which does not exist" in refused.stderr and not refused.stdout
+
 
 def test_a_report_that_fails_does_not_end_the_run(run_tool, shapes_dataset, tmp_path, monkeypatch):
     def fail(*arguments: object) -> None:

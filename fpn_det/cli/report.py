@@ -13,7 +13,7 @@ Examples:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fpn_det import api
@@ -24,15 +24,19 @@ from fpn_det.config import EvalConfig
 from fpn_det.report.analysis import Analysis, analyze, compare
 from fpn_det.run_report import write_run_report
 from fpn_det.runs.checkpoint import find_checkpoint, run_folder_of
-from fpn_det.runs.settings_diff import affects_results, differing, read_settings
+from fpn_det.runs.settings_diff import affects_results, differing, read_settings, setting_of
 from fpn_det.terminal import shown_path
+
+# Words that hold for both detectors of a comparison. The metrics are those of the first one.
+SHARED = ("split", "data", "device", "precision", "weights", "tta", "tile", "allow_targets")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig(EvalConfig):
     """Settings of the run or checkpoint, and the run to compare it with."""
 
-    against: str | None = None  # run folder; its best checkpoint is evaluated on its own settings
+    # run folder, whose best checkpoint is evaluated in the same way, with its own model and preprocessing
+    against: str | None = None
 
 
 def main() -> None:
@@ -51,15 +55,17 @@ def report(config: ReportConfig, words: Sequence[str]) -> None:
     path, state = find_checkpoint(config.run, config.checkpoint)
     run = run_folder_of(path)
     against = None
+    # before the first evaluation, which may take long
+    other_config = None if config.against is None else _config_of_other(config, config.against, words)
     analysis = _analyze(config)
-    if config.against is not None:
+    if other_config is not None:
+        other = _analyze(other_config)
+        name = Path(str(config.against)).name
         _, other_state = find_checkpoint(config.against, None)
-        shared = [word for word in words if word.startswith(("split=", "data.", "device=", "allow_targets="))]
-        other_words = [literal("run", config.against), *shared]
-        other = _analyze(compose_as(EvalConfig, "eval", other_words, read_saved(other_state["config"])))
-        name = Path(config.against).name
         changed = differing([read_settings(one["config"]) for one in (state, other_state)])
-        same_settings = all(setting.split(".")[-1] == "seed" for setting in changed if affects_results(setting))
+        same_settings = config.model == other_config.model and all(
+            setting.split(".")[-1] == "seed" for setting in changed if affects_results(setting)
+        )
         against = name, other, compare(analysis, other, same_settings)
         print(against[2].verdict(run.name, name))
     suffix = "" if config.split == "val" else f"_{config.split}"
@@ -67,6 +73,14 @@ def report(config: ReportConfig, words: Sequence[str]) -> None:
     splits = {str(config.split): analysis.annotations}
     page = write_run_report(run, run / f"report{suffix}", analysis, splits, state["config"], checkpoint, against)
     print(f"written: {shown_path(page)}")
+
+
+def _config_of_other(config: ReportConfig, run: str, words: Sequence[str]) -> EvalConfig:
+    """The settings of the evaluation of the other run, on the same images and with the same metrics."""
+    _, state = find_checkpoint(run, None)
+    shared = [word for word in words if setting_of(word).split(".")[0] in SHARED]
+    own = compose_as(EvalConfig, "eval", [literal("run", run), *shared], read_saved(state["config"]))
+    return replace(own, evaluation=config.evaluation)
 
 
 def _analyze(config: EvalConfig) -> Analysis:
