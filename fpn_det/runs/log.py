@@ -40,6 +40,7 @@ from fpn_det.terminal import PLAIN_WIDTH, SafeConsole, printable, replace_unenco
 T = TypeVar("T")
 
 CLASSES_PER_COLUMN = 20
+METRICS_PER_TABLE = 8  # more are cut where a line has 80 characters
 SLOW_DATA = 0.3  # fraction of the time spent waiting for data above which a warning is logged
 
 
@@ -266,15 +267,17 @@ class TimeLeft(ProgressColumn):
 
 
 def metrics_table(evaluation: Evaluation) -> Columns:
-    """Lay out AP and AR metrics in two tables, side by side if the width suffices."""
+    """Lay out AP and AR metrics in tables, side by side if the width suffices."""
     tables = []
     for kind in ("AP", "AR"):
-        row = {name: value for name, value in evaluation.metrics.items() if name.startswith(kind)}
-        if not row:
-            continue
-        table = _table(*row)
-        table.add_row(*[_metric(value) for value in row.values()])
-        tables.append(table)
+        names = [name for name in evaluation.metrics if name.startswith(kind)]
+        count = -(-len(names) // METRICS_PER_TABLE)
+        size = -(-len(names) // max(count, 1))
+        for start in range(0, len(names), max(size, 1)):
+            part = names[start : start + size]
+            table = _table(*part)
+            table.add_row(*(_metric(evaluation.metrics[name]) for name in part))
+            tables.append(table)
     return Columns(tables)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fpn_det.evaluation.coco import Evaluation
+from fpn_det.evaluation.config import EvaluationConfig
 from fpn_det.evaluation.detection_table import DetectionTable
 from fpn_det.runs.log import RunLog
 from fpn_det.runs.meters import Pace
@@ -124,6 +126,15 @@ def test_log_table_holds_all_classes(tmp_path):
         log.evaluation(10, evaluation_of(0.5, num_classes=80))
     text = (tmp_path / "log.txt").read_text()
     assert all(f"[class] {k} " in text for k in range(80))
+
+
+def test_log_table_of_proposals_is_whole_on_80_columns(tmp_path):
+    names = EvaluationConfig((100, 300, 1000), target="proposals").metric_names
+    evaluation = replace(evaluation_of(0.5), metrics=dict.fromkeys(names, 0.125), per_class={})
+    with RunLog(tmp_path, Ranks(), Console(file=io.StringIO(), width=80)) as log:
+        log.evaluation(10, evaluation)
+    words = (tmp_path / "log.txt").read_text().split()
+    assert len(names) == 12 == words.count("0.125") and set(names) <= set(words)
 
 
 def test_log_curves_are_monotonic_after_a_resume(tmp_path):
