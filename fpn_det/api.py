@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from fpn_det.composition import compose, compose_as, from_saved, literal, read_saved
-from fpn_det.config import PRECISIONS, EvalConfig, is_exported
+from fpn_det.config import PRECISIONS, DetectorConfig, EvalConfig, is_exported
 from fpn_det.errors import translate_system_errors
 from fpn_det.evaluation.coco import Evaluation
 from fpn_det.evaluation.evaluate import WeightsKind, write_evaluation
@@ -37,6 +37,7 @@ from fpn_det.runs import bad_files
 from fpn_det.runs.checkpoint import checkpoint_of, fill_model, find_checkpoint, remark_on, run_folder_of
 from fpn_det.runs.folder import choose_folder
 from fpn_det.runs.log import RunLog
+from fpn_det.runs.settings_diff import Flat, affects_results, differing, read_settings
 from fpn_det.runtime import pick_device, process_group
 from fpn_det.schema import did_you_mean
 from fpn_det.structures import ScoreThresholds
@@ -108,8 +109,10 @@ def evaluate(config: EvalConfig | str | Path, overrides: str | Sequence[str] = (
     """
     if not isinstance(config, EvalConfig):
         config = _eval_config(Path(config), [overrides] if isinstance(overrides, str) else overrides)
-    exported = open_exported(config.checkpoint, config.allow_targets) if is_exported(config.checkpoint) else None
-    if exported:
+    exported: ExportedDetector | None = None
+    trained: DetectorConfig
+    if is_exported(config.checkpoint):
+        exported, trained = open_exported(config.checkpoint, config.allow_targets)
         if config.tiling is not None:
             check_tiles(exported)
         path = exported.file.path
@@ -117,9 +120,10 @@ def evaluate(config: EvalConfig | str | Path, overrides: str | Sequence[str] = (
         state = asdict(about) | {"progress": {"step": about.step}}
     else:
         path, state = find_checkpoint(config.run, config.checkpoint)
+        trained = from_saved(state["config"], str(path), config.allow_targets)
     suffix = "" if config.split == "val" else f"_{config.split}"
     suffix += "" if config.tta == Views() else "_tta"
-    if config.tiling != from_saved(state["config"], str(path), config.allow_targets).tiling:
+    if config.tiling != trained.tiling:
         suffix += f"_tile{config.tiling.size}" if config.tiling else "_whole"
     suffix += "_proposals" if config.evaluation.target == "proposals" else ""
     folder = run_folder_of(path) / "eval" / f"{path.name if exported else path.stem}{suffix}"
@@ -148,7 +152,8 @@ def evaluate(config: EvalConfig | str | Path, overrides: str | Sequence[str] = (
             evaluation = evaluate_model(model, batches, annotations, config.evaluation, dtype, config.tta)  # type: ignore[arg-type]
             step = state["progress"]["step"]
             if ranks.is_main:
-                write_evaluation(folder, evaluation, annotations, step, path.name, weights)
+                changed = _changed_settings(trained, config)
+                write_evaluation(folder, evaluation, annotations, step, path.name, weights, changed)
             log.evaluation(step, evaluation)
             log.info(f"{weights} weights of {shown_path(path)}\nresults in {shown_path(folder)}")
     return evaluation
@@ -195,11 +200,10 @@ def load(
         if remark := remark_on(path):
             print(remark, file=sys.stderr)
     if is_exported(path):
-        exported = open_exported(path, allow_targets)
+        exported, settings = open_exported(path, allow_targets)
         about = exported.file.metadata
-        config = from_saved(about.config, str(path), allow_targets)
         return build_predictor(
-            config,
+            settings,
             exported,
             about.class_names,
             pick_device("cpu"),
@@ -259,6 +263,14 @@ def _experiment(name: str | Path) -> TrainConfig:
             f"{did_you_mean(str(name), known)} fpn-det runs lists the runs, fpn-det experiments the experiments."
         )
     return compose([f"experiment={name}"])
+
+
+def _changed_settings(trained: DetectorConfig, config: DetectorConfig) -> Flat:
+    """The settings of detector, data and evaluation that are others than in the training, with their values."""
+    before, now = (read_settings(one.to_yaml()) for one in (trained, config))
+    parts = {item.name for item in fields(DetectorConfig)} - {"device"}
+    names = [name for name in differing([before, now]) if name.split(".")[0] in parts and affects_results(name)]
+    return {name: now.get(name) for name in names}
 
 
 def _eval_config(source: Path, overrides: Sequence[str]) -> EvalConfig:

@@ -40,6 +40,13 @@ def test_train_then_eval_then_train_again_with_the_same_settings(run_tool, shape
     assert found["weights"] == "ema"
     assert (run / "metrics.json").read_text() == before
 
+    assert found["changed_settings"] == expected["changed_settings"] == {}
+    other = run_tool("eval.py", "run=runs/demo", "model.roi_head.test_filter.score_threshold=0.3", "data.num_workers=1")
+    assert other.returncode == 0, other.stderr
+    changed = read(run / "eval" / "best")["changed_settings"]
+    assert changed == {"model.roi_head.test_filter.score_threshold": 0.3}
+    run_tool("eval.py", "run=runs/demo")
+
     augmented = run_tool("eval.py", "run=runs/demo", "tta.scales=[0.5,1]", "tta.flip=true")
     assert augmented.returncode == 0, augmented.stderr
     assert read(run / "eval" / "best_tta")["AP"] is not None and read(run / "eval" / "best") == found

@@ -239,7 +239,7 @@ def _read_headers(folder: PredictionFolder, videos: Sequence[int]) -> dict[int, 
 def _open(config: PredictConfig) -> tuple[Path, dict[str, Any], Detector | ExportedDetector, torch.device]:
     """The file that is asked for, what it says about itself, and its detector with the device to run it on."""
     if is_exported(config.checkpoint):
-        exported = open_exported(config.checkpoint, config.allow_targets)
+        exported, _ = open_exported(config.checkpoint, config.allow_targets)
         return exported.file.path, asdict(exported.file.metadata), exported, pick_device("cpu")
     path, state = find_checkpoint(config.run, config.checkpoint)
     model = config.build_model(len(state["class_names"]))

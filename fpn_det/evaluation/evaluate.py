@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -203,6 +203,7 @@ def write_evaluation(
     step: int,
     checkpoint: str,
     weights: WeightsKind,
+    changed: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an evaluation to `folder`: `metrics.json`, `predictions.json`, and one line appended to `metrics.jsonl`.
 
@@ -213,6 +214,7 @@ def write_evaluation(
         step: training steps of the weights.
         checkpoint: file name of the weights.
         weights: `ema` for the moving average of the weights, `exported` for a file of fpn-det export.
+        changed: settings that are others than in the training of the weights, by name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     record = {
@@ -222,6 +224,7 @@ def write_evaluation(
         "weights": weights,
         "num_images": evaluation.num_images,
         "engine": evaluation.engine,
+        "changed_settings": changed or {},
         "score_thresholds": evaluation.score_thresholds and asdict(evaluation.score_thresholds),
         "per_class": evaluation.per_class,
     }

@@ -108,7 +108,7 @@ def export(config: ExportConfig, say: Callable[[str], None] = print) -> Path:
             _calibration(config, state["class_names"], detector.stride, size) if config.precision == "int8" else []
         )
         write(program, config.format, unfinished, metadata, calibration)
-        exported = open_exported(unfinished, config.allow_targets)
+        exported, _ = open_exported(unfinished, config.allow_targets)
         _prove(detector, exported, annotations, config, say)
         for file in Path(folder).iterdir():
             file.replace(path.parent / file.name)
@@ -136,8 +136,8 @@ def settings_of(config: ExportConfig, run: DetectorConfig) -> str:
     return replace(run, **changed).to_yaml()
 
 
-def open_exported(path: str | Path, allow_targets: Sequence[str] = ()) -> ExportedDetector:
-    """Open an exported file as a detector.
+def open_exported(path: str | Path, allow_targets: Sequence[str] = ()) -> tuple[ExportedDetector, DetectorConfig]:
+    """Open an exported file as a detector, and read its settings.
 
     Args:
         path: the file.
@@ -148,7 +148,7 @@ def open_exported(path: str | Path, allow_targets: Sequence[str] = ()) -> Export
     """
     file = ExportedFile(path)
     config = from_saved(file.metadata.config, str(path), allow_targets)
-    return ExportedDetector(file, config.build_model(len(file.metadata.class_names)))
+    return ExportedDetector(file, config.build_model(len(file.metadata.class_names))), config
 
 
 def _calibration(
