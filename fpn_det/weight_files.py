@@ -34,6 +34,7 @@ SAFETENSORS = ".safetensors"
 SUFFIXES = (".pth", ".pt", SAFETENSORS)
 DESCRIBED = "fpn_det weights 1"  # `format` of the metadata of a safetensors file that describes its detector
 TIMM, PIP = "timm/", "pip/"
+TIMEOUT_S = 30.0  # how long a server may send nothing
 TIMM_EXTRA = "expected the package timm, got none. Install it: pip install 'fpn_det[timm]'."
 Channels = tuple[float, float, float]  # a value for red, green and blue
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,})\.\w+$")  # torchvision and timm name files after their SHA-256
@@ -200,7 +201,7 @@ def _download(url: str, path: Path, sha256: str | None) -> None:
     request = urllib.request.Request(url, headers={"User-Agent": "fpn_det"})  # some servers refuse that of urllib
     try:
         with (
-            urllib.request.urlopen(request) as answer,
+            urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer,
             partial.open("wb") as file,
             Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress,
         ):

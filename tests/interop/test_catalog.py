@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +17,7 @@ import torchvision
 from compare import assert_close
 from torch import Tensor, nn
 
-from fpn_det import api
+from fpn_det import api, weight_files
 from fpn_det.composition import compose
 from fpn_det.data.transforms import ResizeShortestSide
 from fpn_det.interop import catalog
@@ -45,6 +46,19 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     folder.mkdir()
     with serving(partial(SimpleHTTPRequestHandler, directory=str(folder))) as url:
         yield url, folder
+
+
+class Stalls(BaseHTTPRequestHandler):
+    """Sends 100 of 1000 bytes, and no more within two seconds."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(bytes(100))
+        self.wfile.flush()
+        time.sleep(2)
+        self.close_connection = True
 
 
 class ClosesEarly(BaseHTTPRequestHandler):
@@ -172,6 +186,17 @@ def test_a_file_whose_connection_ends_early_is_refused_and_not_kept(name: str, w
             catalog.locate(V2, "init_from")
     path = catalog.PUBLISHED[V2].path
     assert [file.name for file in path.parent.iterdir()] == [f"{name}.lock"]
+
+
+def test_a_server_that_sends_nothing_more_is_given_up(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(weight_files, "TIMEOUT_S", 0.2)
+    with serving(Stalls) as url:
+        publish(monkeypatch, V2, f"{url}/slow.pth")
+        with pytest.raises(
+            ValueError, match=r"^init_from: no file at .*slow.pth, and .* could not be fetched \(timed out\)"
+        ):
+            catalog.locate(V2, "init_from")
 
 
 def test_the_rest_of_a_killed_download_is_replaced(server, tmp_path: Path, monkeypatch):
