@@ -12,6 +12,8 @@ Examples:
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Sequence
 
 from fpn_det.cli.launch import argument, launch
@@ -26,6 +28,8 @@ def main() -> None:
 
 def export_checkpoint(config: ExportConfig, words: Sequence[str]) -> None:
     """Export; the proof is printed."""
+    # otherwise a cluster's signal would leave the folder of the unfinished file
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     export(config)
 
 
