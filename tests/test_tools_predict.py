@@ -20,7 +20,7 @@ from fpn_det.evaluation.detection_table import DetectionTable
 from fpn_det.image_io import image_size
 from fpn_det.inference import folder as folders
 from fpn_det.inference import predictor, video
-from fpn_det.inference.folder import JOURNAL, drawing_names
+from fpn_det.inference.folder import JOURNAL, PredictionFolder, drawing_names
 from fpn_det.inference.video import read_frames, read_header
 
 
@@ -231,6 +231,16 @@ def test_the_console_says_which_score_applies(run, run_tool, shapes_dataset):
 def test_wrong_input_ends_in_one_sentence(run, run_tool, words, message):
     result = predict(run_tool, run, *words)
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_refused_command_does_not_stand_in_the_way_of_the_next(run, run_tool, shapes_dataset, tmp_path):
+    source = f"source={next((shapes_dataset / 'val2017').glob('*'))}"
+    refused = predict(run_tool, run, source, "classes=[stone]")
+    assert refused.returncode == 2 and "classes: expected some of" in refused.stderr
+    assert not (tmp_path / "predictions").exists()
+    PredictionFolder(tmp_path / "predictions", [Path("other.jpg")], {})  # refused while it detects, by another
+    done = predict(run_tool, run, source)
+    assert done.returncode == 0, done.stderr
 
 
 def test_pictures_of_all_files_have_names_of_their_own():

@@ -114,11 +114,12 @@ def predict(config: PredictConfig, words: Sequence[str]) -> None:
     if len(files) < len(found):
         say(console, f"{len(found) - len(files)} drawings of earlier predictions in {config.out} are left out.")
 
+    selection = predictor.selection(config.score, config.classes, config.max_detections)
+    preprocessing = predictor.preprocessing_with(config.size)
     settings = asdict(config) | {"checkpoint": str(path), "step": state["step"], "device": None}
     settings["data"] = {"eval_batch_size": config.data.eval_batch_size, "eval_transforms": config.data.eval_transforms}
     folder = PredictionFolder(Path(config.out), files, settings)
-    selection = predictor.selection(config.score, config.classes, config.max_detections)
-    job = _Job(predictor, selection, predictor.preprocessing_with(config.size), folder, config.draw)
+    job = _Job(predictor, selection, preprocessing, folder, config.draw)
     _predict_rest(job, videos, console)
 
     summary = folder.finish(predictor.class_names, predictor.category_ids)

@@ -86,15 +86,15 @@ class PredictionFolder:
         self._journal = folder / JOURNAL
         header = json.dumps({"files": [str(file) for file in files], "settings": settings}, sort_keys=True) + "\n"
         folder.mkdir(parents=True, exist_ok=True)
-        if self._journal.is_file():
-            self._continue(header)
-        else:
+        if not self._journal.is_file() or not self._continue(header):
             self._journal.write_text(header, encoding="utf-8")
 
-    def _continue(self, header: str) -> None:
-        """Read what is done from the journal, and cut off what is incomplete."""
+    def _continue(self, header: str) -> bool:
+        """Read what is done from the journal, and cut off what is incomplete. False where nothing was done with other settings."""
         with self._journal.open("r+b") as journal:
             if journal.readline() != header.encode():
+                if not journal.read(1):  # such as after a refusal
+                    return False
                 raise ValueError(
                     f"out: expected a folder of the same files and settings, got unfinished predictions of others in {self.folder}. "
                     f"Choose another folder, or delete {self._journal}."
@@ -108,6 +108,7 @@ class PredictionFolder:
             if self._begun:  # one video at most, and nothing follows it
                 self.interrupted, place = self._begun.popitem()
             journal.truncate(place)
+        return True
 
     def _note(self, entry: Entry, place: int) -> None:
         begin = self._begun.setdefault(entry.number, place)
