@@ -161,7 +161,7 @@ class EvalConfig(DetectorConfig):
     """Evaluation of a trained detector. Model, data and preprocessing are those of its run."""
 
     run: str | None = None  # run folder, whose best checkpoint is evaluated; or
-    checkpoint: str | None = None  # checkpoint or exported file
+    checkpoint: str | None = None  # checkpoint file; for eval and predict also an exported file
     split: Literal["train", "val", "test"] = "val"
     weights: Literal["auto", "ema", "raw"] = "auto"  # auto = the moving average if the checkpoint has one
     tta: Views = field(default_factory=Views)  # test-time augmentation

@@ -70,6 +70,15 @@ def test_help_of_train_shows_experiments_groups_and_twenty_settings_with_meaning
         assert f"{name}={item.default}" in text
 
 
+@pytest.mark.parametrize("command", help_texts.OF_A_RUN)
+def test_help_of_a_command_for_a_run_shows_its_own_defaults_only(command):
+    options, settings = help_texts.command_help(command).split("\nSettings of the run that are changed most often:\n")
+    assert "\n  run=null " in options and "data.root=datasets/coco" not in settings
+    assert ("\n  tta.scales=[1.0] " in options) == (command in ("eval", "predict", "report"))
+    assert ("\n  split=val " in options) == (command in ("eval", "report", "show-pyramid"))
+    assert ("\n  precision=fp32 " in options) == (command == "export")
+
+
 def test_defaults_in_the_help_are_those_of_a_run():
     config = compose()
     for name in help_texts.FIRST_SETTINGS:

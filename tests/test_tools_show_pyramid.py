@@ -32,6 +32,14 @@ def test_pictures_of_the_split_and_of_a_file(run, run_tool, shapes_dataset, tmp_
     assert [path.name for path in (tmp_path / "elsewhere").glob("*.png")] == ["val2017_000003.png"]
 
 
+@pytest.mark.parametrize(
+    ("word", "refusal"), [("tta.flip=true", "tta: expected"), ("tile.size=50", "tile.size: expected")]
+)
+def test_views_and_tiles_that_are_not_drawn_are_refused(run, run_tool, word, refusal):
+    refused = run_tool("show_pyramid.py", "run=run", word)
+    assert refused.returncode == 2 and refused.stderr.startswith(refusal)
+
+
 def test_images_of_one_name_in_two_folders_have_pictures_of_their_own(run, run_tool, shapes_dataset, tmp_path):
     root = tmp_path / "cameras"
     shutil.copytree(shapes_dataset, root)

@@ -7,7 +7,7 @@ import shutil
 import textwrap
 from collections.abc import Iterable
 
-from fpn_det.cli.declarations import CONFIGS, declarations, describe_setting, experiments
+from fpn_det.cli.declarations import CONFIGS, class_of_field, declarations, describe_setting, experiments
 from fpn_det.locations import PACKAGE
 
 # Commands by group, in the order in which they are needed.
@@ -61,11 +61,24 @@ FIRST_SETTINGS = (
     "init_from",
 )
 # Of those, the ones that matter where nothing is trained.
-EVAL_SETTINGS = ("data.root", "data.num_workers", "data.eval_batch_size", "precision", "device")
+EVAL_SETTINGS = (
+    "data.root",
+    "data.num_workers",
+    "data.eval_batch_size",
+    "tile.size",
+    "tile.overlap",
+    "precision",
+    "device",
+)
 DATA_SETTINGS = ("data.root", "data.classes", "data.val_fraction", "data.on_error")
-COMPOSED = {"train": FIRST_SETTINGS, "eval": EVAL_SETTINGS, "predict": EVAL_SETTINGS, "report": EVAL_SETTINGS,
-            "show-pyramid": EVAL_SETTINGS, "export": EVAL_SETTINGS[:2],
+COMPOSED = {"train": FIRST_SETTINGS, "eval": EVAL_SETTINGS, "predict": EVAL_SETTINGS[1:], "report": EVAL_SETTINGS,
+            "show-pyramid": ("data.root", "device"), "export": EVAL_SETTINGS[:2],
             "check-data": DATA_SETTINGS, "show-data": DATA_SETTINGS}  # fmt: skip
+# Commands that take all settings from a run.
+OF_A_RUN = ("eval", "predict", "report", "show-pyramid", "export")
+# Options of these that are not the settings of the same name, and inherited ones that a command does not use.
+OWN = {"run", "precision"}
+UNUSED = {"predict": {"split", "timeout_minutes"}, "show-pyramid": {"tta", "precision", "timeout_minutes"}}
 GROUP_CHOICES = ("data", "backbone", "neck", "optimizer", "schedule")
 
 
@@ -102,9 +115,10 @@ def command_help(command: str) -> str:
     if command in OPTIONS:
         parts.append("Options:\n" + format_rows(_own_options(command)))
     if command in COMPOSED:
-        parts.append(
-            "Settings that are changed most often, with their defaults:\n" + format_rows(_settings(COMPOSED[command]))
-        )
+        of_a_run = command in OF_A_RUN
+        title = f"Settings {'of the run ' if of_a_run else ''}that are changed most often"
+        rows = format_rows(_settings(COMPOSED[command], with_defaults=not of_a_run))
+        parts.append(f"{title}{'' if of_a_run else ', with their defaults'}:\n{rows}")
         parts.append(_wrapped("`fpn-det settings [word]` lists all settings; --cfg job prints them with their values."))
     return "\n\n".join(parts)
 
@@ -136,19 +150,23 @@ def _options(group: str) -> str:
 
 
 def _own_options(command: str) -> Iterable[tuple[str, str]]:
-    inherited = set(declarations(TRAIN_CONFIG)) if command in COMPOSED else set()
-    own = {"run", "resume"} if command in ("eval", "predict", "report", "show-pyramid") else set()
+    hidden = {"overrides"}
+    if command in COMPOSED:
+        hidden |= set(declarations(TRAIN_CONFIG)) - (OWN - set(COMPOSED[command]))
     for name, item in declarations(OPTIONS[command]).items():
-        if name == "overrides" or name in inherited - own:
+        if name in hidden | UNUSED.get(command, set()):
             continue
-        default = "<required>" if item.default is None else item.default
-        yield f"{name}={default}", item.describe()
+        parts = declarations(class_of_field(OPTIONS[command], name)) if item.default == "" else {name: item}
+        for part in parts.values():
+            default = "<required>" if part.default is None else part.default
+            place, meaning = (name, "") if part is item else (f"{name}.{part.name}", f"{item.describe()}: ")
+            yield f"{place}={default}", meaning + part.describe()
 
 
-def _settings(names: Iterable[str]) -> Iterable[tuple[str, str]]:
+def _settings(names: Iterable[str], with_defaults: bool) -> Iterable[tuple[str, str]]:
     for name in names:
         if item := describe_setting(name):
-            yield f"{name}={item.default}", item.describe()
+            yield f"{name}={item.default if with_defaults else ''}", item.describe()
 
 
 def format_rows(rows: Iterable[tuple[str, str]], left: int = 34) -> str:

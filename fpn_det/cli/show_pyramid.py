@@ -23,6 +23,7 @@ from fpn_det.config import EvalConfig
 from fpn_det.inference.folder import drawing_names
 from fpn_det.inference.predictor import build_predictor
 from fpn_det.models.detector import Detector
+from fpn_det.models.views import Views
 from fpn_det.runs.checkpoint import fill_model, find_checkpoint, run_folder_of
 from fpn_det.runtime import pick_device
 from fpn_det.schema import Count
@@ -48,7 +49,19 @@ def main() -> None:
 
 
 def show_pyramid(config: ShowPyramidConfig, words: Sequence[str]) -> None:
-    """Write the panel of each image, and the page with all of them."""
+    """Write the panel of each image, and the page with all of them.
+
+    Raises:
+        ValueError: views or tiles are asked for, whose inside is not drawn.
+    """
+    if config.tta != Views():
+        raise ValueError(
+            "tta: expected the image as it is, of which the inside is drawn, got other views. Leave it out."
+        )
+    if isinstance(config.tile.size, int):
+        raise ValueError(
+            f"tile.size: expected whole images, of which the inside is drawn, got {config.tile.size}. Leave it out."
+        )
     path, state = find_checkpoint(config.run, config.checkpoint)
     device = pick_device(config.device)
     model = config.build_model(len(state["class_names"]))
