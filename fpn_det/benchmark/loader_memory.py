@@ -1,6 +1,7 @@
 """Memory of a training loader and its workers, and its growth with the size of the data set.
 
-Measured as the sum of the proportional set sizes (PSS): a page that n processes share counts as 1/n in each.
+Measured as the sum of the proportional set sizes (PSS): a page that n processes share counts as 1/n in each. Pages of files, such
+as libraries, are left out: their share depends on what else runs on the machine.
 """
 
 from __future__ import annotations
@@ -97,4 +98,4 @@ def _family(pid: int) -> list[int]:
 
 def _pss_mib(pid: int) -> float:
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
