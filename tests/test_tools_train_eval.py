@@ -90,6 +90,8 @@ def test_train_then_eval_then_train_again_with_the_same_settings(run_tool, shape
         ("train.py", ["experiment=demo", "data.root=nowhere"], "nowhere"),
         ("train.py", ["run=nowhere"], "run: expected the folder of a run, got nowhere"),
         ("eval.py", [], "expected either run=<folder> or checkpoint=<file>"),
+        ("eval.py", ["checkpoint=."], "expected a file, got the folder .. Set run=<folder>"),
+        ("eval.py", [f"run={__file__}"], f"got the file {__file__}. Set checkpoint=<file>"),
         ("eval.py", ["checkpoint=nowhere.pt"], "nowhere.pt: expected a checkpoint, got no such file."),
     ],
 )

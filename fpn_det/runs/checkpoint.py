@@ -80,6 +80,8 @@ def find_checkpoint(run: str | None, file: str | None) -> tuple[Path, dict[str, 
     """
     if (run is None) == (file is None):
         raise ValueError("checkpoint: expected either run=<folder> or checkpoint=<file>.")
+    if file and Path(file).is_dir():
+        raise ValueError(f"checkpoint: expected a file, got the folder {file}. Set run=<folder> for the best of a run.")
     path = Path(file) if file else checkpoint_of(Path(run or ""))
     stat = path.stat() if path.is_file() else None
     return path, _load_once(path, stat and (stat.st_mtime_ns, stat.st_ino))
@@ -99,6 +101,8 @@ def checkpoint_of(run: Path) -> Path:
     Raises:
         ValueError: there is no such folder, or no checkpoint in it yet.
     """
+    if run.is_file():
+        raise ValueError(f"run: expected the folder of a run, got the file {run}. Set checkpoint=<file> instead.")
     if not run.is_dir():
         raise ValueError(
             f"run: expected the folder of a run, got {run}, which does not exist. fpn-det runs lists all runs."
