@@ -122,7 +122,7 @@ def remark_on(checkpoint: Path) -> str:
 
 def run_folder_of(checkpoint: Path) -> Path:
     """Return the run folder of a checkpoint; for a file outside of a run folder, its parent folder."""
-    folder = checkpoint.parent
+    folder = checkpoint.parent if checkpoint.parent.name else Path.cwd()  # `best.pt` in its own folder
     return folder.parent if folder.name == "checkpoints" else folder
 
 

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from fpn_det.runs.checkpoint import CheckpointFolder, assert_plain, load_checkpoint, save_checkpoint
+from fpn_det.runs.checkpoint import (
+    CheckpointFolder,
+    assert_plain,
+    load_checkpoint,
+    run_folder_of,
+    save_checkpoint,
+)
 
 
 def state(step: int) -> dict:
@@ -96,6 +102,16 @@ def test_load_runs_no_code(tmp_path):
     with pytest.raises(ValueError, match="damaged or foreign file"):
         load_checkpoint(tmp_path / "bad.pt")
     assert not (tmp_path / "touched").exists()
+
+
+def test_the_run_folder_of_a_checkpoint_is_found_from_everywhere(tmp_path, monkeypatch):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    monkeypatch.chdir(checkpoints)
+    assert run_folder_of(Path("best.pt")) == run_folder_of(checkpoints / "best.pt") == tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    assert run_folder_of(Path("run/checkpoints/best.pt")) == Path("run")
+    assert run_folder_of(Path("model.pt")) == tmp_path
 
 
 def test_folder_keeps_the_last_and_the_best(tmp_path):
