@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +23,7 @@ import numpy as np
 from fpn_det.inference.images import is_video
 from fpn_det.inference.prediction import Prediction
 from fpn_det.inference.video import VideoWriter
+from fpn_det.locations import below_common_folder
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -211,15 +211,10 @@ def without_drawings(files: Sequence[Path], folder: Path) -> list[Path]:
 
 def drawing_names(files: Sequence[Path]) -> list[Path]:
     """Return a distinct relative path for the drawing of each file: that below the common folder of all files."""
-    places = [Path(os.path.abspath(file)) for file in files]  # without `..`, which would lead out of the folder
-    parents = [place.parent for place in places]
-    common = parents[0]
-    while not all(parent.is_relative_to(common) for parent in parents):
-        common = common.parent
     names: dict[Path, None] = {}
-    for place in places:
+    for place in below_common_folder(files):
         suffix = ".mp4" if is_video(place) else ".jpg"
-        name = place.relative_to(common).with_suffix(suffix)
+        name = place.with_suffix(suffix)
         while name in names:  # a.png beside a.jpg
             name = name.with_name(f"{name.stem}_{place.suffix.lstrip('.')}{suffix}")
         names[name] = None

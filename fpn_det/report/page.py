@@ -26,7 +26,7 @@ from fpn_det.report.galleries import (
     missed_objects,
     worst_images,
 )
-from fpn_det.report.tables import class_rows, error_rows, suspect_rows
+from fpn_det.report.tables import class_rows, error_rows, gain_column, suspect_rows
 
 LISTED = 100  # suspects on the page; the files have all
 UNFOLDED = 20  # of them
@@ -76,7 +76,7 @@ def write_report(
         _classes(classes),
         _curves(analysis),
         _confusion(analysis),
-        _errors(errors),
+        _errors(errors, gain_column(analysis)),
         _levels(analysis),
     ]
     parts += [_galleries(analysis), _suspects(analysis), _history(facts.scalars), _data_sets(facts)]
@@ -164,13 +164,13 @@ def _confusion(analysis: Analysis) -> str:
     return f"<h2>Confusion matrix</h2>{shown}{hint(text)}"
 
 
-def _errors(rows: Sequence[Mapping[str, Any]]) -> str:
+def _errors(rows: Sequence[Mapping[str, Any]], gain: str) -> str:
     tables = []
     for kind in dict.fromkeys(row["by"] for row in rows):
         mine = [row for row in rows if row["by"] == kind]
         groups, types = (dict.fromkeys(row[name] for row in mine) for name in ("group", "type"))
         cells = [
-            [escape(group), *(f"{cell(row['AP50 gained'])} ({row['count']})" for row in mine if row["group"] == group)]
+            [escape(group), *(f"{cell(row[gain])} ({row['count']})" for row in mine if row["group"] == group)]
             for group in groups
         ]
         tables.append(table((kind, *types), cells, sortable=True))
@@ -211,12 +211,12 @@ def _write_suspects(folder: Path, analysis: Analysis) -> None:
     """Write the suspects as CSV, and their proposed boxes as COCO JSON, which labelling tools import."""
     annotations, rows = analysis.annotations, suspect_rows(analysis)
     _write_csv(folder / "suspects.csv", rows)
-    shown = dict.fromkeys(suspect.image for suspect in analysis.suspects)
+    shown = {suspect.image: row["file"] for row, suspect in zip(rows, analysis.suspects, strict=True)}
     content = {
         "images": [
-            {"id": int(annotations.image_ids[row]), "file_name": annotations.path(row).name}
+            {"id": int(annotations.image_ids[row]), "file_name": file}
             | {"height": int(annotations.sizes[row, 0]), "width": int(annotations.sizes[row, 1])}
-            for row in shown
+            for row, file in shown.items()
         ],
         "categories": [
             {"id": number, "name": name}

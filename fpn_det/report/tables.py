@@ -11,6 +11,7 @@ from fpn_det.evaluation.bootstrap import Interval
 from fpn_det.evaluation.coco import mean_of_defined
 from fpn_det.evaluation.detection_table import xyxy_to_xywh
 from fpn_det.evaluation.error_types import MISSED, TYPES
+from fpn_det.locations import below_common_folder
 from fpn_det.report.analysis import Analysis
 
 Rows = list[dict[str, Any]]
@@ -44,6 +45,7 @@ def error_rows(analysis: Analysis) -> Rows:
     if levels.proposals is not None:
         groups += [("proposed by", name, levels.proposals == k, ~every[1]) for k, name in enumerate(levels.names)]
     rows: Rows = []
+    gain = gain_column(analysis)
 
     def add(kind: str, name: str, costs: NDArray, detections: NDArray[np.bool_], objects: NDArray[np.bool_]) -> None:
         """Add rows of a group, whose repair gains `costs` [6, K]."""
@@ -52,7 +54,7 @@ def error_rows(analysis: Analysis) -> Rows:
         for number, error in enumerate(TYPES):
             if kind != "proposed by" or number != MISSED:
                 row = {"by": kind, "group": name, "type": error, "count": int(counts[number])}
-                rows.append(row | {"AP50 gained": mean_of_defined(costs[number])})
+                rows.append(row | {gain: mean_of_defined(costs[number])})
 
     for kind, name, detections, objects in groups:
         add(kind, name, errors.costs(detections, objects), detections, objects)
@@ -63,16 +65,22 @@ def error_rows(analysis: Analysis) -> Rows:
     return rows
 
 
+def gain_column(analysis: Analysis) -> str:
+    """The name of the column of the AP that a repair gains, `AP50 gained`: it is that at the match IoU."""
+    return f"AP{100 * analysis.config.match_iou:g} gained"
+
+
 def suspect_rows(analysis: Analysis) -> Rows:
     """Annotations that look wrong, with the ids of the data set, the most suspicious first."""
     annotations, rows = analysis.annotations, []
+    files = below_common_folder([annotations.path(image) for image in range(len(annotations))])
     for rank, suspect in enumerate(analysis.suspects, start=1):
         x1, y1, x2, y2 = (round(value, 1) for value in suspect.box)
         is_new = suspect.annotation is None
         annotated = "" if is_new else annotations.class_names[int(annotations.labels[suspect.annotation])]
         rows.append(
             {"rank": rank, "suspicion": round(suspect.suspicion, 4), "kind": suspect.kind}
-            | {"image_id": int(annotations.image_ids[suspect.image]), "file": annotations.path(suspect.image).name}
+            | {"image_id": int(annotations.image_ids[suspect.image]), "file": str(files[suspect.image])}
             | {"annotation_id": "" if is_new else int(annotations.annotation_ids[suspect.annotation])}
             | {"annotated": annotated, "proposed": annotations.class_names[suspect.label]}
             | {"x1": x1, "y1": y1, "x2": x2, "y2": y2}

@@ -19,8 +19,8 @@ from fpn_det.evaluation.outcomes import CONFUSED, FALSE, HIT, MISSED, find_outco
 from fpn_det.models.roi_align import LevelAssigner
 from fpn_det.report.analysis import Analysis, analyze, compare, mistakes
 from fpn_det.report.levels import Levels, find_levels
-from fpn_det.report.tables import class_rows, error_rows
-from fpn_det.structures import ScoreThresholds
+from fpn_det.report.tables import class_rows, error_rows, suspect_rows
+from fpn_det.structures import ScoreThresholds, pack_paths
 
 MODEL = SimpleNamespace(assigner=LevelAssigner((4, 8, 16, 32)), neck=SimpleNamespace(strides=(4, 8, 16, 32, 64)))
 
@@ -96,6 +96,19 @@ def analysis_of(seed: int, error: float = 10.0) -> Analysis:
 @pytest.fixture(scope="module")
 def analysis() -> Analysis:
     return analysis_of(5)
+
+
+def test_suspects_name_their_images_below_the_common_folder(analysis):
+    paths = [f"/videos/seq{row}/1.jpg" for row in range(len(analysis.annotations))]
+    named = replace(analysis, annotations=replace(analysis.annotations, **pack_paths(paths)))
+    assert [row["file"] for row in suspect_rows(named)] == [f"seq{one.image}/1.jpg" for one in named.suspects]
+    assert len({one.image for one in named.suspects}) > 1
+
+
+@pytest.mark.parametrize(("match_iou", "name"), [(0.5, "AP50 gained"), (0.55, "AP55 gained")])
+def test_the_gain_of_a_repair_is_named_after_the_match_iou(analysis, match_iou, name):
+    rows = error_rows(replace(analysis, config=replace(analysis.config, match_iou=match_iou)))
+    assert {tuple(row) for row in rows} == {("by", "group", "type", "count", name)}
 
 
 def test_rows_of_classes_agree_with_the_matrix_the_metrics_and_the_pictures(analysis: Analysis):
