@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,7 +59,12 @@ def write_run_report(
         [[name, str(then.get(name, ABSENT)), str(version)] for name, version in now.items()],
         {**checkpoint, **speed},
     )
-    return write_report(folder, run.name, analysis, facts, against)
+    return write_report(folder, name_of(run), analysis, facts, against)
+
+
+def name_of(run: Path) -> str:
+    """Return the name of the folder of a run, also of `.`."""
+    return os.path.basename(os.path.abspath(run))
 
 
 def report_after_training(trainer: Trainer) -> None:

@@ -3,8 +3,12 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
+from pathlib import Path
 
 from tiny import TINY
+
+from fpn_det.run_report import name_of
 
 
 def test_report_of_a_run_and_against_itself(run_tool, shapes_dataset, tmp_path):
@@ -31,12 +35,19 @@ def test_report_of_a_run_and_against_itself(run_tool, shapes_dataset, tmp_path):
     assert suspects["annotations"] and "proposed by the detector" in page
     assert len(suspects["annotations"]) == len(list(csv.DictReader((folder / "suspects.csv").open())))
 
-    done = run_tool("report.py", "run=run", "against=run", "evaluation.max_dets=[1,10,50]", "tta.flip=true")
+    shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / "copy" / "run" / "checkpoints")
+    done = run_tool("report.py", "run=run", "against=copy/run", "evaluation.max_dets=[1,10,50]", "tta.flip=true")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("results in run/eval/best_tta\n") == done.stdout.count("AR50") == 2  # of both
-    assert "AP of run - AP of run is +0.000, 95 % interval +0.000 to +0.000" in (folder / "index.html").read_text()
+    assert all(f"results in {run}/eval/best_tta\n" in done.stdout for run in ("run", "copy/run"))
+    assert done.stdout.count("AR50") == 2  # of both
+    assert "AP of run - AP of copy/run is +0.000, 95 % interval +0.000 to +0.000" in (folder / "index.html").read_text()
     refused = run_tool("report.py", "run=run", "against=nowhere")
     assert refused.returncode == 2 and "got nowhere, which does not exist" in refused.stderr and not refused.stdout
+
+
+def test_a_run_has_a_name_from_within_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert name_of(Path()) == name_of(Path("deep/..")) == tmp_path.name and name_of(Path("runs/demo")) == "demo"
 
 
 def test_a_report_that_fails_does_not_end_the_run(run_tool, shapes_dataset, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from fpn_det.cli.launch import launch
 from fpn_det.composition import compose_as, literal, read_saved
 from fpn_det.config import EvalConfig
 from fpn_det.report.analysis import Analysis, analyze, compare
-from fpn_det.run_report import write_run_report
+from fpn_det.run_report import name_of, write_run_report
 from fpn_det.runs.checkpoint import find_checkpoint, run_folder_of
 from fpn_det.runs.settings_diff import affects_results, differing, read_settings, setting_of
 from fpn_det.terminal import shown_path
@@ -60,14 +60,16 @@ def report(config: ReportConfig, words: Sequence[str]) -> None:
     analysis = _analyze(config)
     if other_config is not None:
         other = _analyze(other_config)
-        name = Path(str(config.against)).name
+        title, name = name_of(run), name_of(Path(str(config.against)))
+        if name == title:
+            name = str(shown_path(Path(str(config.against))))
         _, other_state = find_checkpoint(config.against, None)
         changed = differing([read_settings(one["config"]) for one in (state, other_state)])
         same_settings = config.model == other_config.model and all(
             setting.split(".")[-1] == "seed" for setting in changed if affects_results(setting)
         )
         against = name, other, compare(analysis, other, same_settings)
-        print(against[2].verdict(run.name, name))
+        print(against[2].verdict(title, name))
     suffix = "" if config.split == "val" else f"_{config.split}"
     checkpoint = {"checkpoint": path.name, "step": str(state["progress"]["step"])}
     splits = {str(config.split): analysis.annotations}
