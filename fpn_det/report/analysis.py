@@ -21,6 +21,7 @@ from fpn_det.report.levels import Levels, find_levels
 from fpn_det.structures import Annotations
 
 RESAMPLES = 500
+ENOUGH_IMAGES = 10  # the interval of fewer is too narrow; that of one has no width
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Comparison:
     gained: list[int]  # image rows on which the first detector has more right, the most first
     lost: list[int]
     same_settings: bool  # both were trained with the same settings, up to the seed
+    images: int  # of the evaluation
 
     def verdict(self, name: str, other: str) -> str:
         """Answer in a sentence which of two detectors is better, by their AP.
@@ -111,6 +113,11 @@ class Comparison:
         ap = self.differences["AP"]
         if ap.value is None or ap.low is None or ap.high is None:
             return f"{name} and {other} cannot be compared: AP is not defined."
+        if self.images < ENOUGH_IMAGES:
+            return (
+                f"{name} and {other} are not distinguishable: AP of {name} - AP of {other} is {ap.value:+.3f}, on {self.images} "
+                f"{'image' if self.images == 1 else 'images'}, which are too few for an interval. Compare them on {ENOUGH_IMAGES} or more."
+            )
         better = name if ap.value > 0 else other
         equal = f"{name} and {other} are not distinguishable"
         if not ap.excludes_zero:
@@ -160,6 +167,7 @@ def compare(one: Analysis, other: Analysis, same_settings: bool = False) -> Comp
         [row for row in order.tolist() if change[row] > 0],
         [row for row in order[::-1].tolist() if change[row] < 0],
         same_settings,
+        len(one.annotations),
     )
 
 

@@ -249,12 +249,14 @@ def test_calibration_by_hand():
 def test_verdict_on_two_seeds_of_the_same_settings():
     better = Interval(0.017, 0.010, 0.025)
 
-    def verdict(interval: Interval, same_settings: bool) -> str:
-        return Comparison({"AP": interval}, {}, [], [], same_settings).verdict("a", "b")
+    def verdict(interval: Interval, same_settings: bool, images: int = 10) -> str:
+        return Comparison({"AP": interval}, {}, [], [], same_settings, images).verdict("a", "b")
 
     assert verdict(better, False).startswith("a is better")
     assert verdict(Interval(-0.017, -0.025, -0.010), False).startswith("b is better")
     assert verdict(Interval(0.017, -0.010, 0.025), False).startswith("a and b are not distinguishable")
+    few = verdict(Interval(0.735, 0.735, 0.735), False, images=1)
+    assert few.startswith("a and b are not distinguishable: AP of a - AP of b is +0.735, on 1 image, ")
     same = verdict(better, True)
     assert same.startswith("a and b are not distinguishable: ") and "the weights of a better" in same
     assert "+0.017" in same and "+0.010 to +0.025" in same
