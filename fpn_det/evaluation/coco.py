@@ -23,7 +23,7 @@ class Evaluation:
     # class name -> AP, AP50, AR, F1 and its score, precision, recall; objects, detections. Empty for proposals
     per_class: dict[str, dict[str, float | None]]
     num_images: int
-    max_detections: int  # per image
+    max_detections: int  # the model's limit per image, or that of the metrics per image and class if it is smaller
     capped_images: int  # images that have as many
     detections: DetectionTable  # on rank 0; empty elsewhere
     statistics: dict[str, float] = field(default_factory=dict)  # logged only, such as detections/P2 per image
@@ -68,13 +68,15 @@ def score(
         max_detections: limit of the model per image; by default the last of `max_dets`.
     """
     assert len(np.unique(images)) == len(images), "an image was evaluated more than once"
-    max_detections = min(max_detections or config.max_dets[-1], config.max_dets[-1])
-    capped_images = int((np.bincount(detections.images) >= max_detections).sum())
+    last = config.max_dets[-1]
+    limit = min(max_detections or last, last)
+    by_class = max_detections is None or limit < max_detections  # as COCO counts
+    capped_images = _count_capped(detections, limit, by_class)
     engine = describe_engine(choose_engine(config))
     if config.target == "proposals":
         recall = recall_of_proposals(annotations, detections, images, config)
         metrics = dict(zip(config.metric_names, map(mean_of_defined, recall.reshape(len(recall), -1).T), strict=True))
-        return Evaluation(metrics, {}, len(images), max_detections, capped_images, detections, engine=engine)
+        return Evaluation(metrics, {}, len(images), limit, capped_images, detections, engine=engine)
     precision, recall = precision_and_recall(annotations, detections, images, config)
     metrics = {
         "AP": mean_of_defined(precision[..., 0, -1]),
@@ -105,7 +107,7 @@ def score(
         metrics,
         per_class,
         len(images),
-        max_detections,
+        limit,
         capped_images,
         detections,
         engine=engine,
@@ -113,6 +115,13 @@ def score(
         best_f1=best_f1,
         score_thresholds=as_thresholds(best_f1, points, annotations.class_names),
     )
+
+
+def _count_capped(detections: DetectionTable, limit: int, by_class: bool) -> int:
+    """Count the images that have `limit` detections, of one class if `by_class`."""
+    columns = [detections.images, detections.labels] if by_class else [detections.images]
+    groups, counts = np.unique(np.stack(columns), axis=1, return_counts=True)
+    return len(np.unique(groups[0, counts >= limit]))
 
 
 def _at_best_f1(point: OperatingPoint | None) -> dict[str, float | None]:

@@ -278,6 +278,16 @@ def test_score_counts_images_at_the_limit_of_detections():
     assert score(annotations, found, np.arange(3), DEFAULT, max_detections=300).max_detections == 100
 
 
+def test_the_limit_of_the_metrics_is_that_of_a_class():
+    annotations = annotations_of([[(0, 0, 40, 40, 0, 0)]] * 3)
+    two_classes = [(0, 0, 0, 40, 40, 0.9, 0), (0, 0, 0, 40, 40, 0.9, 1)]
+    found = table_of(two_classes + [(2, 0, 0, 40, 40, 0.9, 1)] * 2)
+    metrics = replace(DEFAULT, max_dets=(1, 2))
+    for of_model, capped in ((100, 1), (2, 2)):
+        evaluation = score(annotations, found, np.arange(3), metrics, max_detections=of_model)
+        assert (evaluation.max_detections, evaluation.capped_images) == (2, capped)
+
+
 def test_score_prints_nothing(capsys):
     annotations, found = random_scene(0, num_images=4)
     score(annotations, found, np.arange(4), DEFAULT)
