@@ -5,6 +5,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,13 @@ from tiny import TINY
 from videos import RATE, write_sound, write_video
 
 from fpn_det import api
+from fpn_det.cli import predict as command
 from fpn_det.cli.main import INTERRUPTED
 from fpn_det.composition import literal, parse_words
+from fpn_det.data.transforms import Pipeline, ResizeShortestSide
 from fpn_det.evaluation.coco import score
 from fpn_det.evaluation.detection_table import DetectionTable
+from fpn_det.export.exported import ExportedDetector
 from fpn_det.image_io import image_size
 from fpn_det.inference import folder as folders
 from fpn_det.inference import predictor, video
@@ -241,6 +245,22 @@ def test_a_refused_command_does_not_stand_in_the_way_of_the_next(run, run_tool, 
     PredictionFolder(tmp_path / "predictions", [Path("other.jpg")], {})  # refused while it detects, by another
     done = predict(run_tool, run, source)
     assert done.returncode == 0, done.stderr
+
+
+def test_images_larger_than_the_canvas_of_an_exported_file_are_refused_at_the_start():
+    file = SimpleNamespace(size=(160, 192), metadata=SimpleNamespace(class_names=["a"]))
+    model = ExportedDetector(file, SimpleNamespace(stride=32, assigner=None, max_detections=100))
+    job = SimpleNamespace(
+        predictor=SimpleNamespace(model=model),
+        preprocessing=SimpleNamespace(transform=Pipeline([ResizeShortestSide([96], 1000)]), max_pixels=10**6),
+        folder=SimpleNamespace(files=[Path("a.jpg"), Path("b.jpg"), Path("c.jpg")]),
+    )
+    refuse = command._refuse_larger_than_canvas
+    refuse(job, {0: (100, 200)})  # 96 x 192 px in the input
+    with pytest.raises(ValueError, match=r"at most 160 x 192 px .* got 1 of 2 .* The first: b\.jpg, 192 x 96\."):
+        refuse(job, {0: (100, 200), 1: (48, 24)})
+    file.size = None
+    refuse(job, {1: (48, 24)})
 
 
 def test_pictures_of_all_files_have_names_of_their_own():

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -31,6 +32,7 @@ from fpn_det.cli.launch import launch
 from fpn_det.config import EvalConfig, is_exported
 from fpn_det.data.flip_resize import Size
 from fpn_det.data.sampling import evaluation_batches
+from fpn_det.data_report.anchor_coverage import input_sizes
 from fpn_det.export.export import open_exported
 from fpn_det.export.exported import ExportedDetector
 from fpn_det.image_io import BadImage
@@ -199,6 +201,7 @@ def _predict_rest(job: _Job, videos: Sequence[int], console: Console) -> None:
     """Predict what is left of a job, and note it in the folder, under a bar that shows the progress."""
     folder = job.folder
     sizes = job.remaining_images()
+    _refuse_larger_than_canvas(job, sizes)
     left = [row for row in videos if row not in folder.done]
     if folder.done:
         console.print(f"{len(folder.files) - len(sizes) - len(left)} files are done already.")
@@ -220,6 +223,32 @@ def _predict_rest(job: _Job, videos: Sequence[int], console: Console) -> None:
                 bar.advance(task, 0 if entry.ends_file else 1)
             total += int(bar.tasks[task].completed - before) - header.num_frames  # that of the header is an estimate
             bar.update(task, total=total)
+
+
+def _refuse_larger_than_canvas(job: _Job, sizes: dict[int, Size]) -> None:
+    """Refuse images that an exported file of one size does not take, before others are predicted in vain.
+
+    Args:
+        job: what is to be done.
+        sizes: (h, w) of its images by row.
+
+    Raises:
+        ValueError: there are such images.
+    """
+    model = job.predictor.model
+    canvas = model.file.size if isinstance(model, ExportedDetector) else None
+    read = {row: size for row, size in sizes.items() if size[0] * size[1] <= job.preprocessing.max_pixels}
+    if canvas is None or not read:
+        return
+    found = input_sizes(np.array(list(read.values())), job.preprocessing.transform)
+    large = [(row, size) for row, size in zip(read, found.tolist(), strict=True) if (np.array(size) > canvas).any()]
+    if large:
+        row, (height, width) = large[0]
+        raise ValueError(
+            f"source: expected images of at most {canvas[0]} x {canvas[1]} px (h x w) in the input of the exported file, got "
+            f"{len(large)} of {len(sizes)} that are larger. The first: {job.folder.files[row]}, {height} x {width}. "
+            "Leave them out, set size, or export with a larger size or with size=batch."
+        )
 
 
 def _as_error(bad: BadImage, numbers: dict[Path, int]) -> Entry:
