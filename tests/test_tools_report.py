@@ -40,7 +40,8 @@ def test_report_of_a_run_and_against_itself(run_tool, shapes_dataset, tmp_path):
     assert done.returncode == 0, done.stderr
     assert all(f"results in {run}/eval/best_tta\n" in done.stdout for run in ("run", "copy/run"))
     assert done.stdout.count("AR50") == 2  # of both
-    assert "AP of run - AP of copy/run is +0.000, on 8 images" in (folder / "index.html").read_text()
+    assert "AP of run - AP of copy/run is +0.000, on 8 images" in (page := (folder / "index.html").read_text())
+    assert "<td>evaluation.max_dets=[1,10,50] tta.flip=true</td>" in page.replace(' class="text"', "")
     refused = run_tool("report.py", "run=run", "against=nowhere")
     assert refused.returncode == 2 and "got nowhere, which does not exist" in refused.stderr and not refused.stdout
 

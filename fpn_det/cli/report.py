@@ -72,6 +72,9 @@ def report(config: ReportConfig, words: Sequence[str]) -> None:
         print(against[2].verdict(title, name))
     suffix = "" if config.split == "val" else f"_{config.split}"
     checkpoint = {"checkpoint": path.name, "step": str(state["progress"]["step"])}
+    typed = [word for word in words if setting_of(word) not in ("run", "checkpoint", "against")]
+    if typed:  # the folder is the same, whatever they are
+        checkpoint["words of the command"] = " ".join(typed)
     splits = {str(config.split): analysis.annotations}
     page = write_run_report(run, run / f"report{suffix}", analysis, splits, state["config"], checkpoint, against)
     print(f"written: {shown_path(page)}")

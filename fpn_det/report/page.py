@@ -131,12 +131,14 @@ def _curves(analysis: Analysis) -> str:
         ("measured", calibration.mean_scores[filled].tolist(), calibration.precision[filled].tolist()),
     ]
     error = calibration.expected_error
+    left_out = analysis.annotations.num_classes - len(labels)
+    note = f" Curves of the first {len(labels)} classes." if left_out else ""
     return (
         "<h2>Curves</h2><div class=charts>"
         + line_chart("Precision over recall", lines("recall", "precision"))
         + line_chart("F1 over the score threshold", lines("scores", "f1"))
         + line_chart("Share of hits over the score", reliability)
-        + f"</div>{hint(f'Expected calibration error: {cell(error)}.')}"
+        + f"</div>{hint(f'Expected calibration error: {cell(error)}.{note}')}"
     )
 
 
