@@ -185,8 +185,8 @@ class RunLog:
         if (best := evaluation.best_f1) is not None:
             self.info(
                 f"best F1 {best.f1:.3f} with one score threshold {best.score:.3f} for all classes: precision\n"
-                f"  {best.precision:.3f}, recall {best.recall:.3f}, from IoU {evaluation.match_iou:g} on. Drawings and predictions use\n"
-                "  the threshold of each class, in the column score."
+                f"  {best.precision:.3f}, recall {best.recall:.3f}, from IoU {evaluation.match_iou:g} on. The column score has\n"
+                "  the best threshold of each class."
             )
         for remark in evaluation.remarks():
             self.info(remark)
