@@ -77,7 +77,14 @@ def report_after_training(trainer: Trainer) -> None:
         page = write_run_report(
             run,
             run / "report",
-            analyze(trainer.val_annotations, evaluation, config.evaluation, trainer.model, transform),
+            analyze(
+                trainer.val_annotations,
+                evaluation,
+                config.evaluation,
+                trainer.model,
+                transform,
+                config.data.max_image_pixels,
+            ),
             {"train": trainer.train_annotations, "val": trainer.val_annotations},
             trainer.metadata["config"],
             {"checkpoint": "last.pt", "step": str(trainer.evaluated)},

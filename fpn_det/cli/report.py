@@ -93,4 +93,5 @@ def _analyze(config: EvalConfig) -> Analysis:
     _, state = find_checkpoint(config.run, config.checkpoint)
     annotations = config.data.read_split(config.split, state["class_names"], config.seed)
     model = config.build_model(annotations.num_classes)
-    return analyze(annotations, evaluation, config.evaluation, model, config.data.transforms(train=False))
+    transform, limit = config.data.transforms(train=False), config.data.max_image_pixels
+    return analyze(annotations, evaluation, config.evaluation, model, transform, limit)

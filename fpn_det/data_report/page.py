@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from fpn_det.annotations.findings import Finding, group_by_kind
+from fpn_det.annotations.findings import group_by_kind
 from fpn_det.data_report.anchor_coverage import AnchorCoverage
 from fpn_det.data_report.report import Repair, Report, count_classes, summarize
 from fpn_det.image_io import read_for_display
@@ -47,12 +47,13 @@ def write_page(path: Path, report: Report, repair: Repair | None, coverage: Anch
     parts = [_verdict(report, repair)]
     train = report.parts["train"].annotations if "train" in report.parts else None
     if train is not None:
-        parts.append(_random_pictures(train))
+        parts.append(_random_pictures(train, report.max_pixels))
     parts += [_worst(report), _findings(report), _splits(report), _class_counts(report), _image_sizes(report)]
     if train is not None and len(train.boxes):
         parts.append(_places(train))
     if train is not None and coverage is not None and len(coverage.boxes):
-        parts += [_sizes(coverage), _ratios(coverage), _levels(coverage), _best_anchors(train, coverage)]
+        parts += [_sizes(coverage), _ratios(coverage), _levels(coverage)]
+        parts.append(_best_anchors(train, coverage, report.max_pixels))
     write_document(path, "Data report", "".join(parts))
 
 
@@ -94,22 +95,22 @@ def _findings(report: Report) -> str:
     return f"<h2>Findings</h2>{''.join(lines) or '<p>None.</p>'}"
 
 
-def _random_pictures(annotations: Annotations) -> str:
+def _random_pictures(annotations: Annotations, max_pixels: int) -> str:
     rows = np.random.default_rng(0).permutation(len(annotations))[:RANDOM].tolist()
     figures, labels = [], set()
     for row in rows:
         objects = annotations.rows(row)
         labels |= set(annotations.labels[objects].tolist())
         caption = f"{escape(annotations.path(row).name)}: {objects.stop - objects.start} boxes"
-        figures.append(_small_figure(annotations, row, np.arange(objects.start, objects.stop), caption))
+        figures.append(_small_figure(annotations, row, np.arange(objects.start, objects.stop), caption, max_pixels))
     legend = keys((annotations.class_names[label], f"rgb{class_color(label)}") for label in sorted(labels))
     return f"<h2>{len(rows)} random pictures of the training set</h2>{legend}{gallery(figures)}"
 
 
-def _small_figure(annotations: Annotations, row: int, objects: np.ndarray, caption: str) -> str:
+def _small_figure(annotations: Annotations, row: int, objects: np.ndarray, caption: str, max_pixels: int) -> str:
     """A small picture with objects in the colors of their classes; no text hides them."""
     try:
-        pixels = read_for_display(annotations.path(row))
+        pixels = read_for_display(annotations.path(row), max_pixels)
     except ValueError as error:
         return figure("", f"{caption}<br>{escape(str(error))}")
     labels = annotations.labels[objects].tolist()
@@ -126,19 +127,19 @@ def _worst(report: Report) -> str:
             finding for finding in report.findings[split] if finding.severity != "note"
         ).values():
             drawn = [finding for finding in members if finding.image_id in row_of][:IMAGES_PER_KIND]
-            figures += [_figure_of(finding, split, part.annotations, row_of[finding.image_id]) for finding in drawn]  # type: ignore[index]
+            for finding in drawn:
+                caption = f'<span class="{finding.severity}">{finding.kind}</span> {split}, {escape(str(finding))}'
+                row = row_of[finding.image_id]  # type: ignore[index]
+                figures.append(_full_figure(part.annotations, row, finding.box, caption, report.max_pixels))
     return f"<h2>The worst findings</h2>{''.join(figures[:MAX_IMAGES])}" if figures else ""
 
 
-def _figure_of(finding: Finding, split: str, annotations: Annotations, row: int) -> str:
-    caption = f'<span class="{finding.severity}">{finding.kind}</span> {split}, {escape(str(finding))}'
-    return _full_figure(annotations, row, finding.box, caption)
-
-
-def _full_figure(annotations: Annotations, row: int, marked: Sequence[float] | None, caption: str) -> str:
+def _full_figure(
+    annotations: Annotations, row: int, marked: Sequence[float] | None, caption: str, max_pixels: int
+) -> str:
     """A picture at its own size with all its boxes, one of them in red; a tiny one has a zoomed crop beside it."""
     try:
-        pixels = read_for_display(annotations.path(row))
+        pixels = read_for_display(annotations.path(row), max_pixels)
     except ValueError as error:
         return figure("", f"{caption}<br>{escape(str(error))}")
     rows = annotations.rows(row)
@@ -260,7 +261,7 @@ def _levels(coverage: AnchorCoverage) -> str:
     return f"<h2>Levels of the pyramid</h2>{table(('level', 'objects', 'share'), rows)}{hint(text)}"
 
 
-def _best_anchors(annotations: Annotations, coverage: AnchorCoverage) -> str:
+def _best_anchors(annotations: Annotations, coverage: AnchorCoverage, max_pixels: int) -> str:
     marks = [
         (coverage.positive_iou, f"positive from {coverage.positive_iou:g}"),
         (coverage.negative_iou, f"background below {coverage.negative_iou:g}"),
@@ -277,7 +278,7 @@ def _best_anchors(annotations: Annotations, coverage: AnchorCoverage) -> str:
             f"{width:.0f} x {height:.0f} px in the input frame; image {int(annotations.image_ids[row])} "
             f"({escape(annotations.path(row).name)}), annotation {int(annotations.annotation_ids[object_row])}"
         )
-        figures.append(_full_figure(annotations, row, box, caption))
+        figures.append(_full_figure(annotations, row, box, caption, max_pixels))
     title = f"<h2>Objects and their best anchors: {coverage.num_below_positive} of {len(coverage.ious)} below {coverage.positive_iou:g}</h2>"
     shown = folded(f"The {len(figures)} objects with the worst anchors", "".join(figures))
     return f"{title}{chart}{hint(anchor_advice(coverage))}{shown}"

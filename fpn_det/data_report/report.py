@@ -14,6 +14,7 @@ from fpn_det.annotations.findings import SEVERITIES, Finding, OnError, group_by_
 from fpn_det.annotations.reading import CheckedDataset, as_list
 from fpn_det.annotations.splits import are_same_images, find_overlap
 from fpn_det.data.config import DataConfig, SplitName
+from fpn_det.image_io import MAX_PIXELS
 from fpn_det.structures import Annotations
 
 
@@ -26,12 +27,14 @@ class Report:
         parts: of the splits that could be read.
         findings: of all splits.
         training: images and boxes that training would use; None if the training set cannot be read.
+        max_pixels: largest width * height of an image.
     """
 
     policy: OnError
     parts: dict[str, CheckedDataset] = field(default_factory=dict)
     findings: dict[str, list[Finding]] = field(default_factory=dict)
     training: Annotations | None = None
+    max_pixels: int = MAX_PIXELS
 
     def _has(self, *severities: str) -> bool:
         return any(finding.severity in severities for findings in self.findings.values() for finding in findings)
@@ -74,7 +77,7 @@ def inspect_data(data: DataConfig, seed: int = 0) -> Report:
         data: settings of the planned training.
         seed: of the training; it determines the images held out by `val_fraction`.
     """
-    report, class_names = Report(data.on_error), data.classes
+    report, class_names = Report(data.on_error, max_pixels=data.max_image_pixels), data.classes
     for split in _splits(data):
         try:
             part = data.check_split(split, class_names)

@@ -16,6 +16,7 @@ from fpn_det.evaluation.error_types import Errors, find_errors
 from fpn_det.evaluation.matching import Matches, match_detections
 from fpn_det.evaluation.outcomes import Outcomes, find_outcomes
 from fpn_det.evaluation.suspects import Suspect, find_suspects
+from fpn_det.image_io import MAX_PIXELS
 from fpn_det.models.detector import Detector
 from fpn_det.report.levels import Levels, find_levels
 from fpn_det.structures import Annotations
@@ -37,6 +38,7 @@ class Analysis:
     resampled: Resampled
     suspects: list[Suspect]
     levels: Levels
+    max_pixels: int  # largest width * height of an image
 
     @property
     def values(self) -> dict[str, float | None]:
@@ -57,7 +59,12 @@ class Analysis:
 
 
 def analyze(
-    annotations: Annotations, evaluation: Evaluation, config: EvaluationConfig, model: Detector, transform: Pipeline
+    annotations: Annotations,
+    evaluation: Evaluation,
+    config: EvaluationConfig,
+    model: Detector,
+    transform: Pipeline,
+    max_pixels: int = MAX_PIXELS,
 ) -> Analysis:
     """Match, count and resample the detections of an evaluation of all images.
 
@@ -67,6 +74,7 @@ def analyze(
         config: of the evaluation, whose target is detections.
         model: whose level assigner is used; its weights are not.
         transform: of the evaluation.
+        max_pixels: largest width * height of an image.
 
     Raises:
         ValueError: images were left out, because they cannot be read.
@@ -90,6 +98,7 @@ def analyze(
         resample(by_area, outcomes, config, draw_weights(len(images), RESAMPLES)),
         find_suspects(matches, detections),
         find_levels(matches, detections, model, transform),
+        max_pixels,
     )
 
 

@@ -114,7 +114,7 @@ def _draw(
 ) -> str:
     path = analysis.annotations.path(row)
     try:
-        pixels = read_for_display(path)
+        pixels = read_for_display(path, analysis.max_pixels)
     except ValueError as error:
         return figure("", f"{caption}<br>{escape(str(error))}")
     drawn = draw_boxes(pixels, np.array(boxes, np.float64).reshape(-1, 4), kinds, texts, SIDE, OUTCOME_COLORS)

@@ -472,12 +472,15 @@ class Trainer:
         config, log = self.config, self.log
         thresholds, class_names = evaluation.score_thresholds, self.train_annotations.class_names
         for row in self.shown:
-            name = self.val_annotations.path(row).name
-            log.image(
-                step,
-                name,
-                draw_comparison(self.val_annotations, evaluation.detections, thresholds, row, config.evaluation),
+            picture = draw_comparison(
+                self.val_annotations,
+                evaluation.detections,
+                thresholds,
+                row,
+                config.evaluation,
+                config.data.max_image_pixels,
             )
+            log.image(step, self.val_annotations.path(row).name, picture)
         batch = self.train_loader.rebuild(step)[0]
         log.image(step, "train_batch", draw_batch(batch, class_names))
         if self.model.rpn is None:

@@ -21,7 +21,7 @@ from fpn_det.evaluation.config import EvaluationConfig
 from fpn_det.evaluation.detection_table import DetectionTable
 from fpn_det.evaluation.matching import match_detections
 from fpn_det.evaluation.outcomes import IGNORED_KIND, OUTCOME_NAMES, find_outcomes
-from fpn_det.image_io import read_for_display, to_display
+from fpn_det.image_io import MAX_PIXELS, read_for_display, to_display
 from fpn_det.structures import Annotations, Batch, ScoreThresholds
 
 RGBImage = NDArray[np.uint8]
@@ -51,6 +51,7 @@ def draw_comparison(
     thresholds: ScoreThresholds | None,
     row: int,
     config: EvaluationConfig,
+    max_pixels: int = MAX_PIXELS,
 ) -> RGBImage:
     """Draw an image with its ground truth (left) and its detections (right), in the colors of their outcomes.
 
@@ -62,8 +63,9 @@ def draw_comparison(
         thresholds: detections below that of their class are not drawn; None is MIN_SCORE for all.
         row: image row of `annotations`.
         config: of the evaluation, whose matcher decides on the outcomes.
+        max_pixels: largest width * height of an image.
     """
-    pixels, names = read_for_display(annotations.path(row)), annotations.class_names
+    pixels, names = read_for_display(annotations.path(row), max_pixels), annotations.class_names
     thresholds = thresholds or ScoreThresholds(MIN_SCORE, {})
     truth = annotations
     if config.target == "proposals":
