@@ -224,12 +224,20 @@ def _places(annotations: Annotations) -> str:
     return f"<h2>Places of the boxes</h2>{map_image(share)}{hint(text)}"
 
 
+def _of_view(coverage: AnchorCoverage) -> str:
+    """The part of the views that the coverage is of; empty if there are no others."""
+    return "" if coverage.tile is None else " in whole images, without tiles"
+
+
 def _sizes(coverage: AnchorCoverage) -> str:
     sides = np.sqrt((coverage.boxes[:, 2:] - coverage.boxes[:, :2]).prod(axis=1))
     marks = [(size, f"{size:g}") for size in coverage.anchor_sizes]
-    text = "Square root of the area in the input frame, after the resizing of the evaluation, px. Dashed: the sizes of the anchors."
+    text = (
+        f"Square root of the area in the input frame{_of_view(coverage)}, after the resizing of the evaluation, px. "
+        "Dashed: the sizes of the anchors."
+    )
     smaller = float((sides < min(coverage.anchor_sizes) / 2).mean())
-    if smaller > COMMON:
+    if smaller > COMMON and coverage.tile is None:  # tiles show objects larger
         text += (
             f" {smaller:.0%} of the objects have less than half the side of the smallest anchor and are seldom found: resize to larger "
             "sides (data.train_transforms.resize.sides, data.eval_transforms.resize.sides), or set smaller model.rpn.anchors.sizes."
@@ -253,8 +261,8 @@ def _levels(coverage: AnchorCoverage) -> str:
         [name, bar(int(count), int(counts.max())), f"{part:.1%}"]
         for name, count, part in zip(coverage.level_names, counts, share, strict=True)
     ]
-    text = "The level of the pyramid that the ROI head pools an object of this size from."
-    if len(counts) > 1 and share[most] >= ONE_LEVEL:
+    text = f"The level of the pyramid that the ROI head pools an object of this size from{_of_view(coverage)}."
+    if len(counts) > 1 and share[most] >= ONE_LEVEL and coverage.tile is None:  # tiles are pooled from higher levels
         text += f" {share[most]:.1%} of the objects are in {coverage.level_names[most]}: the ROI head hardly uses the other levels."
         if most == 0:
             text += " Larger sides of the images (data.train_transforms.resize.sides, data.eval_transforms.resize.sides) spread them."
@@ -287,9 +295,8 @@ def _best_anchors(annotations: Annotations, coverage: AnchorCoverage, max_pixels
 def anchor_advice(coverage: AnchorCoverage) -> str:
     """The sentences about objects without a positive anchor, with the setting that helps if one of those tried does."""
     below, count = coverage.num_below_positive, len(coverage.ious)
-    view = "" if coverage.tile is None else " in whole images, without tiles"
     text = (
-        f"Of {count} objects{view}, {below} meet no anchor with IoU {coverage.positive_iou:g}, and "
+        f"Of {count} objects{_of_view(coverage)}, {below} meet no anchor with IoU {coverage.positive_iou:g}, and "
         f"{coverage.num_below_negative} none with IoU {coverage.negative_iou:g}."
     )
     if below:

@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 
 from fpn_det.composition import compose
 from fpn_det.data_report.anchor_coverage import measure_coverage
-from fpn_det.data_report.page import CROP, LEAST_VIEW, RED, _levels, _with_marked_box, _zoomed, anchor_advice
+from fpn_det.data_report.page import CROP, LEAST_VIEW, RED, _levels, _sizes, _with_marked_box, _zoomed, anchor_advice
 from fpn_det.structures import Annotations, pack_paths
 
 
@@ -88,3 +88,15 @@ def test_advice_is_given_only_where_it_is_true(coverage_of):
 def test_advice_says_that_it_is_of_whole_images_if_there_are_tiles(coverage_of):
     whole, tiled = (anchor_advice(coverage_of([22.0] * 10, tile)[0]) for tile in (None, 128))
     assert whole.startswith("Of 10 objects, ") and tiled.startswith("Of 10 objects in whole images, without tiles, ")
+
+
+def test_charts_of_whole_images_ask_for_no_larger_sides_if_tiles_show_the_objects_larger(coverage_of):
+    whole, tiled = (coverage_of([4.0] * 10, tile)[0] for tile in (None, 128))
+    for chart, advice in (
+        (_sizes, "100% of the objects have less than half"),
+        (_levels, "hardly uses the other levels"),
+    ):
+        assert advice in chart(whole) and "without tiles" not in chart(whole)
+        assert "data.eval_transforms.resize.sides" not in chart(tiled) and "in whole images, without tiles" in chart(
+            tiled
+        )
