@@ -46,9 +46,9 @@ class AnchorCoverage:
         anchor_ratios: height / width.
         positive_iou: anchors with at least this IoU are positive.
         negative_iou: anchors with less than this IoU are negative.
-        advice: anchors that fit clearly better, if any of those tried do.
+        advice: anchors that fit clearly better, if any of those tried do; none are tried with tiles, which show the objects larger.
         size_advice: see `object_sizes`.
-        tile: side of the tiles that images are cut into, px of the image. All but `size_advice` is of whole images.
+        tile: side of the tiles that images are cut into, px of the image. All but these two is of whole images.
     """
 
     rows: np.ndarray
@@ -84,7 +84,7 @@ def measure_coverage(
         annotations: of the data set.
         model: has the anchors.
         transform: of the evaluation.
-        tile: side of the tiles that images are cut into, px of the image; only `size_advice` depends on it.
+        tile: side of the tiles that images are cut into, px of the image; only `advice` and `size_advice` depend on it.
 
     Raises:
         ValueError: the model has no anchors.
@@ -118,7 +118,9 @@ def measure_coverage(
         anchor_ratios=sorted({round(float(ratio), 3) for ratio in (shapes[..., 1] / shapes[..., 0]).flatten()}),
         positive_iou=rpn.matcher.positive_iou,
         negative_iou=rpn.matcher.negative_iou,
-        advice=_advise(
+        advice=None
+        if tile is not None
+        else _advise(
             boxes[tried], canvases[tried], ious[tried], shapes.numpy(), strides, offset, rpn.matcher.positive_iou
         ),
         size_advice=size_advice(

@@ -304,6 +304,6 @@ def anchor_advice(coverage: AnchorCoverage) -> str:
     if coverage.advice is not None:
         cost = f", with {coverage.advice.more_anchors} times the anchors" if coverage.advice.more_anchors > 1 else ""
         text += f" {coverage.advice.setting} leaves {coverage.advice.below_positive:.0%} in place of {below / count:.0%}{cost}."
-    elif below:
+    elif below and coverage.tile is None:
         text += " Other sizes of the anchors were tried and do not fit clearly better."
     return f"{text} {coverage.size_advice}" if coverage.size_advice else text

@@ -88,6 +88,8 @@ def test_advice_is_given_only_where_it_is_true(coverage_of):
 def test_advice_says_that_it_is_of_whole_images_if_there_are_tiles(coverage_of):
     whole, tiled = (anchor_advice(coverage_of([22.0] * 10, tile)[0]) for tile in (None, 128))
     assert whole.startswith("Of 10 objects, ") and tiled.startswith("Of 10 objects in whole images, without tiles, ")
+    # anchors for whole images would not fit the objects of tiles
+    assert "model.rpn.anchors.sizes" in whole and "model.rpn.anchors.sizes" not in tiled and "were tried" not in tiled
 
 
 def test_charts_of_whole_images_ask_for_no_larger_sides_if_tiles_show_the_objects_larger(coverage_of):
