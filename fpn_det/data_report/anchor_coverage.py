@@ -48,7 +48,7 @@ class AnchorCoverage:
         negative_iou: anchors with less than this IoU are negative.
         advice: anchors that fit clearly better, if any of those tried do; none are tried with tiles, which show the objects larger.
         size_advice: see `object_sizes`.
-        tile: side of the tiles that images are cut into, px of the image. All else is of whole images.
+        tile: side of the tiles that images are cut into, px of the image. All but `advice` and `size_advice` is of whole images.
     """
 
     rows: np.ndarray
