@@ -76,7 +76,7 @@ def read_frames(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[np.ndarray
         BadImage: the file cannot be opened, has no pictures, or is damaged or truncated, after the frames that could be read.
         ValueError: PyAV is not installed.
     """
-    count, num_packets, end_s, problem = 0, 0, 0.0, ""
+    count, num_packets, end_s, is_cut, problem = 0, 0, 0.0, False, ""
     with _opened(path) as (container, stream):
         width, height = stream.codec_context.width, stream.codec_context.height
         if width * height > max_pixels:
@@ -91,7 +91,9 @@ def read_frames(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[np.ndarray
                     end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 if packet.stream is not stream:
                     continue
-                num_packets += packet.size > 0
+                if packet.size:
+                    num_packets += 1
+                    is_cut = packet.is_corrupt
                 try:
                     frames = packet.decode()
                 except av.FFmpegError:
@@ -103,7 +105,9 @@ def read_frames(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[np.ndarray
                     count += 1
         except av.FFmpegError as error:
             problem = error.strerror or str(error)
-        if not problem and _is_truncated(container, stream, end_s, num_packets):
+        if not problem and (
+            is_cut or _is_truncated(container, stream, end_s, num_packets)
+        ):  # in or after the last packet
             problem = "the file ends"
     if not count:
         raise BadImage(path, f"{path}: expected a video, got a file of which no frame can be decoded.")

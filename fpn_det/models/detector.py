@@ -196,7 +196,9 @@ class Detector(nn.Module):
                 f"expected images of {self.backbone.in_channels} channels, got {channels}. Set data.channels."
             )
         assert height % self.stride == 0 and width % self.stride == 0, "the canvas must divide by the stride"
-        pixels = batch.pixels.flip(1) if self.flips_channels else batch.pixels
+        pixels = batch.pixels
+        if self.flips_channels:
+            pixels = torch.cat(pixels.split(1, dim=1)[::-1], dim=1)  # torch 2.10 has no `flip` of 16 bits
         channels_last = self.channels_last
         if channels_last is None:
             device = pixels.device.type

@@ -87,6 +87,18 @@ def test_a_truncated_video_gives_its_frames_and_then_one_sentence(tmp_path, suff
     assert set(batches[:-1]) == {8} and 15 < sum(batches) < 45
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".avi"])
+def test_a_video_that_is_cut_within_its_last_frame_is_not_complete(tmp_path, suffix):
+    random = np.random.default_rng(0)
+    noise = [random.integers(0, 256, (96, 128, 3), dtype=np.uint8) for _ in range(5)]
+    content = write_video(tmp_path / f"clip{suffix}", noise, rate=Fraction(5)).read_bytes()
+    end = content.rindex(b"idx1") if suffix == ".avi" else len(content)
+    file = tmp_path / f"cut{suffix}"
+    file.write_bytes(content[: end - 1000])
+    with pytest.raises(BadImage, match=r"cut.*: expected a complete video, got [45] frames and then: the file ends\."):
+        list(read_frames(file))
+
+
 def test_files_without_frames_are_refused_in_one_sentence(tmp_path):
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("no video" * 100)
