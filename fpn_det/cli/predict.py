@@ -32,7 +32,7 @@ from fpn_det.cli.launch import launch
 from fpn_det.config import EvalConfig, is_exported
 from fpn_det.data.flip_resize import Size
 from fpn_det.data.sampling import evaluation_batches
-from fpn_det.data_report.anchor_coverage import input_sizes
+from fpn_det.data.transforms import input_sizes
 from fpn_det.export.export import open_exported
 from fpn_det.export.exported import ExportedDetector
 from fpn_det.image_io import BadImage

@@ -230,6 +230,18 @@ class Pipeline:
         return np.column_stack([clipped, table[:, 4], visible])[(visible >= self.min_visibility) & (visible > 0)]
 
 
+def input_sizes(sizes: np.ndarray, transform: Pipeline) -> np.ndarray:
+    """(h, w) of every image after the transforms, which run once for each distinct size."""
+    distinct, where = np.unique(sizes, axis=0, return_inverse=True)
+    no_boxes, no_labels = np.zeros((0, 4)), np.zeros(0, np.int64)
+    channels, dtype = transform.pixel_format.channels, transform.pixel_format.dtype
+    transformed = [
+        transform(np.zeros((*size, channels), dtype), no_boxes, no_labels, (0,))[0].shape[:2]
+        for size in distinct.tolist()
+    ]
+    return np.array(transformed, dtype=np.int64).reshape(-1, 2)[where.reshape(-1)]
+
+
 def _split(transforms: Sequence[Any]) -> tuple[list[Mixing], list[Any], list[Any]]:
     """Split a chain into mixing, eager and deferred transforms (horizontal flips and one ResizeShortestSide at the end)."""
     mixing = list(takewhile(lambda step: isinstance(step, Mixing), transforms))

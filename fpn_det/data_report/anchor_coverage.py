@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fpn_det.data.transforms import Pipeline
+from fpn_det.data.transforms import Pipeline, input_sizes
 from fpn_det.data_report.object_sizes import size_advice
 from fpn_det.models.detector import Detector
 from fpn_det.structures import Annotations
@@ -159,18 +159,6 @@ def _advise(
                 flat = sizes if any(len(level) > 1 for level in sizes) else [level[0] for level in sizes]
                 best, advice = share, AnchorAdvice(f"model.rpn.anchors.sizes={flat}".replace(" ", ""), share, more)
     return advice
-
-
-def input_sizes(sizes: np.ndarray, transform: Pipeline) -> np.ndarray:
-    """(h, w) of every image after the transforms, which run once for each distinct size."""
-    distinct, where = np.unique(sizes, axis=0, return_inverse=True)
-    no_boxes, no_labels = np.zeros((0, 4)), np.zeros(0, np.int64)
-    channels, dtype = transform.pixel_format.channels, transform.pixel_format.dtype
-    transformed = [
-        transform(np.zeros((*size, channels), dtype), no_boxes, no_labels, (0,))[0].shape[:2]
-        for size in distinct.tolist()
-    ]
-    return np.array(transformed, dtype=np.int64).reshape(-1, 2)[where.reshape(-1)]
 
 
 def _best_ious(

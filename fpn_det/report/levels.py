@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fpn_det.data.transforms import Pipeline
-from fpn_det.data_report.anchor_coverage import input_sizes
+from fpn_det.data.transforms import Pipeline, input_sizes
 from fpn_det.evaluation.detection_table import DetectionTable
 from fpn_det.evaluation.matching import NOTHING, Matches
 from fpn_det.evaluation.outcomes import Outcomes
