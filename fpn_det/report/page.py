@@ -63,11 +63,11 @@ def write_report(
         against: name, analysis and comparison of another run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    classes, errors = class_rows(analysis), error_rows(analysis)
+    classes, errors, suspects = class_rows(analysis), error_rows(analysis), suspect_rows(analysis)
     _write_csv(folder / "per_class.csv", classes)
     _write_csv(folder / "errors.csv", errors)
     _write_csv(folder / "levels.csv", analysis.levels.counts(analysis.outcomes))
-    _write_suspects(folder, analysis)
+    _write_suspects(folder, analysis, suspects)
     parts = [f"<h1>{escape(title)}</h1>", _data(analysis)]
     if against is not None:
         parts.append(_comparison(title, analysis, *against))
@@ -79,7 +79,7 @@ def write_report(
         _errors(errors, gain_column(analysis)),
         _levels(analysis),
     ]
-    parts += [_galleries(analysis), _suspects(analysis), _history(facts.scalars), _data_sets(facts)]
+    parts += [_galleries(analysis), _suspects(analysis, suspects), _history(facts.scalars), _data_sets(facts)]
     if facts.settings:
         parts.append(
             "<h2>Settings that differ from the experiment's file</h2>"
@@ -209,9 +209,9 @@ def _galleries(analysis: Analysis) -> str:
     )
 
 
-def _write_suspects(folder: Path, analysis: Analysis) -> None:
+def _write_suspects(folder: Path, analysis: Analysis, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the suspects as CSV, and their proposed boxes as COCO JSON, which labelling tools import."""
-    annotations, rows = analysis.annotations, suspect_rows(analysis)
+    annotations = analysis.annotations
     _write_csv(folder / "suspects.csv", rows)
     shown = {suspect.image: row["file"] for row, suspect in zip(rows, analysis.suspects, strict=True)}
     content = {
@@ -235,8 +235,7 @@ def _write_suspects(folder: Path, analysis: Analysis) -> None:
     (folder / "suspects.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def _suspects(analysis: Analysis) -> str:
-    rows = suspect_rows(analysis)
+def _suspects(analysis: Analysis, rows: Sequence[Mapping[str, Any]]) -> str:
     text = (
         "class: detections of another class cover the object; place: the object is beside its annotation; missing: an object without "
         "annotation; unseen: no detection covers the annotation. All are in suspects.csv, and in suspects.json (COCO)."
