@@ -116,9 +116,13 @@ def command_help(command: str) -> str:
         parts.append("Options:\n" + format_rows(_own_options(command)))
     if command in COMPOSED:
         of_a_run = command in OF_A_RUN
-        title = f"Settings {'of the run ' if of_a_run else ''}that are changed most often"
+        title = (
+            "Settings of the run that are changed most often"
+            if of_a_run
+            else "Settings that are changed most often, with their defaults"
+        )
         rows = format_rows(_settings(COMPOSED[command], with_defaults=not of_a_run))
-        parts.append(f"{title}{'' if of_a_run else ', with their defaults'}:\n{rows}")
+        parts.append(f"{title}:\n{rows}")
         parts.append(_wrapped("`fpn-det settings [word]` lists all settings; --cfg job prints them with their values."))
     return "\n\n".join(parts)
 

@@ -58,11 +58,11 @@ def report(config: ReportConfig, words: Sequence[str]) -> None:
     # before the first evaluation, which may take long
     other_config = None if config.against is None else _config_of_other(config, config.against, words)
     analysis = _analyze(config)
-    if other_config is not None:
+    if config.against is not None and other_config is not None:
         other = _analyze(other_config)
-        title, name = name_of(run), name_of(Path(str(config.against)))
+        title, name = name_of(run), name_of(Path(config.against))
         if name == title:
-            name = str(shown_path(Path(str(config.against))))
+            name = str(shown_path(Path(config.against)))
         _, other_state = find_checkpoint(config.against, None)
         changed = differing([read_settings(one["config"]) for one in (state, other_state)])
         same_settings = config.model == other_config.model and all(

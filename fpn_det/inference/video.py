@@ -105,9 +105,8 @@ def read_frames(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[np.ndarray
                     count += 1
         except av.FFmpegError as error:
             problem = error.strerror or str(error)
-        if not problem and (
-            is_cut or _is_truncated(container, stream, end_s, num_packets)
-        ):  # in or after the last packet
+        # within the last packet, or after it
+        if not problem and (is_cut or _is_truncated(container, stream, end_s, num_packets)):
             problem = "the file ends"
     if not count:
         raise BadImage(path, f"{path}: expected a video, got a file of which no frame can be decoded.")

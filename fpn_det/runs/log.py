@@ -7,6 +7,7 @@ get lines without carriage returns. An undefined value (None) is printed as n/a 
 from __future__ import annotations
 
 import datetime
+import math
 import shlex
 import time
 import traceback
@@ -271,9 +272,10 @@ def metrics_table(evaluation: Evaluation) -> Columns:
     tables = []
     for kind in ("AP", "AR"):
         names = [name for name in evaluation.metrics if name.startswith(kind)]
-        count = -(-len(names) // METRICS_PER_TABLE)
-        size = -(-len(names) // max(count, 1))
-        for start in range(0, len(names), max(size, 1)):
+        if not names:
+            continue
+        size = math.ceil(len(names) / math.ceil(len(names) / METRICS_PER_TABLE))  # tables of about the same width
+        for start in range(0, len(names), size):
             part = names[start : start + size]
             table = _table(*part)
             table.add_row(*(_metric(evaluation.metrics[name]) for name in part))
